@@ -1,0 +1,233 @@
+"""Where ops are defined and their backends chosen.
+
+`define` gives one schema to three dispatcher namespaces, so that every backend is an ordinary torch op with its own fake
+kernel and its own backward:
+
+    torch.ops.genengine.<op>            C++ kernels for CPU and CUDA when the extension is loaded
+    torch.ops.genengine_triton.<op>     Triton kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
+    torch.ops.genengine_reference.<op>  the eager reference, on any device
+
+`resolve` picks one of them for a call. A kernel becomes a default on a GPU only once `verified` there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+NAMESPACES = {
+    "reference": "genengine_reference",
+    "cpu": "genengine",
+    "cuda": "genengine",
+    "triton": "genengine_triton",
+}
+# pt2_compliant: safe under torch.compile. needs_exact_strides: Inductor must not hand a kernel another layout.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in sorted(set(NAMESPACES.values()))}
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One dispatcher op: its name, the module that owns it, and whether a kernel of each kind is expected."""
+
+    name: str
+    module: str
+    kernels: tuple[str, ...]
+    overloads: dict[str, object] = field(default_factory=dict, compare=False)
+
+
+OPS: dict[str, Op] = {}
+_forced: str | None = None  # a module global: torch.compile guards on it, where a ContextVar would break the graph
+
+
+def define(
+    schema: str,
+    reference: Callable,
+    *,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    module: str,
+    kernels: tuple[str, ...] = ("cpu", "triton", "cuda"),
+) -> Op:
+    """Define one op in all three namespaces.
+
+    schema: "name(Tensor x, ...) -> Tensor". reference: the eager specification. fake: shapes and dtypes only.
+    backward(ops, ctx, *grads): gradients, calling other ops through `ops`, the namespace the forward ran in.
+    module: the op file this belongs to; its Triton kernels are looked up in `genengine.kernels.<module>`.
+    """
+    name = schema[: schema.index("(")]
+    for namespace, library in _LIBRARIES.items():
+        library.define(schema, tags=_TAGS)
+        qualified = f"{namespace}::{name}"
+        implementation = _triton_entry(module, name) if namespace == "genengine_triton" else reference
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=library)
+        if backward is not None:
+            ops = getattr(torch.ops, namespace)
+            torch.library.register_autograd(
+                qualified, _bind_namespace(backward, ops), setup_context=setup_context, lib=library
+            )
+    op = Op(name, module, kernels)
+    for backend, namespace in NAMESPACES.items():
+        op.overloads[backend] = getattr(getattr(torch.ops, namespace), name).default
+    OPS[name] = op
+    return op
+
+
+def _bind_namespace(backward, ops):
+    def bound(ctx, *grads):
+        return backward(ops, ctx, *grads)
+
+    return bound
+
+
+def _triton_entry(module, name):
+    def entry(*args):
+        return getattr(triton_module(module), name)(*args)
+
+    return entry
+
+
+@lru_cache
+def triton_module(module: str):
+    """The Triton launchers of one op file; imported on first use, for Triton is an optional dependency."""
+    return importlib.import_module(f"genengine.kernels.{module}")
+
+
+# ---- the compiled extension --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Whether `_C.abi.so` is loaded, from where, and if not, why."""
+
+    path: Path
+    loaded: bool
+    reason: str | None
+
+
+def load_extension() -> Extension:
+    path = Path(__file__).resolve().parents[1] / "_C.abi.so"
+    if not path.exists():
+        return Extension(path, False, _build_reason(path))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Extension(path, False, f"{path} does not load: {error}; reinstall genengine against this PyTorch")
+    return Extension(path, True, None)
+
+
+def _build_reason(path: Path) -> str:
+    record = path.with_name("_build.json")
+    if record.exists():
+        reason = json.loads(record.read_text()).get("reason")
+        if reason:
+            return reason
+    return f"{path} was not built; run `pip install --no-build-isolation .` with torch, cmake and g++ installed"
+
+
+# ---- choosing a backend ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every op of the block on one backend: "reference", "cpu", "triton" or "cuda" (None: the automatic choice).
+
+    A named backend never falls back: an op that it cannot run raises RuntimeError, saying what is missing.
+    Process-wide, not per thread.
+    """
+    global _forced
+    _check_name("backend", name)
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _check_name(op_name, name):
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{op_name}: backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+
+
+def why_not(op: Op, name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reason why `name` cannot run `op` on this device and dtype, or None if it can."""
+    if name == "reference":
+        return None
+    if name not in op.kernels:
+        return f"{op.name} has no {name} kernel"
+    if dtype not in _KERNEL_DTYPES:
+        return f"its kernels take {', '.join(map(str, _KERNEL_DTYPES))}, not {dtype}"
+    if name == "triton":
+        return _why_no_triton(device_type)
+    if device_type != name:
+        return f"it runs on {name} tensors, these are on {device_type}"
+    return _why_no_kernel(op.name, name)
+
+
+@lru_cache
+def _why_no_kernel(op_name: str, name: str) -> str | None:
+    from genengine.ops import EXTENSION
+
+    if not EXTENSION.loaded:
+        return EXTENSION.reason
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"genengine::{op_name}", name.upper()):
+        return None
+    return f"the extension {EXTENSION.path} was built without {name.upper()} kernels (GENENGINE_CUDA=ON adds them)"
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache
+def _why_no_triton(device_type: str) -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed (pip install 'genengine[triton]')"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"Triton {triton.__version__} is too old (>= 3.6 needed)"
+    if device_type == "cpu" and not triton_interpreted():
+        return "Triton has no CPU target; TRITON_INTERPRET=1, set before the import, runs its interpreter"
+    return None
+
+
+def resolve(op: Op, device: torch.device, dtype: torch.dtype, name: str | None = None):
+    """The overload that will run `op` for tensors of this device and dtype.
+
+    name: a backend asked for by the caller; None takes the enclosing `backend(...)` block's, else the fastest that is
+    verified on the device. Raises RuntimeError if a named backend cannot run.
+    """
+    if name is None:
+        name = _forced
+    if name is None:
+        return op.overloads[automatic(op, device, dtype)]
+    _check_name(op.name, name)
+    if reason := why_not(op, name, device.type, dtype):
+        raise RuntimeError(f"{op.name}: backend {name!r} cannot run here: {reason}")
+    return op.overloads[name]
+
+
+def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend used when none is asked for."""
+    if device.type == "cpu":
+        return "reference" if why_not(op, "cpu", "cpu", dtype) else "cpu"
+    if device.type == "cuda":
+        from genengine.ops import _verify
+
+        for name in ("cuda", "triton"):  # CUDA C++ first: no compilation at run time
+            if not why_not(op, name, "cuda", dtype) and _verify.verified(op, name, device):
+                return name
+    return "reference"
