@@ -116,7 +116,8 @@ def _words(out, seed, sample_ids, step, stream):
     quad = torch.arange((per_sample + 3) // 4, device=out.device)
     if sample_ids is None:
         sample_ids = torch.arange(batch, device=out.device)
-    counter = [quad.expand(batch, -1), (sample_ids & _LOW)[:, None], torch.full_like(quad, step), torch.full_like(quad, stream)]
+    row = step.long()[:, None] if isinstance(step, Tensor) else torch.full_like(quad, step)  # one step, or one a sample
+    counter = (quad, (sample_ids & _LOW)[:, None], row, torch.full_like(quad, stream))
     c0, c1, c2, c3 = (c.expand(batch, quad.numel()) for c in counter)
     key = seed.expand(batch)[:, None]
     k0, k1 = key & _LOW, (key >> 32) & _LOW

@@ -1,0 +1,210 @@
+// The row of sampler_step over a range of one sample: tiles of float32 in L1, one fused loop per tile.
+#include "genengine/sampler_step.h"
+
+#include "cpu/elementwise_loops.h"
+#include "cpu/isa/tile.h"
+
+namespace genengine {
+namespace GENENGINE_ISA {
+namespace {
+
+// One tile's operands, after everything that a zero coefficient makes unnecessary is gone.
+struct Tile {
+  const float *x, *o0, *o1, *z;
+  const float* h[kMaxHistory];
+  float h_coefficient[kMaxHistory];
+  float g1, p, q, r, a, b, c, s;
+  Phi phi;
+  float *y, *v;
+};
+
+enum Stage { kNoY, kClampY, kThresholdY };
+
+// v = a x + b m + c y + sum h H + s z. kClampY serves identity too, with r = infinity.
+template <int Branches, Stage Y, int History, bool Noise>
+void fused(const Tile& t, int64_t count) {
+  const float *x = t.x, *o0 = t.o0, *o1 = t.o1, *z = t.z, *h0 = t.h[0], *h1 = t.h[1], *h2 = t.h[2];
+  const float a = t.a, b = t.b, c = t.c, g1 = t.g1, p = t.p, q = t.q, r = t.r, s = t.s;
+  const float k0 = t.h_coefficient[0], k1 = t.h_coefficient[1], k2 = t.h_coefficient[2];
+  float *y_out = t.y, *v_out = t.v;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    float m = o0[i];
+    if (Branches == 2) m = m + g1 * (o1[i] - m);
+    float v;
+    if (Y == kNoY) {
+      v = a * x[i] + b * m;
+    } else {
+      float y = term(p, x[i]) + term(q, m);
+      y = y < -r ? -r : (y > r ? r : y);
+      if (Y == kThresholdY) y = y / r;
+      v = (term(a, x[i]) + term(b, m)) + term(c, y);
+      if (History >= 1) v = v + k0 * h0[i];
+      if (History >= 2) v = v + k1 * h1[i];
+      if (History >= 3) v = v + k2 * h2[i];
+      if (Noise) v = v + s * z[i];
+      y_out[i] = y;  // after the registers were read: y_out may be one of them
+      v_out[i] = v;
+      continue;
+    }
+    if (History >= 1) v = v + k0 * h0[i];
+    if (History >= 2) v = v + k1 * h1[i];
+    if (History >= 3) v = v + k2 * h2[i];
+    if (Noise) v = v + s * z[i];
+    v_out[i] = v;
+  }
+}
+
+template <int Branches, Stage Y, int History>
+void with_noise(const Tile& t, int64_t count) {
+  t.z ? fused<Branches, Y, History, true>(t, count) : fused<Branches, Y, History, false>(t, count);
+}
+template <int Branches, Stage Y>
+void with_history(const Tile& t, int registers, int64_t count) {
+  switch (registers) {
+    case 0: return with_noise<Branches, Y, 0>(t, count);
+    case 1: return with_noise<Branches, Y, 1>(t, count);
+    case 2: return with_noise<Branches, Y, 2>(t, count);
+    default: return with_noise<Branches, Y, 3>(t, count);
+  }
+}
+template <int Branches>
+void with_stage(const Tile& t, Stage stage, int registers, int64_t count) {
+  switch (stage) {
+    case kNoY: return with_history<Branches, kNoY>(t, registers, count);
+    case kClampY: return with_history<Branches, kClampY>(t, registers, count);
+    default: return with_history<Branches, kThresholdY>(t, registers, count);
+  }
+}
+
+// What does not change from tile to tile of a sample.
+struct Plan {
+  const StepSample& sample;
+  const float* row;
+  int flags, branches;
+  Stage stage;
+  bool need_m, need_x, noise, direct;
+  explicit Plan(const StepSample& s) : sample(s), row(s.row), flags(static_cast<int>(s.row[kFlags])) {
+    bool writes_y = false, writes_x = false;
+    for (int j = 0; j < s.registers; ++j) {
+      writes_y |= write_of(flags, j) == Write::y;
+      writes_x |= write_of(flags, j) == Write::x;
+    }
+    // the shorter loop without y multiplies by a even where it is 0, which is right only if x was not loaded
+    const bool need_y = writes_y || row[kC] != 0.f || (writes_x && row[kA] == 0.f);
+    stage = !need_y ? kNoY : (phi_of(flags) == Phi::threshold ? kThresholdY : kClampY);
+    need_m = row[kB] != 0.f || (need_y && row[kQ] != 0.f);
+    need_x = row[kA] != 0.f || (need_y && row[kP] != 0.f) || writes_x;
+    branches = s.branches >= 3 && row[kG2] != 0.f ? 3 : (s.branches >= 2 && row[kG1] != 0.f ? 2 : 1);
+    noise = row[kS] != 0.f && (s.noise.given || s.noise.draw);
+    // x' goes straight to `out`, unless it must pass the caches by, be converted, or x is still to be saved
+    direct = s.state == Type::f32 && !s.stream && !writes_x;
+  }
+};
+
+struct Scratch {
+  alignas(64) float x[kTile], m0[kTile], m1[kTile], m2[kTile], z[kTile], y[kTile], v[kTile];
+};
+
+alignas(64) const float kZeros[kTile] = {};
+
+// m with three branches, which are rare, in a loop of its own; then the fused loop sees one.
+const float* combine_three(const Plan& plan, const float* o0, const float* o1, const float* o2, float* m, int64_t count) {
+  const float g1 = plan.row[kG1], g2 = plan.row[kG2];
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) m[i] = (o0[i] + term(g1, o1[i] - o0[i])) + g2 * (o2[i] - o1[i]);
+  return m;
+}
+
+void load_outputs(const Plan& plan, Scratch& scratch, Tile& tile, int64_t first, int64_t count) {
+  const StepSample& s = plan.sample;
+  tile.o0 = tile.o1 = kZeros;
+  if (!plan.need_m) return;
+  tile.o0 = load_tile(s.outputs[0], s.model, first, count, scratch.m0);
+  if (plan.branches >= 2) tile.o1 = load_tile(s.outputs[1], s.model, first, count, scratch.m1);
+  if (plan.branches == 3) {
+    const float* o2 = load_tile(s.outputs[2], s.model, first, count, scratch.m2);
+    tile.o0 = combine_three(plan, tile.o0, tile.o1, o2, scratch.m0, count);
+  }
+}
+
+int load_history(const Plan& plan, Tile& tile, int64_t first) {
+  int used = 0;
+  for (int j = 0; j < kMaxHistory; ++j) {
+    tile.h[j] = nullptr;
+    tile.h_coefficient[j] = 0.f;
+  }
+  for (int j = 0; j < plan.sample.registers; ++j)
+    if (plan.row[kH1 + j] != 0.f) {
+      tile.h[used] = plan.sample.history[j] + first;
+      tile.h_coefficient[used++] = plan.row[kH1 + j];
+    }
+  return used;
+}
+
+// The first register that takes y receives it from the fused loop itself; the others, and x, by copies.
+float* y_target(const Plan& plan, Scratch& scratch, int64_t first) {
+  for (int j = 0; j < plan.sample.registers; ++j)
+    if (write_of(plan.flags, j) == Write::y) return plan.sample.history[j] + first;
+  return scratch.y;
+}
+
+void write_history(const Plan& plan, const Tile& tile, int64_t first, int64_t count) {
+  for (int j = 0; j < plan.sample.registers; ++j) {
+    const Write write = write_of(plan.flags, j);
+    float* target = plan.sample.history[j] + first;
+    if (write == Write::x) store_row(target, tile.x, count);
+    if (write == Write::y && target != tile.y) store_row(target, tile.y, count);
+  }
+}
+
+void write_x_in(const Plan& plan, const float* v, Scratch& scratch, int64_t first, int64_t count) {
+  const StepSample& s = plan.sample;
+  const float c_in = plan.row[kCIn];
+  const float* scaled = v;
+  if (c_in != 1.f) {
+    for (int64_t i = 0; i < count; ++i) scratch.m0[i] = c_in * v[i];
+    scaled = scratch.m0;
+  }
+  for (int k = 0; k < s.copies; ++k) store_tile(s.x_in[k], s.model, first, count, scaled, s.stream);
+}
+
+}  // namespace
+
+void step_range(const StepSample& sample, int64_t first, int64_t count) {
+  const Plan plan(sample);
+  const float* row = plan.row;
+  Scratch scratch;
+  Tile tile;
+  tile.g1 = row[kG1];
+  tile.p = row[kP], tile.q = row[kQ];
+  tile.r = phi_of(plan.flags) == Phi::identity ? __builtin_inff() : row[kR];
+  tile.a = row[kA], tile.b = row[kB], tile.c = row[kC], tile.s = row[kS];
+  for (int64_t end = first + count; first < end; first += kTile) {
+    const int64_t n = end - first < kTile ? end - first : kTile;
+    tile.x = plan.need_x ? load_tile(sample.x, sample.state, first, n, scratch.x) : kZeros;
+    load_outputs(plan, scratch, tile, first, n);
+    const int registers = load_history(plan, tile, first);
+    tile.z = plan.noise ? noise_tile(sample.noise, first, n, scratch.z) : nullptr;
+    tile.y = y_target(plan, scratch, first);
+    tile.v = plan.direct ? static_cast<float*>(sample.out) + first : scratch.v;
+    if (plan.branches == 2)
+      with_stage<2>(tile, plan.stage, registers, n);
+    else
+      with_stage<1>(tile, plan.stage, registers, n);
+    write_history(plan, tile, first, n);
+    if (!plan.direct) store_tile(sample.out, sample.state, first, n, tile.v, sample.stream);
+    write_x_in(plan, tile.v, scratch, first, n);
+  }
+  if (sample.stream) fence();
+}
+
+void copy_range(const void* x, void* out, Type type, int64_t first, int64_t count) {
+  const int64_t size = type == Type::f32 ? 4 : 2;
+  const char* from = static_cast<const char*>(x) + first * size;
+  char* to = static_cast<char*>(out) + first * size;
+  if (from != to) __builtin_memmove(to, from, static_cast<size_t>(count * size));
+}
+
+}  // namespace GENENGINE_ISA
+}  // namespace genengine

@@ -1,0 +1,16 @@
+"""The fused ops. Each lives in a file of its own name, its eager reference directly under the formula."""
+
+from genengine.ops import _registry
+from genengine.ops.adaln import adaln, gated_adaln
+from genengine.ops.attention import attention
+from genengine.ops.diffuse import diffuse
+from genengine.ops.normal import normal, uniform
+from genengine.ops.sampler_step import advance, sampler_step
+
+# Loaded after every schema is defined: the shared object holds implementations only.
+EXTENSION = _registry.load_extension()
+backend = _registry.backend
+
+__all__ = [
+    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "sampler_step", "uniform",
+]  # fmt: skip

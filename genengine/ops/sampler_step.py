@@ -1,0 +1,265 @@
+"""sampler_step: one row of a coefficient table applied to the state; advance: on to the next row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genengine import random
+from genengine.ops import _check, _layout, _registry
+from genengine.ops.normal import reference_normal
+from genengine.table import COLUMNS
+
+_STEP_STREAM = random.STREAMS["step"]
+_INDEX = {name: index for index, name in enumerate(COLUMNS)}
+MAX_BRANCHES = 3
+MAX_HISTORY = 3
+
+
+def sampler_step(
+    x: Tensor,
+    outputs: Tensor | Sequence[Tensor],
+    table: Tensor,
+    step: Tensor,
+    history: Tensor | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    out: Tensor | None = None,
+    x_in: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Apply row step[b] of the table to sample b, in one pass over memory.
+
+        m  = out_0 + g1 (out_1 - out_0) + g2 (out_2 - out_1)
+        y  = phi(p x + q m)                        phi: identity | clamp to [-r, r] | clamp to [-r, r], then / r
+        x' = a x + b m + c y + h1 H1 + h2 H2 + h3 H3 + s z       left to right, no fused multiply-add
+        H_j <- keep | y | x                        as the row's flags say, after all registers were read
+        x_in = c_in x'                             cast to its dtype, repeated for each branch
+
+    A term with a zero coefficient is skipped, not multiplied: uninitialised history and NaN do not leak through it.
+    A sample whose step has reached R is copied to `out` unchanged, its history and x_in left alone.
+
+    x: (B, ...) float32, float16 or bfloat16, contiguous or channels_last. outputs: one to three tensors like x, branches
+    of the model (unconditional first), of x's dtype or, with a float32 x, 16-bit. table: float32 (R, B or 1, 16), columns
+    as in `genengine.table`. step: int32 (B,). history: float32 (K, B, ...), K <= 3, written in place.
+    seed: draws z = normal(seed, sample_ids[b], step[b], stream "step") in the kernel; noise: z given, float32 or x's dtype,
+    like x. With neither, a row's s must be 0 (it is skipped). sample_ids: int64 (B,), default 0..B-1.
+    out: written instead of a new tensor; may be x itself. x_in: (k B, ...) in the outputs' dtype, k copies of the input
+    of the next model evaluation.
+
+    Inference only. Returns x' (B, ...) with x's dtype. float64 runs on the reference.
+    Raises TypeError, ValueError on bad arguments, RuntimeError where autograd would need a backward.
+    """
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in)
+    _check.no_grad_needed("sampler_step", (x, *outputs, noise))
+    batch = x.shape[0]
+    if seed is not None:
+        seed = _check.seed_tensor("sampler_step", seed, x.device, batch)
+    sample_ids = _check.sample_ids("sampler_step", sample_ids, x.device, batch)
+    if out is None:
+        out = torch.empty_like(x, memory_format=_layout.memory_format(x))
+    elif not torch.compiler.is_compiling():
+        _check_out(out, x, outputs, noise, history, x_in)
+    if noise is not None and noise.dtype != torch.float32:
+        noise = noise.to(torch.float32)
+    _check_written_layout(out, history, x_in)
+    kernel = _registry.resolve(SAMPLER_STEP, x.device, x.dtype, backend)
+    outputs = [_layout.like(output, out) for output in outputs]
+    noise = None if noise is None else _layout.like(noise, out)
+    kernel(_layout.like(x, out), outputs, table.contiguous(), step, history, seed, sample_ids, noise, out, x_in)
+    return out
+
+
+def advance(step: Tensor, table: Tensor, t: Tensor, *, backend: str | None = None) -> None:
+    """Move every sample on to its next row and write that row's model time; no host sync.
+
+        step[b] += 1 where step[b] < R;    t[i] = table[step[i % B], i % B, t_model] where step[i % B] < R
+
+    step: int32 (B,), in place. table: float32 (R, B' , 16) with B' = 1, or a B' that divides B (sample b reads column
+    b % B'). t: float32 (k B,), in place: the time of each of k branches. A finished sample's t is left as it is.
+    """
+    _check.dtype("advance", "step", step, (torch.int32,))
+    _check_table("advance", table, step)
+    if t.dim() != 1 or t.dtype != torch.float32 or (step.shape[0] and t.shape[0] % step.shape[0]):
+        raise ValueError(f"advance: t must be float32 (k B,) with B = {step.shape[0]}, got {t.dtype} {tuple(t.shape)}")
+    _registry.resolve(ADVANCE, step.device, torch.float32, backend)(step, table, t)
+
+
+# ---- reference ---------------------------------------------------------------------------------------------------
+
+
+def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_in):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row = _rows(table, step, x.shape[0]).to(wide)
+    column = lambda name: row[:, _INDEX[name]].reshape(-1, *[1] * (x.dim() - 1))  # noqa: E731
+    term = lambda name, value: torch.where(column(name) != 0, column(name) * value, 0.0)  # noqa: E731
+    state, branches = x.to(wide), [output.to(wide) for output in outputs]
+    m = branches[0]
+    for k in range(1, len(branches)):
+        m = m + term(f"g{k}", branches[k] - branches[k - 1])
+    y = _phi(term("p", state) + term("q", m), column("flags").long() & 3, column("r"))
+    value = term("a", state) + term("b", m) + term("c", y)
+    for k in range(0 if history is None else history.shape[0]):
+        value = value + term(f"h{k + 1}", history[k].to(wide))
+    if noise is None and seed is not None:
+        noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        reference_normal(noise, seed, sample_ids, step, _STEP_STREAM)
+    if noise is not None:
+        value = value + term("s", noise.to(wide))
+    active = (step < table.shape[0]).reshape(-1, *[1] * (x.dim() - 1))
+    if history is not None:
+        _write_history(history, state, y, column("flags").long(), active)
+    out.copy_(torch.where(active, value, state))
+    if x_in is not None:
+        branches_in = x_in.view(-1, *x.shape)
+        branches_in.copy_(torch.where(active, column("c_in") * value, branches_in.to(wide)))
+
+
+def _rows(table, step, batch):
+    """The row of each sample: (B, 16); finished samples read the last one, and their result is discarded."""
+    index = step.clamp(max=table.shape[0] - 1).long()
+    sample = torch.arange(batch, device=table.device) % max(table.shape[1], 1)
+    return table[index, sample]
+
+
+def _phi(u, kind, r):
+    clamped = torch.minimum(torch.maximum(u, -r), r)
+    return torch.where(kind == 0, u, torch.where(kind == 1, clamped, clamped / torch.where(kind == 2, r, 1.0)))
+
+
+def _write_history(history, state, y, flags, active):
+    for k in range(history.shape[0]):
+        write = (flags >> (2 + 2 * k)) & 3
+        value = torch.where(write == 1, y, torch.where(write == 2, state, history[k].to(y.dtype)))
+        history[k].copy_(torch.where(active, value, history[k].to(y.dtype)))
+
+
+def reference_advance(step, table, t):
+    rows = table.shape[0]
+    step += (step < rows).to(torch.int32)
+    time = _rows(table, step, step.shape[0])[:, _INDEX["t_model"]]
+    branches = t.view(-1, step.shape[0])
+    branches.copy_(torch.where(step < rows, time.to(t.dtype), branches))
+
+
+SAMPLER_STEP = _registry.define(
+    "sampler_step_out(Tensor x, Tensor[] outputs, Tensor table, Tensor step, Tensor(a!)? history, Tensor? seed, "
+    "Tensor? sample_ids, Tensor? noise, Tensor(b!) out, Tensor(c!)? x_in) -> ()",
+    reference,
+    fake=lambda *args: None,
+    module="sampler_step",
+)
+ADVANCE = _registry.define(
+    "advance(Tensor(a!) step, Tensor table, Tensor(b!) t) -> ()",
+    reference_advance,
+    fake=lambda *args: None,
+    module="sampler_step",
+)
+
+
+# ---- argument checks ---------------------------------------------------------------------------------------------
+
+
+def _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in):
+    op = "sampler_step"
+    _check.dtype(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (B, ...), got a tensor without dimensions; add a batch with x[None]")
+    if not 1 <= len(outputs) <= MAX_BRANCHES:
+        raise ValueError(f"{op}: outputs must hold 1 to {MAX_BRANCHES} tensors, got {len(outputs)}")
+    for i, output in enumerate(outputs):
+        _check.dtype(op, f"outputs[{i}]", output)
+        _check.shape(op, f"outputs[{i}]", output, "x's shape", x.shape)
+        _check.same_device(op, f"outputs[{i}]", output, "x", x)
+        if output.dtype != outputs[0].dtype:
+            raise TypeError(f"{op}: outputs must share one dtype, got {outputs[0].dtype} and {output.dtype}")
+    if outputs[0].dtype != x.dtype and (x.dtype != torch.float32 or outputs[0].dtype == torch.float64):
+        raise TypeError(
+            f"{op}: outputs must have x's dtype {x.dtype}, or be 16-bit beside a float32 x, got {outputs[0].dtype}; "
+            "convert x with .float()"
+        )
+    _check_step(op, step, x)
+    _check_table(op, table, step)
+    _check_draws(op, x, seed, noise)
+    if history is not None:
+        _check_history(op, history, x)
+    if x_in is not None:
+        _check_x_in(op, x_in, x, outputs[0])
+    if out is not None:
+        _check.same_dtype(op, "out", out, "x", x)
+        _check.shape(op, "out", out, "x's shape", x.shape)
+        _check.same_device(op, "out", out, "x", x)
+
+
+def _check_step(op, step, x):
+    _check.dtype(op, "step", step, (torch.int32,))
+    _check.shape(op, "step", step, "(B,)", (x.shape[0],))
+    _check.same_device(op, "step", step, "x", x)
+
+
+def _check_table(op, table, step):
+    _check.dtype(op, "table", table, (torch.float32, torch.float64))
+    batch = step.shape[0]
+    columns = len(COLUMNS)
+    if table.dim() != 3 or table.shape[2] != columns or table.shape[0] == 0:
+        raise ValueError(f"{op}: table must be (R, B or 1, {columns}) with R >= 1, got {tuple(table.shape)}")
+    if table.shape[1] != 1 and (table.shape[1] == 0 or batch % table.shape[1]):
+        raise ValueError(f"{op}: table must be (R, B or 1, {columns}) with B = {batch}, got {tuple(table.shape)}")
+    _check.same_device(op, "table", table, "step", step)
+
+
+def _check_draws(op, x, seed, noise):
+    if seed is not None and noise is not None:
+        raise ValueError(f"{op}: seed and noise exclude each other, got both; leave one out")
+    if noise is not None:
+        _check.dtype(op, "noise", noise)
+        _check.shape(op, "noise", noise, "x's shape", x.shape)
+        _check.same_device(op, "noise", noise, "x", x)
+
+
+def _check_history(op, history, x):
+    _check.dtype(op, "history", history, (torch.float32, torch.float64))
+    if history.dim() != x.dim() + 1 or history.shape[1:] != x.shape or not 1 <= history.shape[0] <= MAX_HISTORY:
+        raise ValueError(
+            f"{op}: history must be (K, {', '.join(map(str, x.shape))}) with 1 <= K <= {MAX_HISTORY}, "
+            f"got {tuple(history.shape)}"
+        )
+    _check.same_device(op, "history", history, "x", x)
+
+
+def _check_x_in(op, x_in, x, output):
+    _check.same_dtype(op, "x_in", x_in, "outputs", output)
+    if x_in.dim() != x.dim() or x_in.shape[1:] != x.shape[1:] or (x.shape[0] and x_in.shape[0] % x.shape[0]):
+        raise ValueError(f"{op}: x_in must be (k B, ...) with (B, ...) = {tuple(x.shape)}, got {tuple(x_in.shape)}")
+    _check.same_device(op, "x_in", x_in, "x", x)
+
+
+def _check_written_layout(out, history, x_in):
+    """What is written cannot be copied first: it must share one layout."""
+    if not (_layout.dense(out) or _layout.channels_last(out)):
+        raise ValueError(f"sampler_step: out must be contiguous or channels_last, got strides {out.stride()}")
+    written = [("x_in", x_in)] if x_in is not None else []
+    if history is not None and history.shape[1]:
+        written += [(f"history[{k}]", history[k]) for k in range(history.shape[0])]
+    for name, tensor in written:
+        if _layout.like(tensor, out) is not tensor:
+            raise ValueError(
+                f"sampler_step: {name} must be laid out like out (strides {out.stride()}), got strides {tensor.stride()}; "
+                "allocate it in the same memory format"
+            )
+
+
+def _check_out(out, x, outputs, noise, history, x_in):
+    """What is written must not overlap what is read, but for x updated in place element by element."""
+    in_place = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
+    inputs = [("x", x)] if not in_place else []
+    inputs += [(f"outputs[{i}]", output) for i, output in enumerate(outputs)]
+    inputs += [(name, tensor) for name, tensor in (("noise", noise), ("history", history), ("x_in", x_in)) if tensor is not None]
+    for name, tensor in inputs:
+        if _check.overlap(out, tensor):
+            raise ValueError(f"sampler_step: out must not overlap {name}; pass a tensor of its own, or x itself")

@@ -1,0 +1,331 @@
+"""The only sampling loop: a denoiser, a coefficient table, and one fused row per model evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genengine import _capture
+from genengine.ops import _check, _layout, _registry, normal
+from genengine.ops.sampler_step import ADVANCE, SAMPLER_STEP
+from genengine.table import CoefficientTable
+
+CAPTURE_MODES = ("auto", "loop", "step", "never")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback sees after each row.
+
+    row: index of the row just applied, of num_rows. t: its model time, a float. x: the state after it, (B, ...), live:
+    clone it to keep it; returning a tensor from the callback replaces it.
+    """
+
+    row: int
+    num_rows: int
+    t: float
+    x: Tensor
+
+
+def sample(
+    denoiser: Callable[..., Tensor],
+    table: CoefficientTable,
+    shape: Sequence[int] | None = None,
+    *,
+    x: Tensor | None = None,
+    cond: Mapping | Sequence[Mapping] | None = None,
+    uncond: Mapping | None = None,
+    guidance: float | Tensor | None = None,
+    seed: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    noise: Tensor | Callable[[int], Tensor] | None = None,
+    callback: Callable[[StepInfo], Tensor | None] | None = None,
+    progress: bool | str = False,
+    capture: str = "auto",
+    device: torch.device | str | None = None,
+    model_dtype: torch.dtype | None = None,
+    check_finite: bool = False,
+) -> Tensor:
+    """Run a coefficient table from noise to data.
+
+    Every row r evaluates the model once and applies one fused `sampler_step`:
+
+        output = denoiser(c_in x, t[r], **cond);    x = row_r(x, output);    then `advance` moves on, on the device
+
+    denoiser(x, t, **cond) -> output: any callable; x (k B, ...), t float32 (k B,), k branches in one batch. If it has a
+    method for_schedule(t_rows, **cond), that is called once with the model times (R, k B) of all rows and returns
+    step(x, row) -> output, row int32 (k B,) on the device: then work that depends on t alone is done before the loop.
+    table: from `genengine.solvers`. shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
+    x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
+    unconditional first, anything else must be equal in both; cond may be two dicts for three branches.
+    guidance: replaces the table's g1, a float or one per sample (B,). seed: int in [0, 2^64) or int64 tensor () or (B,).
+    sample_ids: int64 (B,) global indices; a sample depends on its seed and index, never on the rest of the batch.
+    noise: instead of drawing, (R, B, ...) tensor or noise(row) -> (B, ...).
+    callback: called with a StepInfo after each row. progress: a progress bar, or its title.
+    capture: on a GPU, "loop" runs the whole loop as one CUDA graph, "step" replays a graph of one row, "never" neither;
+    "auto" takes "loop", or "step" where something must happen between rows. Ignored on a CPU.
+    device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
+    model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
+    check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).
+
+    Returns x (B, ...), an ordinary tensor: the state is float32, or x's dtype. Raises ValueError or TypeError on bad
+    arguments.
+    """
+    if capture not in CAPTURE_MODES:
+        raise ValueError(f"sample: capture must be one of {', '.join(CAPTURE_MODES)}, got {capture!r}")
+    if not isinstance(table, CoefficientTable):
+        raise TypeError(
+            f"sample: table must be a CoefficientTable, got {type(table).__name__}; genengine.solvers make them"
+        )
+    branches = _branches(cond, uncond)
+    device = _device(device, x, branches, denoiser)
+    table = _with_guidance(table, guidance, len(branches))
+    table.validate()
+    run = _Run(denoiser, table, branches, noise, check_finite, model_dtype or _model_dtype(denoiser))
+    run.start(x, shape, seed, sample_ids, device)
+    with torch.inference_mode(), _progress_bar(progress, table) as bar:
+        run.prepare()
+        _drive(run, _mode(capture, device, run, callback, progress), callback, bar)
+    return run.x
+
+
+def _drive(run: _Run, mode: str, callback, bar) -> None:
+    """Apply all rows: by a graph of all of them, by a graph of one replayed, or one by one."""
+    if mode == "loop":
+        _capture.replay_loop(run)
+        return
+    advance = _capture.one_step(run) if mode == "step" else run.row
+    for row in range(run.num_rows):
+        advance(row)
+        if callback is not None:
+            replacement = callback(StepInfo(row, run.num_rows, run.times[row], run.x))
+            if replacement is not None:
+                run.replace(replacement, row)
+        if bar is not None:
+            bar.update()
+
+
+class _Run:
+    """The buffers of one sampling run, and its row: nothing is allocated per row but by the model."""
+
+    def __init__(self, denoiser, table, branches, noise, check_finite, model_dtype):
+        self.denoiser, self.table_source, self.branches = denoiser, table, branches
+        self.noise, self.check_finite, self.model_dtype = noise, check_finite, model_dtype
+        self.num_rows = table.num_rows
+        self.times = [float(t) for t in table.t_model[:, 0]]
+
+    def start(self, x, shape, seed, sample_ids, device):
+        """Allocate everything, outside inference mode, so that the user gets an ordinary tensor."""
+        self.x = _initial_state(x, shape, seed, sample_ids, device, self.table_source.init_scale)
+        batch = self.x.shape[0]
+        if self.table_source.batch not in (1, batch):
+            raise ValueError(f"sample: table has rows for {self.table_source.batch} samples, the batch is {batch}")
+        _check_noise(self.noise, self.num_rows, self.x)
+        copies = len(self.branches)
+        self.cond = _concatenate(self.branches, batch, device)
+        self.table = torch.from_numpy(self.table_source.astype_float32()).to(device)
+        self.first_time = self.table[0, :, 0].expand(batch).repeat(copies)
+        self.step = torch.zeros(copies * batch, dtype=torch.int32, device=device)
+        self.sample_step = self.step[:batch]
+        self.t = torch.empty(copies * batch, dtype=torch.float32, device=device)
+        self.x_in = torch.empty((copies * batch, *self.x.shape[1:]), dtype=self.model_dtype, device=device)
+        if _layout.channels_last(self.x):
+            self.x_in = self.x_in.contiguous(memory_format=torch.channels_last)
+        self.history = _history(self.table_source.num_history, self.x)
+        draws = self.table_source.needs_noise and self.noise is None
+        self.seed = _check.seed_tensor("sample", seed, device, batch) if draws else None
+        self.sample_ids = _check.sample_ids("sample", sample_ids, device, batch)
+        self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
+        self.advance = _registry.resolve(ADVANCE, self.x.device, torch.float32)
+
+    def prepare(self):
+        """Rewind to row 0: the first model input, and the model itself prepared for the whole schedule."""
+        self.rewind()
+        batch, copies = self.x.shape[0], len(self.branches)
+        if hasattr(self.denoiser, "for_schedule"):
+            t_rows = self.table[:, :, 0].expand(self.num_rows, batch).repeat(1, copies)
+            self._scheduled = self.denoiser.for_schedule(t_rows, **self.cond)
+        else:
+            self._scheduled = None
+
+    def rewind(self):
+        self.step.zero_()
+        self.t.copy_(self.first_time)
+        self._write_x_in(self.table_source.first_c_in)
+
+    def _write_x_in(self, c_in):
+        self.x_in.view(len(self.branches), *self.x.shape).copy_(self.x * c_in if c_in != 1 else self.x)
+
+    def replace(self, x, row):
+        """Put the callback's state in place of ours."""
+        _check.shape("sample", "callback's return value", x, "x's shape", self.x.shape)
+        self.x.copy_(x)
+        if row + 1 < self.num_rows:
+            c_in = self.table[row, :, 14].expand(self.x.shape[0]).reshape(-1, *[1] * (self.x.dim() - 1))
+            self.x_in.view(len(self.branches), *self.x.shape).copy_(self.x * c_in)
+
+    def row(self, row):
+        """Model, fused row, on to the next; `row` chooses only the noise given, all else is read on the device."""
+        if self._scheduled is not None:
+            output = self._scheduled(self.x_in, self.step)
+        else:
+            output = self.denoiser(self.x_in, self.t, **self.cond)
+        if self.check_finite and not torch.isfinite(output).all():
+            raise FloatingPointError(
+                f"sample: the model output of row {row} of {self.num_rows} (t = {self.times[row]:g}) is not finite"
+            )
+        outputs = self._split(output)
+        noise = None if self.noise is None else self._given_noise(row)
+        x_in = self.x_in if row + 1 < self.num_rows else None
+        self.kernel(
+            self.x, outputs, self.table, self.sample_step, self.history, self.seed, self.sample_ids, noise, self.x, x_in
+        )
+        self.advance(self.step, self.table, self.t)
+
+    def _split(self, output):
+        if output.shape != self.x_in.shape:
+            raise ValueError(
+                f"sample: denoiser must return {tuple(self.x_in.shape)} like its input, got {tuple(output.shape)}; "
+                "drop extra channels (a learned variance, say) in a wrapper"
+            )
+        if output.dtype != self.model_dtype:
+            if output.dtype.itemsize > self.model_dtype.itemsize:
+                raise TypeError(
+                    f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; pass model_dtype={output.dtype}"
+                )
+            output = output.to(self.model_dtype)
+        output = _layout.like(output, self.x)
+        return output.chunk(len(self.branches)) if len(self.branches) > 1 else (output,)
+
+    def _given_noise(self, row):
+        noise = self.noise(row) if callable(self.noise) else self.noise[row]
+        return _layout.like(noise.to(torch.float32), self.x)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _branches(cond, uncond):
+    """The keyword arguments of each branch, unconditional first."""
+    conds = [] if cond is None else [cond] if isinstance(cond, Mapping) else list(cond)
+    branches = ([uncond] if uncond is not None else []) + conds
+    if uncond is None and len(conds) > 1:
+        raise ValueError("sample: two cond dicts need uncond, the branch that guidance starts from")
+    if len(branches) > 3:
+        raise ValueError(f"sample: at most three branches (uncond and two cond), got {len(branches)}")
+    names = [set(branch) for branch in branches]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"sample: cond and uncond must have the same keys, got {sorted(names[1])} and {sorted(names[0])}")
+    return branches or [{}]
+
+
+def _concatenate(branches, batch, device):
+    merged = {}
+    for name, first in branches[0].items():
+        values = [branch[name] for branch in branches]
+        if isinstance(first, Tensor) and first.dim() > 0:
+            for value in values:
+                if not isinstance(value, Tensor) or value.shape[0] != batch:
+                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"sample: cond[{name!r}] must be a tensor (B, ...) with B = {batch}, got {got}")
+                if value.device != device:
+                    raise ValueError(f"sample: cond[{name!r}] must be on {device}, got {value.device}; move it with .to(...)")
+            merged[name] = torch.cat(values) if len(values) > 1 else first
+        elif any(value is not first and value != first for value in values[1:]):
+            raise ValueError(f"sample: cond[{name!r}] is no tensor, so it must be equal in cond and uncond, got {values}")
+        else:
+            merged[name] = first
+    return merged
+
+
+def _with_guidance(table, guidance, branches):
+    if guidance is not None:
+        if branches == 1:
+            raise ValueError("sample: guidance needs uncond beside cond, got one branch; pass uncond={...}")
+        table = table.with_guidance(guidance.cpu().numpy() if isinstance(guidance, Tensor) else guidance)
+    if branches == 1 and ((table.rows[..., 1] != 0) & (table.rows[..., 1] != 1)).any():
+        raise ValueError("sample: the table has a guidance scale, but there is one branch; pass uncond={...}")
+    if branches < 3 and (table.rows[..., 2] != 0).any():
+        raise ValueError(f"sample: the table has g2 for a third branch, got {branches} branches; pass cond=[{{...}}, {{...}}]")
+    return table
+
+
+def _device(device, x, branches, denoiser):
+    if device is not None:
+        device = torch.device(device)
+        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+    if x is not None:
+        return x.device
+    tensors = [value for branch in branches for value in branch.values() if isinstance(value, Tensor)]
+    if tensors:
+        return tensors[0].device
+    parameter = _first_parameter(denoiser)
+    return parameter.device if parameter is not None else torch.device("cpu")
+
+
+def _model_dtype(denoiser):
+    parameter = _first_parameter(denoiser)
+    return parameter.dtype if parameter is not None else torch.float32
+
+
+def _first_parameter(denoiser):
+    parameters = getattr(denoiser, "parameters", None)
+    if not callable(parameters):
+        return None
+    return next((p for p in parameters() if p.is_floating_point()), None)
+
+
+def _initial_state(x, shape, seed, sample_ids, device, init_scale):
+    if (x is None) == (shape is None):
+        raise ValueError(f"sample: exactly one of shape and x must be given, got {'neither' if x is None else 'both'}")
+    if x is not None:
+        _check.dtype("sample", "x", x, (torch.float32, torch.float16, torch.bfloat16))
+        if x.dim() == 0:
+            raise ValueError("sample: x must be (B, ...), got a tensor without dimensions; add a batch with x[None]")
+        return x.detach().clone(memory_format=_layout.memory_format(x))
+    state = normal(shape, seed=seed, sample_ids=sample_ids, stream="init", device=device)
+    return state.mul_(init_scale) if init_scale != 1 else state
+
+
+def _history(registers, x):
+    """(K, B, ...) float32 registers laid out like x, uninitialised: rows read only what rows wrote."""
+    if registers == 0:
+        return None
+    flat = torch.empty((registers * x.shape[0], *x.shape[1:]), dtype=torch.float32, device=x.device)
+    if _layout.channels_last(x):
+        flat = flat.contiguous(memory_format=torch.channels_last)
+    return flat.view(registers, *x.shape)
+
+
+def _check_noise(noise, rows, x):
+    if isinstance(noise, Tensor) and noise.shape != (rows, *x.shape):
+        raise ValueError(f"sample: noise must be (R, B, ...) = {(rows, *x.shape)}, got {tuple(noise.shape)}")
+
+
+def _mode(capture, device, run, callback, progress):
+    if device.type != "cuda" or capture == "never":
+        return "never"
+    between = callback is not None or bool(progress) or run.check_finite or run.noise is not None
+    if capture == "loop" and between:
+        raise ValueError("sample: capture='loop' leaves no room for callback, progress, noise or check_finite between rows")
+    if run.check_finite or run.noise is not None:
+        return "never"  # they read or choose on the host in every row
+    if capture == "auto":
+        return "step" if between else "loop"
+    return capture
+
+
+@contextlib.contextmanager
+def _progress_bar(progress, table):
+    if not progress:
+        yield None
+        return
+    from tqdm import tqdm
+
+    title = progress if isinstance(progress, str) else table.name
+    with tqdm(total=table.num_rows, desc=title, unit="row", dynamic_ncols=True) as bar:
+        yield bar
