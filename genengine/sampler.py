@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ CAPTURE_MODES = ("auto", "loop", "step", "never")
 class StepInfo:
     """What a callback sees after each row.
 
-    row: index of the row just applied, of num_rows. t: its model time, a float. x: the state after it, (B, ...), live:
+    row: index of the row just applied, of num_rows. t: its model time (of sample 0), a float. x: the state after it, (B, ...), live:
     clone it to keep it; returning a tensor from the callback replaces it.
     """
 
@@ -158,15 +159,14 @@ class _Run:
         self._write_x_in(self.table_source.first_c_in)
 
     def _write_x_in(self, c_in):
-        self.x_in.view(len(self.branches), *self.x.shape).copy_(self.x * c_in if c_in != 1 else self.x)
+        self.x_in.view(len(self.branches), *self.x.shape).copy_(self.x * _per_sample(c_in, self.x))
 
     def replace(self, x, row):
         """Put the callback's state in place of ours."""
         _check.shape("sample", "callback's return value", x, "x's shape", self.x.shape)
         self.x.copy_(x)
         if row + 1 < self.num_rows:
-            c_in = self.table[row, :, 14].expand(self.x.shape[0]).reshape(-1, *[1] * (self.x.dim() - 1))
-            self.x_in.view(len(self.branches), *self.x.shape).copy_(self.x * c_in)
+            self._write_x_in(self.table_source.column("c_in")[row])
 
     def row(self, row):
         """Model, fused row, on to the next; `row` chooses only the noise given, all else is read on the device."""
@@ -288,7 +288,15 @@ def _initial_state(x, shape, seed, sample_ids, device, init_scale):
             raise ValueError("sample: x must be (B, ...), got a tensor without dimensions; add a batch with x[None]")
         return x.detach().clone(memory_format=_layout.memory_format(x))
     state = normal(shape, seed=seed, sample_ids=sample_ids, stream="init", device=device)
-    return state.mul_(init_scale) if init_scale != 1 else state
+    return state.mul_(_per_sample(init_scale, state))
+
+
+def _per_sample(value, x):
+    """A float, or one float per sample, as something that broadcasts against x (B, ...)."""
+    value = np.asarray(value, dtype=np.float32)
+    if value.size == 1:
+        return value.item()
+    return torch.from_numpy(value).to(x.device).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _history(registers, x):

@@ -72,6 +72,7 @@ constexpr int kNative = 8;
 constexpr int kNative = 4;
 #endif
 constexpr int kLanes = 16, kParts = kLanes / kNative;
+// From here on the maskz forms of some intrinsics: the plain ones make g++ 12 warn inside its own headers.
 typedef float Native __attribute__((vector_size(4 * kNative)));
 typedef uint32_t NativeBits __attribute__((vector_size(4 * kNative)));
 typedef uint16_t NativeShort __attribute__((vector_size(2 * kNative)));
@@ -106,11 +107,11 @@ GENENGINE_INLINE Lanes zero_lanes() {
 
 // The sixteen lanes added in one fixed order: halves, quarters, eighths, sixteenths.
 GENENGINE_INLINE float sum(Lanes lanes) {
-  float v[kLanes];
-  memcpy(v, &lanes, sizeof v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] = v[i] + v[i + width];
-  return v[0];
+  typedef float Four __attribute__((vector_size(16)));
+  Four quarter[4];
+  memcpy(quarter, &lanes, sizeof quarter);
+  const Four four = (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 GENENGINE_INLINE Lanes load(const float* from) {
@@ -121,36 +122,63 @@ GENENGINE_INLINE Lanes load(const float* from) {
 
 GENENGINE_INLINE Lanes load(const BFloat* from) {
   Lanes lanes;
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  lanes.part[0] = (Native)((NativeBits)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
+#else
   for (int i = 0; i < kParts; ++i) {
     NativeShort bits;
     memcpy(&bits, from + i * kNative, sizeof bits);
     lanes.part[i] = (Native)(__builtin_convertvector(bits, NativeBits) << 16);
   }
-  return lanes;
-}
-
-GENENGINE_INLINE Lanes load(const Half* from) {
-  Lanes lanes;
-#if defined(__AVX512F__)
-  lanes.part[0] = (Native)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__AVX2__) && defined(__F16C__)
-  for (int i = 0; i < kParts; ++i)
-    lanes.part[i] = (Native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * kNative)));
-#else
-  float v[kLanes];
-  for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
-  memcpy(&lanes, v, sizeof lanes);
 #endif
   return lanes;
 }
 
+#if defined(__AVX512F__)
+GENENGINE_INLINE Lanes load(const Half* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return {{(Native)_mm512_maskz_cvtph_ps(0xffff, bits)}};
+}
+#elif defined(__AVX2__) && defined(__F16C__)
+GENENGINE_INLINE Lanes load(const Half* from) {
+  Lanes lanes;
+  for (int i = 0; i < kParts; ++i)
+    lanes.part[i] = (Native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * kNative)));
+  return lanes;
+}
+#else
+__attribute__((noinline)) inline Lanes load(const Half* from) {
+  float v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
+  Lanes lanes;
+  memcpy(&lanes, v, sizeof lanes);
+  return lanes;
+}
+#endif
+
 GENENGINE_INLINE void store(float* to, Lanes lanes) { memcpy(to, &lanes, sizeof lanes); }
 
+#if defined(__AVX512BW__)
+GENENGINE_INLINE NativeShort round_part(BFloat*, Native part) {
+  const NativeBits bits = (NativeBits)part;
+  const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)part, (__m512)part, _CMP_ORD_Q);
+  const __m512i half = (__m512i)(0x7fffu + ((bits >> 16) & 1u)), quiet = (__m512i)(bits | 0x400000u);
+  const __m512i rounded = _mm512_mask_add_epi32(quiet, ordered, (__m512i)bits, half);
+  const __m512i odd = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15,
+                                       13, 11, 9, 7, 5, 3, 1);  // the high halves
+  const __m512i packed = _mm512_maskz_permutexvar_epi16(0xffff, odd, rounded);
+  NativeShort low;
+  memcpy(&low, &packed, sizeof low);
+  return low;
+}
+#else
 GENENGINE_INLINE NativeShort round_part(BFloat*, Native part) {
   const NativeBits bits = (NativeBits)part, nan = (NativeBits)(part != part);
   const NativeBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
   return __builtin_convertvector((rounded & ~nan) | (quiet & nan), NativeShort);
 }
+#endif
 
 #if defined(__AVX512F__)
 GENENGINE_INLINE NativeShort round_part(Half*, Native part) {
@@ -161,7 +189,7 @@ GENENGINE_INLINE NativeShort round_part(Half*, Native part) {
   return (NativeShort)_mm256_cvtps_ph((__m256)part, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #else
-GENENGINE_INLINE NativeShort round_part(Half*, Native part) {
+__attribute__((noinline)) inline NativeShort round_part(Half*, Native part) {
   float v[kNative];
   memcpy(v, &part, sizeof v);
   Half half[kNative];

@@ -10,71 +10,58 @@ namespace {
 
 // One tile's operands, after everything that a zero coefficient makes unnecessary is gone.
 struct Tile {
-  const float *x, *o0, *o1, *z;
+  const float *x, *o0, *o1;
   const float* h[kMaxHistory];
   float h_coefficient[kMaxHistory];
-  float g1, p, q, r, a, b, c, s;
+  float g1, p, q, r, a, b, c;
   Phi phi;
   float *y, *v;
 };
 
 enum Stage { kNoY, kClampY, kThresholdY };
 
-// v = a x + b m + c y + sum h H + s z. kClampY serves identity too, with r = infinity.
-template <int Branches, Stage Y, int History, bool Noise>
+// v = a x + b m + c y + h H, with at most one register; kClampY serves identity too, with r = infinity.
+template <int Branches, Stage Y, bool History>
 void fused(const Tile& t, int64_t count) {
-  const float *x = t.x, *o0 = t.o0, *o1 = t.o1, *z = t.z, *h0 = t.h[0], *h1 = t.h[1], *h2 = t.h[2];
-  const float a = t.a, b = t.b, c = t.c, g1 = t.g1, p = t.p, q = t.q, r = t.r, s = t.s;
-  const float k0 = t.h_coefficient[0], k1 = t.h_coefficient[1], k2 = t.h_coefficient[2];
+  const float *x = t.x, *o0 = t.o0, *o1 = t.o1, *h0 = t.h[0];
+  const float a = t.a, b = t.b, c = t.c, g1 = t.g1, p = t.p, q = t.q, r = t.r, k0 = t.h_coefficient[0];
   float *y_out = t.y, *v_out = t.v;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     float m = o0[i];
     if (Branches == 2) m = m + g1 * (o1[i] - m);
-    float v;
+    float v, y = 0.f;
     if (Y == kNoY) {
       v = a * x[i] + b * m;
     } else {
-      float y = term(p, x[i]) + term(q, m);
+      y = term(p, x[i]) + term(q, m);
       y = y < -r ? -r : (y > r ? r : y);
       if (Y == kThresholdY) y = y / r;
       v = (term(a, x[i]) + term(b, m)) + term(c, y);
-      if (History >= 1) v = v + k0 * h0[i];
-      if (History >= 2) v = v + k1 * h1[i];
-      if (History >= 3) v = v + k2 * h2[i];
-      if (Noise) v = v + s * z[i];
-      y_out[i] = y;  // after the registers were read: y_out may be one of them
-      v_out[i] = v;
-      continue;
     }
-    if (History >= 1) v = v + k0 * h0[i];
-    if (History >= 2) v = v + k1 * h1[i];
-    if (History >= 3) v = v + k2 * h2[i];
-    if (Noise) v = v + s * z[i];
+    if (History) v = v + k0 * h0[i];
+    if (Y != kNoY) y_out[i] = y;  // after the register was read: y_out may be that register
     v_out[i] = v;
   }
 }
 
-template <int Branches, Stage Y, int History>
-void with_noise(const Tile& t, int64_t count) {
-  t.z ? fused<Branches, Y, History, true>(t, count) : fused<Branches, Y, History, false>(t, count);
-}
 template <int Branches, Stage Y>
-void with_history(const Tile& t, int registers, int64_t count) {
-  switch (registers) {
-    case 0: return with_noise<Branches, Y, 0>(t, count);
-    case 1: return with_noise<Branches, Y, 1>(t, count);
-    case 2: return with_noise<Branches, Y, 2>(t, count);
-    default: return with_noise<Branches, Y, 3>(t, count);
-  }
+void with_history(const Tile& t, int64_t count) {
+  t.h[0] ? fused<Branches, Y, true>(t, count) : fused<Branches, Y, false>(t, count);
 }
 template <int Branches>
-void with_stage(const Tile& t, Stage stage, int registers, int64_t count) {
+void with_stage(const Tile& t, Stage stage, int64_t count) {
   switch (stage) {
-    case kNoY: return with_history<Branches, kNoY>(t, registers, count);
-    case kClampY: return with_history<Branches, kClampY>(t, registers, count);
-    default: return with_history<Branches, kThresholdY>(t, registers, count);
+    case kNoY: return with_history<Branches, kNoY>(t, count);
+    case kClampY: return with_history<Branches, kClampY>(t, count);
+    default: return with_history<Branches, kThresholdY>(t, count);
   }
+}
+
+// The terms that few rows have, in passes of their own over the tile, which is in L1: further registers, then noise.
+void accumulate(float* v, float coefficient, const float* source, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) v[i] = v[i] + coefficient * source[i];
 }
 
 // What does not change from tile to tile of a sample.
@@ -142,9 +129,10 @@ int load_history(const Plan& plan, Tile& tile, int64_t first) {
   return used;
 }
 
-// The first register that takes y receives it from the fused loop itself; the others, and x, by copies.
-float* y_target(const Plan& plan, Scratch& scratch, int64_t first) {
-  for (int j = 0; j < plan.sample.registers; ++j)
+// The first register that takes y receives it from the fused loop itself, unless a later pass still reads registers;
+// the others, and x, by copies.
+float* y_target(const Plan& plan, Scratch& scratch, int registers_read, int64_t first) {
+  for (int j = 0; registers_read <= 1 && j < plan.sample.registers; ++j)
     if (write_of(plan.flags, j) == Write::y) return plan.sample.history[j] + first;
   return scratch.y;
 }
@@ -179,19 +167,20 @@ void step_range(const StepSample& sample, int64_t first, int64_t count) {
   tile.g1 = row[kG1];
   tile.p = row[kP], tile.q = row[kQ];
   tile.r = phi_of(plan.flags) == Phi::identity ? __builtin_inff() : row[kR];
-  tile.a = row[kA], tile.b = row[kB], tile.c = row[kC], tile.s = row[kS];
+  tile.a = row[kA], tile.b = row[kB], tile.c = row[kC];
   for (int64_t end = first + count; first < end; first += kTile) {
     const int64_t n = end - first < kTile ? end - first : kTile;
     tile.x = plan.need_x ? load_tile(sample.x, sample.state, first, n, scratch.x) : kZeros;
     load_outputs(plan, scratch, tile, first, n);
     const int registers = load_history(plan, tile, first);
-    tile.z = plan.noise ? noise_tile(sample.noise, first, n, scratch.z) : nullptr;
-    tile.y = y_target(plan, scratch, first);
+    tile.y = y_target(plan, scratch, registers, first);
     tile.v = plan.direct ? static_cast<float*>(sample.out) + first : scratch.v;
     if (plan.branches == 2)
-      with_stage<2>(tile, plan.stage, registers, n);
+      with_stage<2>(tile, plan.stage, n);
     else
-      with_stage<1>(tile, plan.stage, registers, n);
+      with_stage<1>(tile, plan.stage, n);
+    for (int j = 1; j < registers; ++j) accumulate(tile.v, tile.h_coefficient[j], tile.h[j], n);
+    if (plan.noise) accumulate(tile.v, row[kS], noise_tile(sample.noise, first, n, scratch.z), n);
     write_history(plan, tile, first, n);
     if (!plan.direct) store_tile(sample.out, sample.state, first, n, tile.v, sample.stream);
     write_x_in(plan, tile.v, scratch, first, n);

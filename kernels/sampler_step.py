@@ -1,0 +1,213 @@
+"""Triton kernels of sampler_step and advance.
+
+Bytes per element: reads x, the branches and the registers whose coefficient is not 0, writes x', the copies of x_in and
+the registers that the row's flags name. About 12 FLOPs, plus 67 instructions per normal drawn. Accumulates in float32,
+left to right, without fused multiply-add. The row is read on the device: one compiled kernel serves every step, and
+samples of a batch may stand at different rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from genengine.kernels._launch import DTYPE_NAMES, batch_stride, layout, per_sample, require_layout
+from genengine.kernels._philox import normal_at, normal_block
+
+QUADS = 256
+NUM_WARPS = 4
+_STREAM = tl.constexpr(1)  # genengine.random.STREAMS["step"]
+
+
+@triton.jit
+def _load(ptr, element, count):
+    """Elements below count as float32; with count = 0 nothing is read."""
+    return tl.load(ptr + element, mask=element < count, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _term(coefficient, value):
+    return tl.where(coefficient != 0.0, coefficient * value, 0.0)
+
+
+@triton.jit
+def _apply_phi(u, phi, r):
+    clamped = tl.where(u < -r, -r, tl.where(u > r, r, u))
+    return tl.where(phi == 0, u, tl.where(phi == 1, clamped, tl.div_rn(clamped, tl.where(phi == 2, r, 1.0))))
+
+
+@triton.jit
+def _noise(
+    noise_ptr, seed_ptr, ids_ptr, sample, element, per, first_quad, s, row, noise_stride, seed_stride, channels, pixels,
+    HAS_IDS: tl.constexpr, GIVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """z, given or drawn; a row without noise draws nothing."""
+    z = tl.zeros((QUADS * 4,), tl.float32)
+    if GIVEN:
+        z = _load(noise_ptr + sample * noise_stride, element, tl.where(s != 0.0, per, 0))
+    elif s != 0.0:
+        seed = tl.load(seed_ptr + sample * seed_stride)
+        index = tl.load(ids_ptr + sample) if HAS_IDS else sample
+        stream = row * 0 + _STREAM
+        if CHANNELS_LAST:
+            z = normal_at((element % channels) * pixels + element // channels, seed, index, row, stream)
+        else:
+            z = normal_block(first_quad, seed, index, row, stream, QUADS)
+    return z
+
+
+@triton.jit
+def _write_register(register_ptr, element, count, write, y, x):
+    mask = element < tl.where(write != 0, count, 0)
+    tl.store(register_ptr + element, tl.where(write == 1, y, x), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "table_stride", "seed_stride", "channels", "pixels"])
+def sampler_step_kernel(
+    x_ptr, o0_ptr, o1_ptr, o2_ptr, table_ptr, step_ptr, history_ptr, seed_ptr, ids_ptr, noise_ptr, out_ptr, x_in_ptr,
+    per, blocks, batch, num_rows, table_batch, table_stride, x_stride, o0_stride, o1_stride, o2_stride, register_stride,
+    history_stride, noise_stride, out_stride, x_in_stride, seed_stride, channels, pixels,
+    BRANCHES: tl.constexpr, REGISTERS: tl.constexpr, COPIES: tl.constexpr, NOISE: tl.constexpr, GIVEN: tl.constexpr,
+    HAS_IDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first_quad = (tl.program_id(0) % blocks) * QUADS
+    element = first_quad.to(tl.int64) * 4 + tl.arange(0, QUADS * 4)
+
+    step = tl.load(step_ptr + sample)
+    active = (step >= 0) & (step < num_rows)
+    written = tl.where(active, per, 0)  # of the registers and x_in: a finished sample leaves them alone
+    row = tl.minimum(tl.maximum(step, 0), num_rows - 1)
+    row_ptr = table_ptr + (row.to(tl.int64) * table_batch + sample * table_stride) * 16
+    g1, g2 = tl.load(row_ptr + 1), tl.load(row_ptr + 2)
+    p, q, r = tl.load(row_ptr + 3), tl.load(row_ptr + 4), tl.load(row_ptr + 5)
+    a, b, c = tl.load(row_ptr + 6), tl.load(row_ptr + 7), tl.load(row_ptr + 8)
+    s, c_in, flags = tl.load(row_ptr + 12), tl.load(row_ptr + 14), tl.load(row_ptr + 15).to(tl.int32)
+
+    x = _load(x_ptr + sample * x_stride, element, per)
+    m = _load(o0_ptr + sample * o0_stride, element, per)
+    if BRANCHES >= 2:
+        o0, o1 = m, _load(o1_ptr + sample * o1_stride, element, tl.where((g1 != 0.0) | (g2 != 0.0), per, 0))
+        m = m + _term(g1, o1 - o0)
+        if BRANCHES == 3:
+            o2 = _load(o2_ptr + sample * o2_stride, element, tl.where(g2 != 0.0, per, 0))
+            m = m + _term(g2, o2 - o1)
+    y = _apply_phi(_term(p, x) + _term(q, m), flags & 3, r)
+    value = _term(a, x) + _term(b, m) + _term(c, y)
+
+    for j in tl.static_range(REGISTERS):
+        h = tl.load(row_ptr + 9 + j)
+        offset = j * register_stride + sample * history_stride
+        value = value + _term(h, _load(history_ptr + offset, element, tl.where(h != 0.0, per, 0)))
+    if NOISE:
+        z = _noise(
+            noise_ptr, seed_ptr, ids_ptr, sample, element, per, first_quad, s, row, noise_stride, seed_stride,
+            channels, pixels, HAS_IDS, GIVEN, CHANNELS_LAST, QUADS,
+        )  # fmt: skip
+        value = value + _term(s, z)
+    for j in tl.static_range(REGISTERS):
+        offset = j * register_stride + sample * history_stride
+        _write_register(history_ptr + offset, element, written, (flags >> (2 + 2 * j)) & 3, y, x)
+
+    value = tl.where(active, value, x)
+    tl.store(out_ptr + sample * out_stride + element, value.to(out_ptr.dtype.element_ty), mask=element < per)
+    for k in tl.static_range(COPIES):
+        scaled = (c_in * value).to(x_in_ptr.dtype.element_ty)
+        tl.store(x_in_ptr + (k * batch + sample) * x_in_stride + element, scaled, mask=element < written)
+
+
+def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, out, x_in):
+    batch, per = x.shape[0], per_sample(x)
+    if per == 0:
+        return
+    channels, pixels = layout(out)
+    operands = [("x", x), *((f"outputs[{k}]", output) for k, output in enumerate(outputs))]
+    operands += [(name, tensor) for name, tensor in (("noise", noise), ("x_in", x_in)) if tensor is not None]
+    for name, tensor in operands:
+        require_layout("sampler_step", name, tensor, channels)
+    o0, o1, o2 = (outputs[min(k, len(outputs) - 1)] for k in range(3))
+    history_or_x, noise_or_x, seed_or_step = (x if history is None else history), (x if noise is None else noise), seed
+    blocks = triton.cdiv(per, 4 * QUADS)
+    sampler_step_kernel[(blocks * batch,)](
+        x, o0, o1, o2, table, step, history_or_x, step if seed is None else seed_or_step,
+        step if sample_ids is None else sample_ids, noise_or_x, out, out if x_in is None else x_in,
+        per, blocks, batch, table.shape[0], table.shape[1], 0 if table.shape[1] == 1 else 1,
+        batch_stride(x), batch_stride(o0), batch_stride(o1), batch_stride(o2),
+        0 if history is None else history.stride(0), 0 if history is None or batch == 1 else history.stride(1),
+        0 if noise is None else batch_stride(noise), batch_stride(out), 0 if x_in is None else batch_stride(x_in),
+        seed.stride(0) if seed is not None and seed.dim() else 0, channels, pixels,
+        BRANCHES=len(outputs), REGISTERS=0 if history is None else history.shape[0],
+        COPIES=0 if x_in is None else x_in.shape[0] // batch, NOISE=seed is not None or noise is not None,
+        GIVEN=noise is not None, HAS_IDS=sample_ids is not None, CHANNELS_LAST=channels > 1, QUADS=QUADS,
+        num_warps=NUM_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch", "num_rows", "table_batch", "copies"])
+def advance_kernel(step_ptr, table_ptr, t_ptr, batch, num_rows, table_batch, copies, BLOCK: tl.constexpr):
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = sample < batch
+    old = tl.load(step_ptr + sample, mask=inside, other=0)
+    step = tl.where(old < num_rows, old + 1, old)
+    tl.store(step_ptr + sample, step, mask=inside)
+    active = inside & (step < num_rows)
+    t = tl.load(table_ptr + (step.to(tl.int64) * table_batch + sample % table_batch) * 16, mask=active, other=0.0)
+    for k in range(copies):
+        tl.store(t_ptr + k * batch + sample, t, mask=active)
+
+
+def advance(step, table, t):
+    batch = step.shape[0]
+    if batch == 0:
+        return
+    advance_kernel[(triton.cdiv(batch, 256),)](
+        step, table, t, batch, table.shape[0], table.shape[1], t.shape[0] // batch, BLOCK=256, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _step_variant(dtype, noise, registers, branches=2, copies=2):
+    name = DTYPE_NAMES[dtype]
+    kinds = dict.fromkeys(sampler_step_kernel.arg_names, "i32")
+    kinds.update({key: f"*{name}" for key in ("x_ptr", "o0_ptr", "o1_ptr", "o2_ptr", "out_ptr", "x_in_ptr")})
+    kinds.update({key: "*fp32" for key in ("table_ptr", "history_ptr", "noise_ptr")})
+    kinds.update(step_ptr="*i32", seed_ptr="*i64", ids_ptr="*i64")
+    constexprs = {
+        "BRANCHES": branches, "REGISTERS": registers, "COPIES": copies, "NOISE": noise, "GIVEN": False, "HAS_IDS": True,
+        "CHANNELS_LAST": False, "QUADS": QUADS,
+    }  # fmt: skip
+    kinds.update(dict.fromkeys(constexprs, "constexpr"))
+    strides = [key for key in kinds if key.endswith("_stride") and key not in ("table_stride", "seed_stride")]
+    return {
+        "name": f"sampler_step_{name}" + ("_noise" if noise else "") + (f"_h{registers}" if registers else ""),
+        "fn": sampler_step_kernel,
+        "signature": kinds,
+        "constexprs": constexprs,
+        "divisible": [key for key, kind in kinds.items() if kind.startswith("*")] + ["per", *strides],
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": False,
+    }
+
+
+def variants():
+    """What `make inspect` compiles ahead of time."""
+    steps = [
+        _step_variant(dtype, noise, registers)
+        for dtype, noise, registers in (
+            (torch.float32, False, 0), (torch.float32, True, 0), (torch.float32, False, 1), (torch.float32, True, 3),
+            (torch.bfloat16, False, 0), (torch.bfloat16, True, 0), (torch.float16, False, 0),
+        )
+    ]  # fmt: skip
+    kinds = dict.fromkeys(advance_kernel.arg_names, "i32")
+    kinds.update(step_ptr="*i32", table_ptr="*fp32", t_ptr="*fp32", BLOCK="constexpr")
+    return steps + [
+        {
+            "name": "advance",
+            "fn": advance_kernel,
+            "signature": kinds,
+            "constexprs": {"BLOCK": 256},
+            "divisible": ["step_ptr", "table_ptr", "t_ptr"],
+            "num_warps": 4,
+            "enable_fp_fusion": False,
+            "streaming": False,
+        }
+    ]
