@@ -178,8 +178,17 @@ def why_not(op: Op, name: str, device_type: str, dtype: torch.dtype) -> str | No
     return _why_no_kernel(op.name, name)
 
 
-@lru_cache
+@torch._dynamo.assume_constant_result  # torch.compile takes the answer as it is, and does not look inside
 def _why_no_kernel(op_name: str, name: str) -> str | None:
+    if (op_name, name) not in _kernel_reasons:
+        _kernel_reasons[op_name, name] = _look_for_kernel(op_name, name)
+    return _kernel_reasons[op_name, name]
+
+
+_kernel_reasons: dict[tuple[str, str], str | None] = {}
+
+
+def _look_for_kernel(op_name, name):
     from genengine.ops import EXTENSION
 
     if not EXTENSION.loaded:
@@ -193,8 +202,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@lru_cache
+@torch._dynamo.assume_constant_result
 def _why_no_triton(device_type: str) -> str | None:
+    return _look_for_triton(device_type)
+
+
+@lru_cache
+def _look_for_triton(device_type):
     try:
         import triton
     except ImportError:
@@ -230,6 +244,6 @@ def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:
         from genengine.ops import _verify
 
         for name in ("cuda", "triton"):  # CUDA C++ first: no compilation at run time
-            if not why_not(op, name, "cuda", dtype) and _verify.verified(op, name, device):
+            if not why_not(op, name, "cuda", dtype) and _verify.verified(op.name, name, str(device)):
                 return name
     return "reference"

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from genengine.ops import _registry
+
 SHIPPED = Path(__file__).with_name("verified.json")
 
 
@@ -107,17 +109,19 @@ def run(op, backend: str, device: torch.device) -> list[str]:
     return found
 
 
-def verified(op, backend: str, device: torch.device) -> bool:
+@torch._dynamo.assume_constant_result  # while torch.compile traces, a verdict is looked up, not traced
+def verified(op_name: str, backend: str, device: str) -> bool:
     """Whether the kernel has been seen right on this device; checks it now if that is not known and can be found out."""
-    key, name = device_key(device), f"{op.name}/{backend}"
+    where = torch.device(device)
+    key, name = device_key(where), f"{op_name}/{backend}"
     known = verdicts().get(key, {})
     if name in known:
         return known[name]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return False
-    print(f"genengine: checking the {backend} kernel of {op.name} against its reference, once ...", file=sys.stderr)
-    problems = run(op, backend, device)
+    print(f"genengine: checking the {backend} kernel of {op_name} against its reference, once ...", file=sys.stderr)
+    problems = run(_registry.OPS[op_name], backend, where)
     for problem in problems[:3]:
-        print(f"genengine: {op.name}/{backend} is not used: {problem}", file=sys.stderr)
+        print(f"genengine: {op_name}/{backend} is not used: {problem}", file=sys.stderr)
     record(key, {name: not problems})
     return not problems

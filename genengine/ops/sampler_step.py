@@ -94,6 +94,8 @@ def advance(step: Tensor, table: Tensor, t: Tensor, *, backend: str | None = Non
 
 
 def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_in):
+    if x.numel() == 0:
+        return
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     row = _rows(table, step, x.shape[0]).to(wide)
     column = lambda name: row[:, _INDEX[name]].reshape(-1, *[1] * (x.dim() - 1))  # noqa: E731
@@ -140,6 +142,8 @@ def _write_history(history, state, y, flags, active):
 
 
 def reference_advance(step, table, t):
+    if step.numel() == 0:
+        return
     rows = table.shape[0]
     step += (step < rows).to(torch.int32)
     time = _rows(table, step, step.shape[0])[:, _INDEX["t_model"]]
