@@ -15,10 +15,10 @@ const float* coefficient(const char* name, const Tensor& value, int64_t batch) {
 std::tuple<Tensor, Tensor> diffuse(const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& c_x0,
                                    const Tensor& c_eps, const OptionalTensor& seed, const OptionalTensor& sample_ids,
                                    int64_t step, const OptionalTensor& noise) {
-  const Layout layout = common_layout("diffuse", x0);
   Tensor x_t = torch::stable::empty_like(x0), target = torch::stable::empty_like(x0);
   const int64_t batch = x0.size(0), per = per_sample(x0);
   if (batch == 0 || per == 0) return {x_t, target};
+  const Layout layout = common_layout("diffuse", x0);
   const Type type = type_of("diffuse", "x0", x0);
   if (noise) {
     require_layout("diffuse", "noise", *noise, x0, layout);

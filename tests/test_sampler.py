@@ -1,0 +1,226 @@
+"""The loop: equal to a loop written by hand, whatever the batch split, guidance, noise or callback."""
+
+import pytest
+import torch
+
+import genengine
+from genengine import paths, schedules, solvers
+from genengine.ops import normal
+
+FLOW = paths.RectifiedFlow()
+GRID = schedules.uniform(6)
+SHAPE = (3, 2, 4, 4)
+
+
+def denoiser(x, t, y=None, gain=0.3):
+    """A model whose output depends on everything it is given."""
+    column = lambda v: v.reshape(-1, 1, 1, 1).to(x.dtype)  # noqa: E731
+    y = torch.zeros_like(t) if y is None else y
+    return torch.tanh(gain * x + column(t) + 0.1 * column(y))
+
+
+def euler_by_hand(x, cond, uncond, guidance):
+    for t, t_next in zip(GRID[:-1], GRID[1:], strict=True):
+        times = torch.full((x.shape[0],), t, dtype=torch.float32)
+        m = denoiser(x, times, **uncond)
+        m = m + guidance * (denoiser(x, times, **cond) - m)
+        x = x + (t_next - t) * m
+    return x
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_equals_a_loop_by_hand_with_guidance(backend):
+    cond, uncond = {"y": torch.tensor([1.0, 2.0, 3.0])}, {"y": torch.zeros(3)}
+    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    with genengine.backend(backend):
+        got = genengine.sample(denoiser, table, SHAPE, cond=cond, uncond=uncond, guidance=2.5, seed=7)
+    expected = euler_by_hand(normal(SHAPE, seed=7), cond, uncond, 2.5)
+    assert (got - expected).abs().max() < 2e-6
+
+
+def test_returns_an_ordinary_tensor():
+    x = genengine.sample(denoiser, solvers.euler(FLOW, GRID, prediction="velocity"), SHAPE)
+    assert not x.is_inference() and not x.requires_grad
+    (x * torch.ones(1, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "dpmpp_2m", "ddpm", "euler_ancestral"])
+def test_a_sample_does_not_depend_on_its_batch(name):
+    """Bit for bit, on the samplers' part: the model here is elementwise."""
+    table = solvers.SOLVERS[name](paths.VPLinear(), schedules.uniform(5, t_max=0.99, t_min=0.01), prediction="eps")
+    y = torch.tensor([1.0, 2.0, 3.0])
+    run = lambda ids: genengine.sample(  # noqa: E731
+        denoiser, table, (len(ids), 2, 5, 5), cond={"y": y[ids]}, uncond={"y": 0 * y[ids]}, guidance=1.5, seed=3,
+        sample_ids=torch.tensor(ids),
+    )  # fmt: skip
+    whole = run([0, 1, 2])
+    assert whole.isfinite().all()
+    assert torch.equal(torch.cat([run([0]), run([1, 2])]), whole)
+
+
+def test_guidance_seed_and_solver_per_sample():
+    cond, uncond = {"y": torch.tensor([1.0, 2.0])}, {"y": torch.zeros(2)}
+    grid = schedules.uniform(5, t_max=0.99, t_min=0.01)
+    arguments = (paths.VPLinear(), grid)
+    tables = [solvers.ddim(*arguments, prediction="eps"), solvers.ddpm(*arguments, prediction="eps")]
+    both = genengine.CoefficientTable.stack(tables)
+    shape, seeds = (2, 2, 4, 4), torch.tensor([5, 6])
+    got = genengine.sample(
+        denoiser, both, shape, cond=cond, uncond=uncond, guidance=torch.tensor([1.0, 3.0]), seed=seeds
+    )
+    for b, (table, guidance) in enumerate(zip(tables, (1.0, 3.0), strict=True)):
+        pick = lambda branch, b=b: {"y": branch["y"][b : b + 1]}  # noqa: E731
+        alone = genengine.sample(
+            denoiser, table, (1, 2, 4, 4), cond=pick(cond), uncond=pick(uncond), guidance=guidance, seed=int(seeds[b]),
+            sample_ids=torch.tensor([b]),
+        )  # fmt: skip
+        assert torch.equal(got[b : b + 1], alone)
+
+
+def test_noise_given_equals_noise_drawn():
+    table = solvers.ddpm(paths.VPLinear(), schedules.uniform(5, t_max=0.99, t_min=0.01), prediction="eps")
+    noise = torch.stack([normal(SHAPE, seed=11, step=row, stream="step") for row in range(table.num_rows)])
+    drawn = genengine.sample(denoiser, table, SHAPE, seed=11)
+    assert torch.equal(genengine.sample(denoiser, table, SHAPE, seed=11, noise=noise), drawn)
+    assert torch.equal(genengine.sample(denoiser, table, SHAPE, seed=11, noise=lambda row: noise[row]), drawn)
+
+
+def test_start_from_x_keeps_it_and_its_layout():
+    table = solvers.heun(FLOW, GRID, prediction="velocity")
+    x = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    got = genengine.sample(denoiser, table, x=x)
+    assert torch.equal(x, before) and got.stride() == x.stride()
+    assert torch.equal(got, genengine.sample(denoiser, table, x=x.contiguous()))
+
+
+def test_three_branches():
+    y = torch.ones(3)
+    table = solvers.euler(FLOW, GRID, prediction="velocity").with_guidance(2.0, 0.5)
+    got = genengine.sample(denoiser, table, SHAPE, cond=[{"y": y}, {"y": 2 * y}], uncond={"y": 0 * y}, seed=1)
+    x = normal(SHAPE, seed=1)
+    for t, t_next in zip(GRID[:-1], GRID[1:], strict=True):
+        out = [denoiser(x, torch.full((3,), t, dtype=torch.float32), y=k * y) for k in range(3)]
+        x = x + (t_next - t) * (out[0] + 2.0 * (out[1] - out[0]) + 0.5 * (out[2] - out[1]))
+    assert (got - x).abs().max() < 2e-6
+
+
+def test_sixteen_bit_model_with_a_float32_state():
+    seen = []
+
+    def model(x, t):
+        seen.append(x.dtype)
+        return denoiser(x, t)
+
+    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    got = genengine.sample(model, table, SHAPE, seed=2, model_dtype=torch.bfloat16)
+    assert got.dtype == torch.float32 and set(seen) == {torch.bfloat16}
+    assert 0 < (got - genengine.sample(denoiser, table, SHAPE, seed=2)).abs().max() < 0.1
+
+
+def test_callback_sees_every_row_and_may_replace_the_state():
+    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    seen = []
+    plain = genengine.sample(denoiser, table, SHAPE, seed=3, callback=lambda info: seen.append((info.row, info.t)))
+    assert [row for row, _ in seen] == list(range(6))
+    assert [t for _, t in seen] == pytest.approx(list(GRID[:-1]))
+    assert torch.equal(plain, genengine.sample(denoiser, table, SHAPE, seed=3))
+
+    half = genengine.sample(denoiser, table, SHAPE, seed=3, callback=lambda info: 0.5 * info.x if info.row == 2 else None)
+    x = normal(SHAPE, seed=3)
+    for row, (t, t_next) in enumerate(zip(GRID[:-1], GRID[1:], strict=True)):
+        x = x + (t_next - t) * denoiser(x, torch.full((3,), t, dtype=torch.float32))
+        x = 0.5 * x if row == 2 else x
+    assert (half - x).abs().max() < 2e-6
+    with pytest.raises(ValueError, match="callback's return value must be x's shape"):
+        genengine.sample(denoiser, table, SHAPE, callback=lambda info: info.x[:1])
+
+
+def test_progress_bar(capsys):
+    genengine.sample(denoiser, solvers.euler(FLOW, GRID, prediction="velocity"), SHAPE, progress="digits")
+    assert "digits" in capsys.readouterr().err
+    genengine.sample(denoiser, solvers.euler(FLOW, GRID, prediction="velocity"), SHAPE)
+    assert capsys.readouterr().err == ""
+
+
+def test_for_schedule_is_called_once_with_all_times():
+    class Scheduled:
+        calls = 0
+
+        def for_schedule(self, t_rows, y):
+            self.calls += 1
+            self.t_rows, sample = t_rows, torch.arange(t_rows.shape[1])
+            return lambda x, row: denoiser(x, t_rows[row.long(), sample], y=y)
+
+    table = solvers.heun(FLOW, GRID, prediction="velocity")
+    conditions = {"cond": {"y": torch.ones(3)}, "uncond": {"y": torch.zeros(3)}, "guidance": 2.0, "seed": 4}
+    scheduled = Scheduled()
+    got = genengine.sample(scheduled, table, SHAPE, **conditions)
+    assert scheduled.calls == 1 and scheduled.t_rows.shape == (table.num_rows, 6)
+    assert torch.equal(got, genengine.sample(denoiser, table, SHAPE, **conditions))
+
+
+def test_no_allocation_per_row_but_the_model_s():
+    """The addresses that the model sees do not change from row to row."""
+    addresses = set()
+
+    def model(x, t):
+        addresses.add((x.data_ptr(), t.data_ptr()))
+        return denoiser(x, t)
+
+    genengine.sample(model, solvers.dpmpp_2m(FLOW, GRID, prediction="velocity"), SHAPE)
+    assert len(addresses) == 1
+
+
+def test_check_finite_names_the_row():
+    bad = lambda x, t: x if t[0] > 0.6 else x * float("nan")  # noqa: E731
+    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    with pytest.raises(FloatingPointError, match="model output of row 3 of 6 \\(t = 0.5\\) is not finite"):
+        genengine.sample(bad, table, SHAPE, check_finite=True)
+    assert genengine.sample(bad, table, SHAPE).isnan().all()
+
+
+def test_empty_batch():
+    x = genengine.sample(denoiser, solvers.ddim(FLOW, GRID, prediction="velocity", eta=0.5), (0, 2, 4, 4))
+    assert x.shape == (0, 2, 4, 4)
+
+
+def wrong_shape(x, t):
+    return torch.cat([x, x], dim=1)
+
+
+Y = {"y": torch.zeros(3)}
+BAD = [
+    ({"table": None}, TypeError, "table must be a CoefficientTable, got NoneType"),
+    ({"shape": None}, ValueError, "exactly one of shape and x must be given, got neither"),
+    ({"x": torch.zeros(SHAPE)}, ValueError, "exactly one of shape and x must be given, got both"),
+    ({"seed": -1}, ValueError, "seed must be in \\[0, 2\\*\\*64\\), got -1"),
+    ({"guidance": 2.0}, ValueError, "guidance needs uncond beside cond"),
+    ({"cond": Y, "uncond": {"z": Y["y"]}}, ValueError, "same keys, got \\['y'\\] and \\['z'\\]"),
+    ({"cond": {"y": torch.zeros(2)}, "uncond": Y}, ValueError, "must be a tensor \\(B, ...\\) with B = 3"),
+    ({"cond": {"gain": 1.0}, "uncond": {"gain": 2.0}}, ValueError, "must be equal in cond and uncond"),
+    ({"cond": [Y, Y]}, ValueError, "two cond dicts need uncond"),
+    ({"capture": "always"}, ValueError, "capture must be one of auto, loop, step, never"),
+    ({"sample_ids": torch.zeros(2, dtype=torch.int64)}, ValueError, "sample_ids must be \\(B,\\) = \\(3,\\)"),
+    ({"noise": torch.zeros(2, *SHAPE)}, ValueError, "noise must be \\(R, B, ...\\) = \\(6, 3, 2, 4, 4\\)"),
+    ({"denoiser": wrong_shape}, ValueError, "denoiser must return \\(3, 2, 4, 4\\) like its input, got \\(3, 4, 4, 4\\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments(change, error, message):
+    good = {"denoiser": denoiser, "table": solvers.euler(FLOW, GRID, prediction="velocity"), "shape": SHAPE}
+    with pytest.raises(error, match=message):
+        genengine.sample(**(good | change))
+
+
+def test_a_guidance_scale_without_a_second_branch_is_an_error():
+    table = solvers.euler(FLOW, GRID, prediction="velocity", guidance_scale=3.0)
+    with pytest.raises(ValueError, match="the table has a guidance scale, but there is one branch"):
+        genengine.sample(denoiser, table, SHAPE, cond=Y)
+
+
+def test_a_wider_output_than_the_model_dtype_is_an_error():
+    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    with pytest.raises(TypeError, match="pass model_dtype=torch.float32"):
+        genengine.sample(lambda x, t: x.float(), table, SHAPE, model_dtype=torch.bfloat16)
