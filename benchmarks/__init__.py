@@ -1,0 +1,1 @@
+"""Benchmarks: `harness` is the one timing protocol, `bench_<name>.py` says what to time, `suite` runs and reports."""

@@ -1,0 +1,86 @@
+"""Finds, selects and runs benchmarks, and turns a report into a table."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from genengine import benchmarks
+from genengine.benchmarks import harness
+
+SUITES = ("quick", "all")
+
+
+def discover(device: str = "cpu") -> Iterator[harness.Benchmark]:
+    """Every benchmark of every bench_<name>.py, built when it is its turn: inputs are big."""
+    for module in sorted(pkgutil.iter_modules(benchmarks.__path__), key=lambda m: m.name):
+        if module.name.startswith("bench_"):
+            yield from importlib.import_module(f"genengine.benchmarks.{module.name}").benchmarks(device)
+
+
+def names(device: str = "cpu") -> list[str]:
+    return [module.name.removeprefix("bench_") for module in pkgutil.iter_modules(benchmarks.__path__)
+            if module.name.startswith("bench_")]  # fmt: skip
+
+
+def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report_row: Callable | None = None) -> dict:
+    """Run a suite ("quick", "all") or the benchmarks of one op or model; returns the report."""
+    if what not in SUITES and what not in names(device):
+        raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names(device)))}, got {what!r}")
+    torch.set_num_threads(1)
+    rows = []
+    with torch.no_grad():
+        for benchmark in discover(device) if what in SUITES else module_benchmarks(what, device):
+            if what == "quick" and not benchmark.quick:
+                continue
+            row = harness.run(benchmark, budget=budget)
+            rows.append(row)
+            if report_row is not None:
+                report_row(row)
+    return {"environment": harness.environment(device), "suite": what, "rows": rows}
+
+
+def module_benchmarks(name: str, device: str):
+    return importlib.import_module(f"genengine.benchmarks.bench_{name}").benchmarks(device)
+
+
+def restart_with_malloc_settings() -> None:
+    """Start this process again with the allocator settings of the protocol, unless they are set."""
+    if sys.platform != "linux" or all(os.environ.get(name) for name in harness.MALLOC_SETTINGS):
+        return
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | harness.MALLOC_SETTINGS)
+
+
+def table(report: dict) -> str:
+    """The report as Markdown: each row's time, ratios to the other variants, and goals."""
+    lines = ["| work | shape | dtype | fused | others / fused (95 % interval) | goals |", "|---|---|---|---|---|---|"]
+    for row in report["rows"]:
+        lines.append(_table_row(row))
+    return "\n".join(lines)
+
+
+def _table_row(row) -> str:
+    head = f"| {row['name']} | {row['shape']} | {row['dtype']} "
+    if "error" in row:
+        return head + f"| failed | {row['error'].splitlines()[0]} | |"
+    fused = row["variants"]["fused"]["median"]
+    others = ", ".join(
+        f"{name} {entry['ratio']:.2f} ({entry['low']:.2f}-{entry['high']:.2f})" for name, entry in row["ratios"].items()
+    )
+    goals = "; ".join(
+        f"{goal['goal']}: {goal['value']:.2f} {'reached' if goal['reached'] else 'MISSED'}" for goal in row["goals"]
+    )
+    return head + f"| {duration(fused)} | {others} | {goals} |"
+
+
+def duration(seconds: float) -> str:
+    """A time with a unit that suits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
