@@ -37,7 +37,7 @@ class Work:
 
     def fused(self, table, x_in=None, seed=None):
         """As the sampling loop calls it."""
-        self.kernel(self.x, [self.u, self.c], table, self.step, None, seed, None, None, self.out, x_in)
+        self.kernel(self.x, (self.output,), table, self.step, None, seed, None, None, self.out, x_in)
 
     def eager(self):
         """Every output preallocated: four passes."""

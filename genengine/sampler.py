@@ -174,32 +174,35 @@ class _Run:
             output = self._scheduled(self.x_in, self.step)
         else:
             output = self.denoiser(self.x_in, self.t, **self.cond)
-        if self.check_finite and not torch.isfinite(output).all():
-            raise FloatingPointError(
-                f"sample: the model output of row {row} of {self.num_rows} (t = {self.times[row]:g}) is not finite"
-            )
-        outputs = self._split(output)
+        if output.shape != self.x_in.shape or output.dtype != self.model_dtype or output.stride() != self.x_in.stride():
+            output = self._conform(output)
+        if self.check_finite:
+            self._check_finite(output, row)
         noise = None if self.noise is None else self._given_noise(row)
         x_in = self.x_in if row + 1 < self.num_rows else None
         self.kernel(
-            self.x, outputs, self.table, self.sample_step, self.history, self.seed, self.sample_ids, noise, self.x, x_in
+            self.x, (output,), self.table, self.sample_step, self.history, self.seed, self.sample_ids, noise, self.x, x_in
         )
         self.advance(self.step, self.table, self.t)
 
-    def _split(self, output):
+    def _conform(self, output):
+        """The model's output in the input's dtype and layout, if it has the shape and no more precision."""
         if output.shape != self.x_in.shape:
             raise ValueError(
                 f"sample: denoiser must return {tuple(self.x_in.shape)} like its input, got {tuple(output.shape)}; "
                 "drop extra channels (a learned variance, say) in a wrapper"
             )
-        if output.dtype != self.model_dtype:
-            if output.dtype.itemsize > self.model_dtype.itemsize:
-                raise TypeError(
-                    f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; pass model_dtype={output.dtype}"
-                )
-            output = output.to(self.model_dtype)
-        output = _layout.like(output, self.x)
-        return output.chunk(len(self.branches)) if len(self.branches) > 1 else (output,)
+        if output.dtype.itemsize > self.model_dtype.itemsize:
+            raise TypeError(
+                f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; pass model_dtype={output.dtype}"
+            )
+        return _layout.like(output.to(self.model_dtype), self.x)
+
+    def _check_finite(self, output, row):
+        if not torch.isfinite(output).all():
+            raise FloatingPointError(
+                f"sample: the model output of row {row} of {self.num_rows} (t = {self.times[row]:g}) is not finite"
+            )
 
     def _given_noise(self, row):
         noise = self.noise(row) if callable(self.noise) else self.noise[row]

@@ -124,6 +124,8 @@ def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, 
     operands += [(name, tensor) for name, tensor in (("noise", noise), ("x_in", x_in)) if tensor is not None]
     for name, tensor in operands:
         require_layout("sampler_step", name, tensor, channels)
+    if len(outputs) == 1:  # one tensor may stack the branches along the batch
+        outputs = outputs[0].split(batch)
     o0, o1, o2 = (outputs[min(k, len(outputs) - 1)] for k in range(3))
     history_or_x, noise_or_x, seed_or_step = (x if history is None else history), (x if noise is None else noise), seed
     blocks = triton.cdiv(per, 4 * QUADS)

@@ -73,6 +73,11 @@ struct Bytes {
     stride = batch_stride(x) * element;
   }
   char* sample(int64_t b) const { return base + b * stride; }
+  Bytes from_sample(int64_t b) const {
+    Bytes later = *this;
+    later.base += b * stride;
+    return later;
+  }
 };
 
 // Outputs that cannot stay in the caches gain 30-40 % from non-temporal stores; smaller ones lose by them.

@@ -43,8 +43,9 @@ def sampler_step(
     A term with a zero coefficient is skipped, not multiplied: uninitialised history and NaN do not leak through it.
     A sample whose step has reached R is copied to `out` unchanged, its history and x_in left alone.
 
-    x: (B, ...) float32, float16 or bfloat16, contiguous or channels_last. outputs: one to three tensors like x, branches
-    of the model (unconditional first), of x's dtype or, with a float32 x, 16-bit. table: float32 (R, B or 1, 16), columns
+    x: (B, ...) float32, float16 or bfloat16, contiguous or channels_last. outputs: the model's one to three branches,
+    unconditional first: tensors like x, or one tensor (k B, ...) that stacks them along the batch; of x's dtype or, with a
+    float32 x, 16-bit. table: float32 (R, B or 1, 16), columns
     as in `genengine.table`. step: int32 (B,). history: float32 (K, B, ...), K <= 3, written in place.
     seed: draws z = normal(seed, sample_ids[b], step[b], stream "step") in the kernel; noise: z given, float32 or x's dtype,
     like x. With neither, a row's s must be 0 (it is skipped). sample_ids: int64 (B,), default 0..B-1.
@@ -100,7 +101,7 @@ def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_
     row = _rows(table, step, x.shape[0]).to(wide)
     column = lambda name: row[:, _INDEX[name]].reshape(-1, *[1] * (x.dim() - 1))  # noqa: E731
     term = lambda name, value: torch.where(column(name) != 0, column(name) * value, 0.0)  # noqa: E731
-    state, branches = x.to(wide), [output.to(wide) for output in outputs]
+    state, branches = x.to(wide), [output.to(wide) for output in _unstack(outputs, x.shape[0])]
     m = branches[0]
     for k in range(1, len(branches)):
         m = m + term(f"g{k}", branches[k] - branches[k - 1])
@@ -120,6 +121,11 @@ def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_
     if x_in is not None:
         branches_in = x_in.view(-1, *x.shape)
         branches_in.copy_(torch.where(active, column("c_in") * value, branches_in.to(wide)))
+
+
+def _unstack(outputs, batch):
+    """The branches one by one, also where a single tensor stacks them."""
+    return outputs[0].split(batch) if len(outputs) == 1 else outputs
 
 
 def _rows(table, step, batch):
@@ -176,9 +182,11 @@ def _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in):
         raise ValueError(f"{op}: x must be (B, ...), got a tensor without dimensions; add a batch with x[None]")
     if not 1 <= len(outputs) <= MAX_BRANCHES:
         raise ValueError(f"{op}: outputs must hold 1 to {MAX_BRANCHES} tensors, got {len(outputs)}")
+    stacked = len(outputs) == 1 and _stacks(outputs[0], x)
     for i, output in enumerate(outputs):
         _check.dtype(op, f"outputs[{i}]", output)
-        _check.shape(op, f"outputs[{i}]", output, "x's shape", x.shape)
+        if not stacked:
+            _check.shape(op, f"outputs[{i}]", output, "x's shape", x.shape)
         _check.same_device(op, f"outputs[{i}]", output, "x", x)
         if output.dtype != outputs[0].dtype:
             raise TypeError(f"{op}: outputs must share one dtype, got {outputs[0].dtype} and {output.dtype}")
@@ -198,6 +206,14 @@ def _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in):
         _check.same_dtype(op, "out", out, "x", x)
         _check.shape(op, "out", out, "x's shape", x.shape)
         _check.same_device(op, "out", out, "x", x)
+
+
+def _stacks(output, x):
+    """True for the branches of x in one tensor (k B, ...), k <= 3."""
+    batch = x.shape[0]
+    if output.shape[1:] != x.shape[1:] or output.dim() == 0 or batch == 0:
+        return False
+    return output.shape[0] % batch == 0 and output.shape[0] // batch <= MAX_BRANCHES
 
 
 def _check_step(op, step, x):

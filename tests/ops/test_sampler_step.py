@@ -88,6 +88,16 @@ def test_against_numpy_in_float64(backend, trial):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_branches_stacked_in_one_tensor(backend, branches):
+    device = skip_unless_available("sampler_step_out", backend)
+    x, stacked = torch.randn(2, 3, 5, device=device), torch.randn(branches * 2, 3, 5, device=device)
+    table = row_table(a=0.5, b=1.0, g1=2.0, g2=-1.0).to(device)
+    run = lambda outputs: sampler_step(x, outputs, table, steps(2).to(device), backend=backend)  # noqa: E731
+    assert torch.equal(run(stacked), run(stacked.split(2)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_is_that_of_the_specification(backend):
     device = skip_unless_available("sampler_step_out", backend)
     table, ids = row_table(s=1.0).repeat(4, 1, 1).to(device), torch.tensor([3, 2**32 - 1], device=device)
@@ -273,6 +283,7 @@ BAD = [
     ({"x": torch.tensor(1.0)}, ValueError, "x must be \\(B, ...\\)"),
     ({"outputs": []}, ValueError, "outputs must hold 1 to 3 tensors, got 0"),
     ({"outputs": [X] * 4}, ValueError, "outputs must hold 1 to 3 tensors, got 4"),
+    ({"outputs": torch.zeros(8, 3, 4, 4)}, ValueError, "outputs\\[0\\] must be x's shape"),
     ({"outputs": [X[:1]]}, ValueError, "outputs\\[0\\] must be x's shape = \\(2, 3, 4, 4\\), got \\(1, 3, 4, 4\\)"),
     ({"outputs": [X.double()]}, TypeError, "outputs must have x's dtype torch.float32"),
     ({"outputs": [X, X.half()]}, TypeError, "outputs must share one dtype"),

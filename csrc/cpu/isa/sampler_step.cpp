@@ -71,6 +71,7 @@ struct Plan {
   int flags, branches;
   Stage stage;
   bool need_m, need_x, noise, direct;
+  int64_t tile = kTile;
   explicit Plan(const StepSample& s) : sample(s), row(s.row), flags(static_cast<int>(s.row[kFlags])) {
     bool writes_y = false, writes_x = false;
     for (int j = 0; j < s.registers; ++j) {
@@ -86,6 +87,9 @@ struct Plan {
     noise = row[kS] != 0.f && (s.noise.given || s.noise.draw);
     // x' goes straight to `out`, unless it must pass the caches by, be converted, or x is still to be saved
     direct = s.state == Type::f32 && !s.stream && !writes_x;
+    // a plain row touches no scratch: one loop over the whole range
+    const bool plain = direct && stage == kNoY && need_m && need_x && branches <= 2 && s.model == Type::f32;
+    if (plain && !noise && s.copies == 0 && s.registers == 0) tile = INT64_MAX;
   }
 };
 
@@ -146,15 +150,39 @@ void write_history(const Plan& plan, const Tile& tile, int64_t first, int64_t co
   }
 }
 
+void scale(float* __restrict to, float c_in, const float* __restrict v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = c_in * v[i];
+}
+
 void write_x_in(const Plan& plan, const float* v, Scratch& scratch, int64_t first, int64_t count) {
   const StepSample& s = plan.sample;
   const float c_in = plan.row[kCIn];
-  const float* scaled = v;
-  if (c_in != 1.f) {
-    for (int64_t i = 0; i < count; ++i) scratch.m0[i] = c_in * v[i];
-    scaled = scratch.m0;
+  if (s.model == Type::f32 && !s.stream) {
+    for (int k = 0; k < s.copies; ++k) scale(static_cast<float*>(s.x_in[k]) + first, c_in, v, count);
+    return;
   }
-  for (int k = 0; k < s.copies; ++k) store_tile(s.x_in[k], s.model, first, count, scaled, s.stream);
+  if (s.copies) scale(scratch.m0, c_in, v, count);
+  for (int k = 0; k < s.copies; ++k) store_tile(s.x_in[k], s.model, first, count, scratch.m0, s.stream);
+}
+
+// Noise costs arithmetic, the operands cost memory: fetch what the tile will read while its noise is drawn.
+void fetch(const void* source, Type type, int64_t first, int64_t count) {
+  const int64_t size = type == Type::f32 ? 4 : 2;
+  const char* from = static_cast<const char*>(source) + first * size;
+  for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(from + i);
+}
+
+const float* draw_tile(const Plan& plan, int64_t first, int64_t count, float* z) {
+  constexpr int64_t kPiece = 128;
+  const StepSample& s = plan.sample;
+  if (s.noise.given || s.noise.channels > 1) return noise_tile(s.noise, first, count, z);
+  for (int64_t i = 0; i < count; i += kPiece) {
+    const int64_t n = count - i < kPiece ? count - i : kPiece;
+    if (plan.need_x) fetch(s.x, s.state, first + i, n);
+    for (int k = 0; plan.need_m && k < plan.branches; ++k) fetch(s.outputs[k], s.model, first + i, n);
+    fill_normal(z + i, first + i, n, s.noise.key);
+  }
+  return z;
 }
 
 }  // namespace
@@ -168,8 +196,9 @@ void step_range(const StepSample& sample, int64_t first, int64_t count) {
   tile.p = row[kP], tile.q = row[kQ];
   tile.r = phi_of(plan.flags) == Phi::identity ? __builtin_inff() : row[kR];
   tile.a = row[kA], tile.b = row[kB], tile.c = row[kC];
-  for (int64_t end = first + count; first < end; first += kTile) {
-    const int64_t n = end - first < kTile ? end - first : kTile;
+  for (const int64_t end = first + count; first < end;) {
+    const int64_t n = end - first < plan.tile ? end - first : plan.tile;
+    const float* z = plan.noise ? draw_tile(plan, first, n, scratch.z) : nullptr;
     tile.x = plan.need_x ? load_tile(sample.x, sample.state, first, n, scratch.x) : kZeros;
     load_outputs(plan, scratch, tile, first, n);
     const int registers = load_history(plan, tile, first);
@@ -180,10 +209,11 @@ void step_range(const StepSample& sample, int64_t first, int64_t count) {
     else
       with_stage<1>(tile, plan.stage, n);
     for (int j = 1; j < registers; ++j) accumulate(tile.v, tile.h_coefficient[j], tile.h[j], n);
-    if (plan.noise) accumulate(tile.v, row[kS], noise_tile(sample.noise, first, n, scratch.z), n);
+    if (z) accumulate(tile.v, row[kS], z, n);
     write_history(plan, tile, first, n);
     if (!plan.direct) store_tile(sample.out, sample.state, first, n, tile.v, sample.stream);
     write_x_in(plan, tile.v, scratch, first, n);
+    first += n;
   }
   if (sample.stream) fence();
 }
