@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +234,6 @@ def save(report: dict, folder: Path) -> Path:
 
 
 __all__ = [
-    "Benchmark", "Goal", "MALLOC_SETTINGS", "Timing", "asdict", "environment", "faster", "ratio", "run", "save",
+    "Benchmark", "Goal", "MALLOC_SETTINGS", "Timing", "environment", "faster", "ratio", "replace", "run", "save",
     "time_variants", "within",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from genengine import benchmarks
 from genengine.benchmarks import harness
 
 SUITES = ("quick", "all")
+TABLE_HEAD = "| work | shape | dtype | fused | others / fused (95 % interval) | goals |\n|---|---|---|---|---|---|"
 
 
 def discover(device: str = "cpu") -> Iterator[harness.Benchmark]:
@@ -58,13 +59,10 @@ def restart_with_malloc_settings() -> None:
 
 def table(report: dict) -> str:
     """The report as Markdown: each row's time, ratios to the other variants, and goals."""
-    lines = ["| work | shape | dtype | fused | others / fused (95 % interval) | goals |", "|---|---|---|---|---|---|"]
-    for row in report["rows"]:
-        lines.append(_table_row(row))
-    return "\n".join(lines)
+    return "\n".join([TABLE_HEAD, *map(table_row, report["rows"])])
 
 
-def _table_row(row) -> str:
+def table_row(row) -> str:
     head = f"| {row['name']} | {row['shape']} | {row['dtype']} "
     if "error" in row:
         return head + f"| failed | {row['error'].splitlines()[0]} | |"

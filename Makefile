@@ -1,0 +1,45 @@
+# Every target does its own set-up: a .venv with the dependencies and the built extension.
+# On a GPU machine without package registries: make gpu PYTHON=/path/to/python-with-cuda-torch
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+TORCH := torch==2.13.0
+STAGE ?= all
+export MAX_JOBS ?= 2
+
+.PHONY: setup demo test inspect bench gpu lint clean
+
+setup: $(STAMP)
+
+# torch first, so that nothing pulls another build of it; then the extension against its headers
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*.h csrc/include/genengine/*.h)
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel cmake ninja numpy
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev,plot]"
+	touch $@
+
+demo: setup
+	$(PY) -m genengine env
+	$(PY) -m genengine demo
+
+test: setup
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q -n 2 --dist loadfile
+
+# Compiles every GPU kernel for its architectures and reads the machine code; needs nvcc, no GPU.
+inspect: setup
+	$(PY) tools/inspect_gpu.py
+
+bench: setup
+	$(PY) -m genengine bench quick --save benchmarks/results
+
+# Tests and benchmarks on a CUDA machine. With PYTHON= given, no .venv and no registry are needed.
+gpu: $(if $(PYTHON),,setup)
+	bash tools/gpu.sh $(or $(PYTHON),$(PY)) $(STAGE)
+
+lint: setup
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info genengine/_C.abi.so genengine/_build.json

@@ -1,0 +1,105 @@
+"""The demo's sampler, whole: tiny DiT, guidance, 50 Euler steps, against the same pipeline as people write it in PyTorch.
+
+The eager pipeline has the same weights and the same mathematics: layer norm, modulation and gates as separate operations,
+every modulation computed in every step, guidance and the Euler update by hand.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from genengine import ops, paths, schedules, solvers
+from genengine.benchmarks.harness import Benchmark, faster
+from genengine.nets.dit import DiT
+from genengine.sampler import sample
+
+STEPS, GUIDANCE = 50, 2.0
+
+
+class EagerDiT(torch.nn.Module):
+    """The forward pass of a `DiT`, written with torch's own operations around the same weights."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t, y):
+        net, dim = self.net, self.net.config.dim
+        c = F.silu(net.t_embedder(t) + net.y_embedder(y))
+        weights = net.modulation.weight.split(6 * dim)
+        biases = net.modulation.bias.split(6 * dim)
+        x = net.x_embedder(x) + net.pos_embed
+        for block, weight, bias in zip(net.blocks, weights, biases, strict=False):
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.linear(c, weight, bias).chunk(6, dim=1)
+            x = x + gate_a[:, None] * self.attention(block.attn, self.modulate(x, shift_a, scale_a))
+            x = x + gate_m[:, None] * block.mlp(self.modulate(x, shift_m, scale_m))
+        shift, scale = F.linear(c, weights[-1], biases[-1]).chunk(2, dim=1)
+        x = net.final_layer.linear(self.modulate(x, shift, scale))
+        size, patch = net.grid[0], net.config.patch_size
+        x = x.view(len(x), size, size, patch, patch, net.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), net.out_channels, size * patch, size * patch)
+
+    @staticmethod
+    def modulate(x, shift, scale):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    def attention(self, attn, x):
+        b, n, d = x.shape
+        q, k, v = attn.qkv(x).view(b, n, 3, self.net.config.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+
+
+def eager_pipeline(model, x, y, null, steps=STEPS, guidance=GUIDANCE):
+    """Flow matching by Euler's method with classifier-free guidance."""
+    grid = torch.linspace(1, 0, steps + 1).tolist()
+    both = torch.cat([null, y])
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        times = torch.full((len(both),), t, device=x.device)
+        u, c = model(torch.cat([x, x]), times, both).chunk(2)
+        x = x + (t_next - t) * (u + guidance * (c - u))
+    return x
+
+
+class Work:
+    """One batch size of the demo's sampler."""
+
+    def __init__(self, batch, device):
+        config = DiT.from_config("tiny").config
+        self.shape = (batch, config.in_channels, config.image_size, config.image_size)
+        self.net = DiT(config).to(device).eval()
+        with torch.no_grad():  # a fresh DiT is the zero function: give every weight something to do
+            for index, parameter in enumerate(self.net.parameters()):
+                noise = ops.normal((1, parameter.numel()), seed=index, device=device).view(parameter.shape)
+                parameter.add_(noise, alpha=0.02)
+        self.y = torch.arange(batch, device=device) % config.num_classes
+        self.null = torch.full_like(self.y, self.net.null_class)
+        self.table = solvers.euler(
+            paths.RectifiedFlow(), schedules.uniform(STEPS), prediction="velocity", guidance_scale=GUIDANCE
+        )
+        self.eager_net, self.compiled_net = EagerDiT(self.net), None
+        self.x = ops.normal(self.shape, seed=0, device=device)
+
+    def fused(self):
+        return sample(self.net, self.table, self.shape, cond={"y": self.y}, uncond={"y": self.null}, seed=0)
+
+    def eager(self):
+        return eager_pipeline(self.eager_net, self.x, self.y, self.null)
+
+    def compiled(self):
+        if self.compiled_net is None:
+            self.compiled_net = torch.compile(self.eager_net)
+        return eager_pipeline(self.compiled_net, self.x, self.y, self.null)
+
+    def check(self):
+        difference = (self.fused() - self.eager()).abs().max().item()
+        assert difference < 1e-4 * self.eager().abs().max().item(), f"pipelines differ by {difference}"
+
+
+def benchmarks(device):
+    for batch in (4, 100):
+        work = Work(batch, device)
+        yield Benchmark(
+            "flow sampler, tiny DiT, CFG", f"{batch} images, {STEPS} steps", "float32",
+            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
+            work.check, STEPS * batch, None, (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=batch == 4,
+            device=device,
+        )  # fmt: skip

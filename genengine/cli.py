@@ -1,0 +1,288 @@
+"""The `genengine` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FAMILIES = ("flow",)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit status 2, not a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
+        if options.debug:
+            raise
+        print(f"genengine {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ngenengine {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+# ---- parsers -----------------------------------------------------------------------------------------------------
+
+
+def _parser():
+    import genengine
+
+    parser = argparse.ArgumentParser(
+        prog="genengine",
+        description="Fused kernels for generative models: sample, train, evaluate, benchmark.",
+        epilog="Example: genengine sample flow --num 100 --labels 0-9 --out digits.png",
+    )
+    parser.add_argument("--version", action="version", version=f"genengine {genengine.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_env, _add_verify, _add_demo, _add_train, _add_sample, _add_evaluate, _add_bench):
+        add(commands)
+    return parser
+
+
+def _command(commands, name, run, summary, example):
+    command = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"Example: {example}"
+    )
+    command.set_defaults(run=run, command=name)
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _with_json(command):
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _with_device(command):
+    command.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+
+
+def _with_seed(command):
+    command.add_argument("--seed", type=int, default=0, help="an integer in [0, 2^64) (default 0)")
+
+
+def _with_model(command):
+    command.add_argument("family", choices=FAMILIES, help="model family")
+    command.add_argument("--checkpoint", default=None, metavar="FILE", help="safetensors file (default: the shipped model)")
+    command.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
+    command.add_argument("--solver", default="heun", choices=("euler", "heun"), help="solver (default heun)")
+    command.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default 1)")
+
+
+def _add_env(commands):
+    _with_json(_command(commands, "env", _env, "show which backend runs each op, and why others do not", "genengine env"))
+
+
+def _add_verify(commands):
+    command = _command(
+        commands, "verify", _verify, "check every kernel against its reference on this machine", "genengine verify"
+    )
+    _with_device(command)
+    _with_json(command)
+
+
+def _add_demo(commands):
+    command = _command(commands, "demo", _demo, "sample digits, train a little, and show what fusion gains", "genengine demo")
+    command.add_argument("--out", default="out/digits.png", metavar="FILE", help="picture to write (default out/digits.png)")
+    _with_seed(command)
+
+
+def _add_train(commands):
+    command = _command(
+        commands, "train", _train, "train a model on embedded data",
+        "genengine train flow --data digits --out runs/digits",
+    )  # fmt: skip
+    command.add_argument("family", choices=FAMILIES, help="model family")
+    command.add_argument("--data", default="digits", choices=("digits",), help="data set (default digits)")
+    command.add_argument("--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute)")
+    command.add_argument("--out", default="runs/flow", metavar="FOLDER", help="folder of model, state and log")
+    command.add_argument("--resume", action="store_true", help="continue a stopped run, to the same bits")
+    command.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the preset's)")
+    command.add_argument("--batch-size", type=int, default=None, help="images per step (default: the preset's)")
+    command.add_argument("--lr", type=float, default=None, help="peak learning rate (default: the preset's)")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="bf16 trains under autocast")
+    command.add_argument("--seed", type=int, default=None, help="an integer in [0, 2^64) (default: the preset's)")
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _with_device(command)
+    _with_json(command)
+
+
+def _add_sample(commands):
+    command = _command(
+        commands, "sample", _sample, "draw images into a PNG grid or an .npz archive",
+        "genengine sample flow --num 100 --labels 0-9 --seed 1 --out digits.png",
+    )  # fmt: skip
+    _with_model(command)
+    command.add_argument("--num", type=int, default=100, help="number of images (default 100)")
+    command.add_argument("--labels", default="0-9", help="classes, taken in turn: 7, 0-9 or 1,3,5 (default 0-9)")
+    command.add_argument("--out", required=True, metavar="FILE", help=".png (a grid) or .npz (arr_0 uint8 NHWC, arr_1 labels)")
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _with_seed(command)
+    _with_device(command)
+
+
+def _add_evaluate(commands):
+    command = _command(
+        commands, "evaluate", _evaluate, "measure sample quality and memorisation", "genengine evaluate flow --seeds 5"
+    )
+    _with_model(command)
+    command.add_argument("--seeds", type=int, default=5, help="number of sampling seeds (default 5, at least 2)")
+    _with_device(command)
+    _with_json(command)
+
+
+def _add_bench(commands):
+    command = _command(
+        commands, "bench", _bench, "time the fused kernels against eager PyTorch and torch.compile", "genengine bench quick"
+    )
+    command.add_argument("what", nargs="?", default="quick", help="quick, all, or one name (see --list); default quick")
+    command.add_argument("--list", action="store_true", help="list what can be timed")
+    command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
+    command.add_argument("--save", default=None, metavar="FOLDER", help="also write FOLDER/<device>/<date>-<commit>.json")
+    _with_device(command)
+    _with_json(command)
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def _device(options):
+    import torch
+
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {name} asked for, but torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def _env(options):
+    from genengine import environment
+
+    report = environment.report()
+    print(json.dumps(report, indent=1) if options.json else environment.text(report))
+
+
+def _verify(options):
+    from genengine import environment
+
+    device = _device(options)
+    rows = environment.verify(device, report=None if options.json else print)
+    failed = [row for row in rows if row["verdict"] == "wrong"]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        right = sum(row["verdict"] == "right" for row in rows)
+        print(f"{right} kernels right, {len(failed)} wrong, {len(rows) - right - len(failed)} not available here")
+    return 1 if failed else 0
+
+
+def _demo(options):
+    from genengine import demo
+
+    demo.run(Path(options.out), seed=options.seed)
+
+
+def _train(options):
+    from genengine import train
+
+    names = ("steps", "batch_size", "lr", "precision", "seed")
+    overrides = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    config = train.preset(options.preset, family=options.family, dataset=options.data, **overrides)
+    model = train.train(
+        config, options.out, resume=options.resume, device=_device(options), progress=not options.no_progress
+    )
+    if options.json:
+        print(json.dumps({"model": str(model), "log": str(Path(options.out) / train.LOG_FILE)}))
+    else:
+        print(f"model: {model}\nnext:  genengine sample {options.family} --checkpoint {model} --out samples.png")
+
+
+def _model(options):
+    from genengine.models.flow import FlowMatching
+
+    device = _device(options)
+    if options.checkpoint is None:
+        return FlowMatching.pretrained("digits", device=device)
+    return FlowMatching.load(options.checkpoint, device=device)
+
+
+def parse_labels(text: str) -> list[int]:
+    """ "7", "0-9" or "1,3,5-7" as a list of classes."""
+    labels = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        try:
+            first, last = int(low), int(high) if dash else int(low)
+        except ValueError:
+            raise ValueError(f"--labels must look like 7, 0-9 or 1,3,5, got {text!r}") from None
+        if last < first:
+            raise ValueError(f"--labels ranges must rise, got {part!r}")
+        labels += range(first, last + 1)
+    return labels
+
+
+def _sample(options):
+    import numpy as np
+
+    from genengine import data, images
+
+    images.check_suffix(options.out)
+    if options.num < 0:
+        raise ValueError(f"--num must be at least 0, got {options.num}")
+    model = _model(options)
+    cycle = parse_labels(options.labels)
+    labels = [cycle[i % len(cycle)] for i in range(options.num)]
+    samples = model.sample(
+        options.num, labels, steps=options.steps, guidance=options.guidance, seed=options.seed, solver=options.solver,
+        progress=not options.no_progress,
+    )  # fmt: skip
+    path = images.save(options.out, data.to_uint8(samples), np.array(labels, dtype=np.int64))
+    print(f"{options.num} samples: {path}")
+
+
+def _evaluate(options):
+    import numpy as np
+
+    from genengine import data, evaluate
+
+    model = _model(options)
+    labels = np.sort(np.asarray(data.digits("train")[1]))  # the training set's class balance
+    draw = lambda classes, seed: model.sample(  # noqa: E731
+        len(classes), classes.tolist(), steps=options.steps, guidance=options.guidance, seed=seed, solver=options.solver
+    )
+    result = evaluate.evaluate_seeds(draw, labels, seeds=range(options.seeds))
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return
+    for name, value in result["mean"].items():
+        spread = f" +- {result['std'][name]:.4f}" if name in result["std"] else ""
+        bar = "  (bar {} {})".format(*evaluate.QUALITY_BARS[name]) if name in evaluate.QUALITY_BARS else ""
+        print(f"{name:20s} {value:.4f}{spread}{bar}" if isinstance(value, float) else f"{name:20s} {value}")
+    print(f"{options.seeds} seeds; {'every bar is met' if result['passes'] else 'a bar is MISSED'}")
+
+
+def _bench(options):
+    from genengine.benchmarks import harness, suite
+
+    device = _device(options).type
+    if options.list:
+        print("\n".join((*suite.SUITES, *suite.names())))
+        return
+    suite.restart_with_malloc_settings()
+    show = None if options.json else lambda row: print(suite.table_row(row), flush=True)
+    if show:
+        print(suite.TABLE_HEAD, flush=True)
+    report = suite.run(options.what, device, budget=options.budget, report_row=show)
+    if options.json:
+        print(json.dumps(report, indent=1))
+    if options.save:
+        print(f"saved: {harness.save(report, Path(options.save))}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

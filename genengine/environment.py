@@ -1,0 +1,127 @@
+"""What runs here: versions, devices, and for every op the backend that would run and why the others would not."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+
+from genengine.ops import EXTENSION, _registry, _verify
+
+RIGHT, WRONG, ABSENT = "right", "wrong", "not available"
+
+
+def report() -> dict:
+    """Everything `genengine env` shows, as JSON-ready data."""
+    import genengine
+
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return {
+        "genengine": genengine.__version__,
+        "torch": torch.__version__,
+        "triton": _verify._version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "extension": _extension(),
+        "devices": {name: _device(name) for name in devices},
+        "verified": str(_verify.cache_path()),
+        "ops": {name: {device: _choices(op, torch.device(device)) for device in devices} for name, op in _public_ops()},
+    }
+
+
+def _extension():
+    found = {"loaded": EXTENSION.loaded, "path": str(EXTENSION.path), "reason": EXTENSION.reason}
+    if EXTENSION.loaded:
+        from genengine import testing
+
+        found["isa"] = testing.current_isa()
+    return found
+
+
+def _device(name):
+    device = torch.device(name)
+    if device.type == "cpu":
+        return {"name": platform.machine(), "threads": torch.get_num_threads()}
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+
+
+def _public_ops():
+    return [(name, op) for name, op in sorted(_registry.OPS.items()) if not name.endswith("_backward")]
+
+
+def _choices(op, device):
+    """The backend taken by default for float32, and the reason against every other."""
+    against = {}
+    for name in _registry.BACKENDS:
+        reason = _registry.why_not(op, name, device.type, torch.float32)
+        if reason is None and device.type == "cuda" and name in ("cuda", "triton"):
+            verdict = _verify.verdicts().get(_verify.device_key(device), {}).get(f"{op.name}/{name}")
+            reason = {None: "not yet verified here (genengine verify)", False: "found wrong here"}.get(verdict)
+        if reason:
+            against[name] = reason
+    order = ("cpu", "cuda", "triton", "reference") if device.type == "cuda" else ("cpu", "reference")
+    default = next(name for name in order if name not in against)
+    return {"default": default, "unavailable": against}
+
+
+def text(found: dict) -> str:
+    """The report for a reader: reasons that many ops share are stated once."""
+    lines = [
+        f"genengine {found['genengine']}, torch {found['torch']}, triton {found['triton']}, CUDA {found['cuda'] or 'none'}, "
+        f"Python {found['python']}",
+        f"{found['platform']}",
+        _extension_line(found["extension"]),
+        f"verdicts of `genengine verify`: {found['verified']}",
+    ]
+    for device, entry in found["devices"].items():
+        lines += ["", f"{device}: " + ", ".join(f"{key} {value}" for key, value in entry.items())]
+        ops = found["ops"]
+        width = max(map(len, ops))
+        reasons: dict[str, str] = {}
+        for name, by_device in ops.items():
+            choice = by_device[device]
+            notes = [f"{other} [{_note(reasons, reason)}]" for other, reason in choice["unavailable"].items()]
+            lines.append(f"  {name:{width}}  runs on {choice['default']:9}  not on: {', '.join(notes) or '-'}")
+        lines += [f"  [{mark}] {reason}" for reason, mark in reasons.items()]
+    return "\n".join(lines)
+
+
+def _note(reasons, reason):
+    return reasons.setdefault(reason, str(len(reasons) + 1))
+
+
+def _extension_line(extension):
+    if extension["loaded"]:
+        return f"compiled kernels: loaded, CPU instruction set {extension['isa']}"
+    return f"compiled kernels: MISSING, {extension['reason']}"
+
+
+def verify(device: torch.device, report: Callable[[str], None] | None = None) -> list[dict]:
+    """Run every kernel that can run on `device` against its reference, record the verdicts, return one row each."""
+    rows = []
+    for name, op in sorted(_registry.OPS.items()):
+        for backend in op.kernels:
+            row = _verify_one(op, backend, device)
+            rows.append(row)
+            if report is not None:
+                detail = row["detail"] or f"{row['seconds']:.2f} s"
+                report(f"{name:22} {backend:7} {row['verdict']:14} {detail}")
+    entries = {f"{row['op']}/{row['backend']}": row["verdict"] == RIGHT for row in rows if row["verdict"] != ABSENT}
+    _verify.record(_verify.device_key(device), entries)
+    return rows
+
+
+def _verify_one(op, backend, device):
+    row = {"op": op.name, "backend": backend, "device": str(device), "detail": "", "seconds": 0.0}
+    if reason := _registry.why_not(op, backend, device.type, torch.float32):
+        return row | {"verdict": ABSENT, "detail": reason}
+    start = time.perf_counter()
+    problems = _verify.run(op, backend, device)
+    row["seconds"] = time.perf_counter() - start
+    if problems:
+        return row | {"verdict": WRONG, "detail": "; ".join(problems[:3])}
+    return row | {"verdict": RIGHT}

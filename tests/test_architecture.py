@@ -1,0 +1,98 @@
+"""The tree shows the architecture: nothing imports upward, and an op has all its files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "genengine"
+
+# Lower layers first; a module may import its own layer and those below.
+LAYERS = [
+    ["random", "paths", "schedules", "prediction", "table"],
+    ["solvers"],
+    ["ops", "kernels"],
+    ["testing", "data"],
+    ["sampler", "_capture", "nets", "evaluate", "images"],
+    ["models"],
+    ["train", "environment"],
+    ["benchmarks"],
+    ["demo"],
+    ["cli", "__main__", "__init__"],
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+NUMPY_ONLY = ("random", "paths", "schedules", "prediction", "solvers", "table")
+OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_"))
+# attention is torch's own until its kernels land.
+WITHOUT_KERNELS = {"attention"}
+
+
+def sources():
+    yield from ((p.relative_to(PACKAGE).parts[0].removesuffix(".py"), p) for p in PACKAGE.rglob("*.py"))
+    yield from (("kernels", p) for p in (ROOT / "kernels").glob("*.py"))
+    yield from (("benchmarks", p) for p in (ROOT / "benchmarks").glob("*.py"))
+
+
+def imports(path, *, top_level_only):
+    """(module, names) of the genengine imports of a file; those inside functions are made late on purpose."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "genengine":
+            parts = node.module.split(".")
+            yield from ([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("genengine."))
+
+
+@pytest.mark.parametrize(("unit", "path"), [pytest.param(u, p, id=str(p.relative_to(ROOT))) for u, p in sources()])
+def test_nothing_imports_upward(unit, path):
+    if path.name == "__init__.py" and path.parent == PACKAGE:
+        return
+    for imported in imports(path, top_level_only=True):
+        if imported in LEVEL:
+            assert LEVEL[imported] <= LEVEL[unit], f"{path.relative_to(ROOT)} ({unit}) imports {imported}, which is above it"
+
+
+@pytest.mark.parametrize("name", NUMPY_ONLY)
+def test_tables_are_written_without_torch(name):
+    text = (PACKAGE / f"{name}.py").read_text()
+    assert "import torch" not in text and "from torch" not in text
+
+
+def test_kernels_import_only_triton_torch_and_siblings():
+    for path in (ROOT / "kernels").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                root = module.split(".")[0]
+                assert root in ("triton", "torch", "math", "functools", "__future__") or module.startswith("genengine.kernels"), (
+                    f"{path.name} imports {module}"
+                )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_one_name(op):
+    wanted = [f"tests/ops/test_{op}.py"]
+    if op not in WITHOUT_KERNELS:
+        wanted += [f"kernels/{op}.py", f"csrc/cpu/{op}.cpp", f"csrc/cpu/isa/{op}.cpp", f"csrc/cuda/{op}.cu",
+                   f"benchmarks/bench_{op}.py"]  # fmt: skip
+    missing = [name for name in wanted if not (ROOT / name).exists()]
+    assert not missing, f"{op} lacks {missing}"
+
+
+def test_every_kernel_file_says_what_to_compile():
+    for path in (ROOT / "kernels").glob("[!_]*.py"):
+        names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        assert "variants" in names, f"{path.name} has no variants()"
+
+
+def test_isa_loops_include_no_torch_and_no_stl():
+    for path in (ROOT / "csrc/cpu/isa").iterdir():
+        for line in path.read_text().splitlines():
+            if line.startswith("#include <"):
+                header = line.split("<")[1].split(">")[0]
+                assert header in ("stdint.h", "string.h", "immintrin.h"), f"{path.name} includes {header}"
