@@ -1,7 +1,7 @@
-"""The demo's sampler, whole: tiny DiT, guidance, 50 Euler steps, against the same pipeline as people write it in PyTorch.
+"""The demo's sampler, whole: tiny DiT, guidance, 50 Euler steps, against the pipeline as people write it in PyTorch.
 
-The eager pipeline has the same weights and the same mathematics: layer norm, modulation and gates as separate operations,
-every modulation computed in every step, guidance and the Euler update by hand.
+The eager pipeline has the same weights and the same mathematics: layer norm, modulation and gates as separate
+operations, every modulation computed in every step, guidance and the Euler update by hand.
 """
 
 import torch

@@ -17,7 +17,9 @@ def benchmarks(device):
     setup = solvers.euler(paths.RectifiedFlow(), schedules.uniform(1), prediction="velocity", guidance_scale=2.0)
 
     def run(table):
-        return genengine.sample(lambda x, t, y: output, table, shape, cond={"y": y}, uncond={"y": y}, seed=0, device=device)
+        return genengine.sample(
+            lambda x, t, y: output, table, shape, cond={"y": y}, uncond={"y": y}, seed=0, device=device
+        )
 
     def eager():
         """The loop as people write it, with the same model."""

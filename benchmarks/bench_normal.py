@@ -20,6 +20,7 @@ def benchmarks(device):
 
     yield Benchmark(
         "normal", "10^6", "float32",
-        {"fused": lambda: normal(out.shape, seed=seed, out=out), "torch.randn": lambda: torch.randn(other.shape, out=other)},
+        {"fused": lambda: normal(out.shape, seed=seed, out=out),
+         "torch.randn": lambda: torch.randn(other.shape, out=other)},
         check, COUNT, 4 * COUNT, (Goal("ns", "fused", "", 1.0, False), faster("torch.randn", 3.5)), device=device,
     )  # fmt: skip

@@ -57,7 +57,7 @@ def within(factor: float, of: str, ours: str = "fused") -> Goal:
 class Benchmark:
     """One piece of work and its variants.
 
-    variants: name -> a function of no arguments; "fused" is ours. check: raises AssertionError unless our result is right.
+    variants: name -> a function of no arguments; "fused" is ours. check: raises AssertionError unless ours is right.
     elements: for nanoseconds per element. bytes_moved: the floor of the op's documentation, for GB/s. goals: figures to
     reach, reported as reached or not, never enforced.
     """

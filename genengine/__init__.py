@@ -1,10 +1,10 @@
 """genengine: fused kernels for generative models, and the samplers and thin models that use them.
 
-    import genengine
+import genengine
 
-    table = genengine.solvers.euler(genengine.paths.RectifiedFlow(), genengine.schedules.uniform(50),
-                                    prediction="velocity", guidance_scale=2.0)
-    images = genengine.sample(denoiser, table, (16, 4, 64, 64), cond={"y": labels}, uncond={"y": null}, seed=0)
+table = genengine.solvers.euler(genengine.paths.RectifiedFlow(), genengine.schedules.uniform(50),
+                                prediction="velocity", guidance_scale=2.0)
+images = genengine.sample(denoiser, table, (16, 4, 64, 64), cond={"y": labels}, uncond={"y": null}, seed=0)
 """
 
 from genengine import ops, paths, schedules, solvers

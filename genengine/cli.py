@@ -67,14 +67,20 @@ def _with_seed(command):
 
 def _with_model(command):
     command.add_argument("family", choices=FAMILIES, help="model family")
-    command.add_argument("--checkpoint", default=None, metavar="FILE", help="safetensors file (default: the shipped model)")
+    command.add_argument(
+        "--checkpoint", default=None, metavar="FILE", help="safetensors file (default: the shipped model)"
+    )
     command.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
     command.add_argument("--solver", default="heun", choices=("euler", "heun"), help="solver (default heun)")
-    command.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default 1)")
+    command.add_argument(
+        "--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default 1)"
+    )
 
 
 def _add_env(commands):
-    _with_json(_command(commands, "env", _env, "show which backend runs each op, and why others do not", "genengine env"))
+    _with_json(
+        _command(commands, "env", _env, "show which backend runs each op, and why others do not", "genengine env")
+    )
 
 
 def _add_verify(commands):
@@ -86,8 +92,12 @@ def _add_verify(commands):
 
 
 def _add_demo(commands):
-    command = _command(commands, "demo", _demo, "sample digits, train a little, and show what fusion gains", "genengine demo")
-    command.add_argument("--out", default="out/digits.png", metavar="FILE", help="picture to write (default out/digits.png)")
+    command = _command(
+        commands, "demo", _demo, "sample digits, train a little, and show what fusion gains", "genengine demo"
+    )
+    command.add_argument(
+        "--out", default="out/digits.png", metavar="FILE", help="picture to write (default out/digits.png)"
+    )
     _with_seed(command)
 
 
@@ -98,7 +108,9 @@ def _add_train(commands):
     )  # fmt: skip
     command.add_argument("family", choices=FAMILIES, help="model family")
     command.add_argument("--data", default="digits", choices=("digits",), help="data set (default digits)")
-    command.add_argument("--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute)")
+    command.add_argument(
+        "--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute)"
+    )
     command.add_argument("--out", default="runs/flow", metavar="FOLDER", help="folder of model, state and log")
     command.add_argument("--resume", action="store_true", help="continue a stopped run, to the same bits")
     command.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the preset's)")
@@ -119,7 +131,9 @@ def _add_sample(commands):
     _with_model(command)
     command.add_argument("--num", type=int, default=100, help="number of images (default 100)")
     command.add_argument("--labels", default="0-9", help="classes, taken in turn: 7, 0-9 or 1,3,5 (default 0-9)")
-    command.add_argument("--out", required=True, metavar="FILE", help=".png (a grid) or .npz (arr_0 uint8 NHWC, arr_1 labels)")
+    command.add_argument(
+        "--out", required=True, metavar="FILE", help=".png (a grid) or .npz (arr_0 uint8 NHWC, arr_1 labels)"
+    )
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
     _with_seed(command)
     _with_device(command)
@@ -137,12 +151,18 @@ def _add_evaluate(commands):
 
 def _add_bench(commands):
     command = _command(
-        commands, "bench", _bench, "time the fused kernels against eager PyTorch and torch.compile", "genengine bench quick"
+        commands,
+        "bench",
+        _bench,
+        "time the fused kernels against eager PyTorch and torch.compile",
+        "genengine bench quick",
     )
     command.add_argument("what", nargs="?", default="quick", help="quick, all, or one name (see --list); default quick")
     command.add_argument("--list", action="store_true", help="list what can be timed")
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
-    command.add_argument("--save", default=None, metavar="FOLDER", help="also write FOLDER/<device>/<date>-<commit>.json")
+    command.add_argument(
+        "--save", default=None, metavar="FOLDER", help="also write FOLDER/<device>/<date>-<commit>.json"
+    )
     _with_device(command)
     _with_json(command)
 

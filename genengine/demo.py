@@ -71,6 +71,7 @@ def gain_line(row: dict) -> str:
         return f"   {row['name']}: {row['error']}"
     eager = {name: entry for name, entry in row["ratios"].items() if name.startswith("eager")}
     ratios = ", ".join(
-        f"{entry['ratio']:.2f}x ({entry['low']:.2f}-{entry['high']:.2f}) faster than {name}" for name, entry in eager.items()
+        f"{entry['ratio']:.2f}x ({entry['low']:.2f}-{entry['high']:.2f}) faster than {name}"
+        for name, entry in eager.items()
     )
     return f"   {row['name']:28} {row['shape']:22} {ratios}"

@@ -71,8 +71,8 @@ def _choices(op, device):
 def text(found: dict) -> str:
     """The report for a reader: reasons that many ops share are stated once."""
     lines = [
-        f"genengine {found['genengine']}, torch {found['torch']}, triton {found['triton']}, CUDA {found['cuda'] or 'none'}, "
-        f"Python {found['python']}",
+        f"genengine {found['genengine']}, torch {found['torch']}, triton {found['triton']}, "
+        f"CUDA {found['cuda'] or 'none'}, Python {found['python']}",
         f"{found['platform']}",
         _extension_line(found["extension"]),
         f"verdicts of `genengine verify`: {found['verified']}",

@@ -22,8 +22,8 @@ CAPTURE_MODES = ("auto", "loop", "step", "never")
 class StepInfo:
     """What a callback sees after each row.
 
-    row: index of the row just applied, of num_rows. t: its model time (of sample 0), a float. x: the state after it, (B, ...), live:
-    clone it to keep it; returning a tensor from the callback replaces it.
+    row: index of the row just applied, of num_rows. t: its model time (of sample 0), a float. x: the state after it,
+    (B, ...), live: clone it to keep it; returning a tensor from the callback replaces it.
     """
 
     row: int
@@ -63,7 +63,7 @@ def sample(
     table: from `genengine.solvers`. shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
     unconditional first, anything else must be equal in both; cond may be two dicts for three branches.
-    guidance: replaces the table's g1, a float or one per sample (B,). seed: int in [0, 2^64) or int64 tensor () or (B,).
+    guidance: replaces the table's g1, a float or one per sample (B,). seed: int in [0, 2^64), or int64 () or (B,).
     sample_ids: int64 (B,) global indices; a sample depends on its seed and index, never on the rest of the batch.
     noise: instead of drawing, (R, B, ...) tensor or noise(row) -> (B, ...).
     callback: called with a StepInfo after each row. progress: a progress bar, or its title.
@@ -181,7 +181,16 @@ class _Run:
         noise = None if self.noise is None else self._given_noise(row)
         x_in = self.x_in if row + 1 < self.num_rows else None
         self.kernel(
-            self.x, (output,), self.table, self.sample_step, self.history, self.seed, self.sample_ids, noise, self.x, x_in
+            self.x,
+            (output,),
+            self.table,
+            self.sample_step,
+            self.history,
+            self.seed,
+            self.sample_ids,
+            noise,
+            self.x,
+            x_in,
         )
         self.advance(self.step, self.table, self.t)
 
@@ -194,7 +203,8 @@ class _Run:
             )
         if output.dtype.itemsize > self.model_dtype.itemsize:
             raise TypeError(
-                f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; pass model_dtype={output.dtype}"
+                f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; "
+                f"pass model_dtype={output.dtype}"
             )
         return _layout.like(output.to(self.model_dtype), self.x)
 
@@ -222,7 +232,9 @@ def _branches(cond, uncond):
         raise ValueError(f"sample: at most three branches (uncond and two cond), got {len(branches)}")
     names = [set(branch) for branch in branches]
     if any(other != names[0] for other in names):
-        raise ValueError(f"sample: cond and uncond must have the same keys, got {sorted(names[1])} and {sorted(names[0])}")
+        raise ValueError(
+            f"sample: cond and uncond must have the same keys, got {sorted(names[1])} and {sorted(names[0])}"
+        )
     return branches or [{}]
 
 
@@ -236,10 +248,14 @@ def _concatenate(branches, batch, device):
                     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     raise ValueError(f"sample: cond[{name!r}] must be a tensor (B, ...) with B = {batch}, got {got}")
                 if value.device != device:
-                    raise ValueError(f"sample: cond[{name!r}] must be on {device}, got {value.device}; move it with .to(...)")
+                    raise ValueError(
+                        f"sample: cond[{name!r}] must be on {device}, got {value.device}; move it with .to(...)"
+                    )
             merged[name] = torch.cat(values) if len(values) > 1 else first
         elif any(value is not first and value != first for value in values[1:]):
-            raise ValueError(f"sample: cond[{name!r}] is no tensor, so it must be equal in cond and uncond, got {values}")
+            raise ValueError(
+                f"sample: cond[{name!r}] is no tensor, so it must be equal in cond and uncond, got {values}"
+            )
         else:
             merged[name] = first
     return merged
@@ -253,7 +269,9 @@ def _with_guidance(table, guidance, branches):
     if branches == 1 and ((table.rows[..., 1] != 0) & (table.rows[..., 1] != 1)).any():
         raise ValueError("sample: the table has a guidance scale, but there is one branch; pass uncond={...}")
     if branches < 3 and (table.rows[..., 2] != 0).any():
-        raise ValueError(f"sample: the table has g2 for a third branch, got {branches} branches; pass cond=[{{...}}, {{...}}]")
+        raise ValueError(
+            f"sample: the table has g2 for a third branch, got {branches} branches; pass cond=[{{...}}, {{...}}]"
+        )
     return table
 
 
@@ -322,7 +340,9 @@ def _mode(capture, device, run, callback, progress):
         return "never"
     between = callback is not None or bool(progress) or run.check_finite or run.noise is not None
     if capture == "loop" and between:
-        raise ValueError("sample: capture='loop' leaves no room for callback, progress, noise or check_finite between rows")
+        raise ValueError(
+            "sample: capture='loop' leaves no room for callback, progress, noise or check_finite between rows"
+        )
     if run.check_finite or run.noise is not None:
         return "never"  # they read or choose on the host in every row
     if capture == "auto":

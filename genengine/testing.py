@@ -117,7 +117,7 @@ def _same(a, b):
 
 
 def _same_up_to_truncation(a, b):
-    """Triton's interpreter truncates to bfloat16 where the hardware rounds to nearest: allow one unit in the last place."""
+    """Triton's interpreter truncates to bfloat16 where the hardware rounds to nearest: allow one last place."""
     if a.dtype != torch.bfloat16 or _same(a, b):
         return _same(a, b)
     apart = a.view(torch.int16).int() - b.view(torch.int16).int()
@@ -165,30 +165,36 @@ def random_table(generator, rows: int, batch: int, branches: int, registers: int
     return table
 
 
+_STEP_KINDS = ((1, 0, "none"), (2, 1, "drawn"), (3, 3, "given"), (2, 2, "drawn channels_last"))
+
+
 def _step_cases(generator, device) -> list[Case]:
-    found = []
-    for index, (state, model) in enumerate(
-        [(d, d) for d in _DTYPES] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
-    ):
-        for branches, registers, mode in ((1, 0, "none"), (2, 1, "drawn"), (3, 3, "given"), (2, 2, "drawn channels_last")):
-            shape = ((3, 2, 5, 7), (2, 4, 16, 16))[index % 2]
-            memory = torch.channels_last if "channels_last" in mode else torch.contiguous_format
-            fresh = lambda dtype, batch=shape[0], shape=shape, memory=memory: (  # noqa: E731
-                torch.randn(batch, *shape[1:], generator=generator).to(device, dtype).contiguous(memory_format=memory)
-            )
-            history = None
-            if registers:
-                history = fresh(torch.float32, registers * shape[0]).unflatten(0, (registers, shape[0]))
-            args = (
-                fresh(state), [fresh(model) for _ in range(branches)],
-                random_table(generator, 4, shape[0] if mode == "drawn" else 1, branches, registers).to(device),
-                torch.arange(shape[0], dtype=torch.int32, device=device) + 2, history,
-                torch.tensor(12345, device=device) if "drawn" in mode else None, None,
-                fresh(torch.float32) if mode == "given" else None, torch.zeros_like(fresh(state)),
-                torch.zeros_like(fresh(model, 2 * shape[0])),
-            )  # fmt: skip
-            found.append(Case(f"{state} state, {model} model, {branches} branches, noise {mode}", args, (4, 8, 9), True))
-    return found
+    pairs = [(d, d) for d in _DTYPES] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+    return [
+        _step_case(generator, device, state, model, ((3, 2, 5, 7), (2, 4, 16, 16))[index % 2], *kind)
+        for index, (state, model) in enumerate(pairs)
+        for kind in _STEP_KINDS
+    ]
+
+
+def _step_case(generator, device, state, model, shape, branches, registers, noise) -> Case:
+    memory = torch.channels_last if "channels_last" in noise else torch.contiguous_format
+
+    def fresh(dtype, batch=shape[0]):
+        values = torch.randn(batch, *shape[1:], generator=generator)
+        return values.to(device, dtype).contiguous(memory_format=memory)
+
+    history = None
+    if registers:
+        history = fresh(torch.float32, registers * shape[0]).unflatten(0, (registers, shape[0]))
+    table = random_table(generator, 4, shape[0] if noise == "drawn" else 1, branches, registers).to(device)
+    step = torch.arange(shape[0], dtype=torch.int32, device=device) + 2  # the last samples are finished
+    seed = torch.tensor(12345, device=device) if "drawn" in noise else None
+    given = fresh(torch.float32) if noise == "given" else None
+    outputs, out = [fresh(model) for _ in range(branches)], torch.zeros_like(fresh(state))
+    x_in = torch.zeros_like(fresh(model, 2 * shape[0]))
+    args = (fresh(state), outputs, table, step, history, seed, None, given, out, x_in)
+    return Case(f"{state} state, {model} model, {branches} branches, noise {noise}", args, (4, 8, 9), True)
 
 
 def _advance_cases(generator, device) -> list[Case]:

@@ -52,7 +52,9 @@ def test_nothing_imports_upward(unit, path):
         return
     for imported in imports(path, top_level_only=True):
         if imported in LEVEL:
-            assert LEVEL[imported] <= LEVEL[unit], f"{path.relative_to(ROOT)} ({unit}) imports {imported}, which is above it"
+            assert LEVEL[imported] <= LEVEL[unit], (
+                f"{path.relative_to(ROOT)} ({unit}) imports {imported}, which is above it"
+            )
 
 
 @pytest.mark.parametrize("name", NUMPY_ONLY)
@@ -69,9 +71,9 @@ def test_kernels_import_only_triton_torch_and_siblings():
             modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for module in modules:
                 root = module.split(".")[0]
-                assert root in ("triton", "torch", "math", "functools", "__future__") or module.startswith("genengine.kernels"), (
-                    f"{path.name} imports {module}"
-                )
+                assert root in ("triton", "torch", "math", "functools", "__future__") or module.startswith(
+                    "genengine.kernels"
+                ), f"{path.name} imports {module}"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -57,9 +57,7 @@ def test_a_wrong_kernel_is_found_out(monkeypatch):
     monkeypatch.setitem(op.overloads, "triton", slightly_wrong)
     assert any("differs from the reference" in problem for problem in _verify.run(op, "triton", CPU))
     tolerant = _registry.OPS["adaln"]
-    monkeypatch.setitem(
-        tolerant.overloads, "triton", lambda *a: tolerant.overloads["reference"](*a) * (1 + 1e-2)
-    )
+    monkeypatch.setitem(tolerant.overloads, "triton", lambda *a: tolerant.overloads["reference"](*a) * (1 + 1e-2))
     assert any("errs by" in problem for problem in _verify.run(tolerant, "triton", CPU))
 
 

@@ -126,7 +126,9 @@ def test_callback_sees_every_row_and_may_replace_the_state():
     assert [t for _, t in seen] == pytest.approx(list(GRID[:-1]))
     assert torch.equal(plain, genengine.sample(denoiser, table, SHAPE, seed=3))
 
-    half = genengine.sample(denoiser, table, SHAPE, seed=3, callback=lambda info: 0.5 * info.x if info.row == 2 else None)
+    half = genengine.sample(
+        denoiser, table, SHAPE, seed=3, callback=lambda info: 0.5 * info.x if info.row == 2 else None
+    )
     x = normal(SHAPE, seed=3)
     for row, (t, t_next) in enumerate(zip(GRID[:-1], GRID[1:], strict=True)):
         x = x + (t_next - t) * denoiser(x, torch.full((3,), t, dtype=torch.float32))
@@ -203,7 +205,11 @@ BAD = [
     ({"capture": "always"}, ValueError, "capture must be one of auto, loop, step, never"),
     ({"sample_ids": torch.zeros(2, dtype=torch.int64)}, ValueError, "sample_ids must be \\(B,\\) = \\(3,\\)"),
     ({"noise": torch.zeros(2, *SHAPE)}, ValueError, "noise must be \\(R, B, ...\\) = \\(6, 3, 2, 4, 4\\)"),
-    ({"denoiser": wrong_shape}, ValueError, "denoiser must return \\(3, 2, 4, 4\\) like its input, got \\(3, 4, 4, 4\\)"),
+    (
+        {"denoiser": wrong_shape},
+        ValueError,
+        "denoiser must return \\(3, 2, 4, 4\\) like its input, got \\(3, 4, 4, 4\\)",
+    ),
 ]
 
 

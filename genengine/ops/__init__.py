@@ -12,5 +12,6 @@ EXTENSION = _registry.load_extension()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "sampler_step", "uniform",
+    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "sampler_step",
+    "uniform",
 ]  # fmt: skip

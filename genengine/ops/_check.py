@@ -20,7 +20,8 @@ def dtype(op: str, name: str, tensor: Tensor, allowed: tuple = FLOATING) -> None
 def same_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
-            f"{op}: {name} must be on {like.device} like {like_name}, got {tensor.device}; move it with .to({like_name}.device)"
+            f"{op}: {name} must be on {like.device} like {like_name}, got {tensor.device}; "
+            f"move it with .to({like_name}.device)"
         )
 
 

@@ -1,7 +1,7 @@
 """Where ops are defined and their backends chosen.
 
-`define` gives one schema to three dispatcher namespaces, so that every backend is an ordinary torch op with its own fake
-kernel and its own backward:
+`define` gives one schema to three dispatcher namespaces, so that every backend is an ordinary torch op with its own
+fake kernel and its own backward:
 
     torch.ops.genengine.<op>            C++ kernels for CPU and CUDA when the extension is loaded
     torch.ops.genengine_triton.<op>     Triton kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1

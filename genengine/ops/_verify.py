@@ -1,8 +1,9 @@
-"""Which kernels have been seen right on which device: the gate between a kernel that exists and one that runs by default.
+"""Which kernels have been seen right on which device: the gate between a kernel that exists and the default.
 
-A verdict belongs to (op, backend, device name, driver, versions of torch, triton and genengine). Verdicts come from the
-table shipped with the package (`verified.json`, made from committed results), from the user's cache, or from running the
-op's case set on the spot. Under torch.compile and CUDA-graph capture nothing is run: only known verdicts count.
+A verdict belongs to (op, backend, device name, driver, versions of torch, triton and genengine). Verdicts come from
+the table shipped with the package (`verified.json`, made from committed results), from the user's cache, or from
+running the op's case set on the spot. Under torch.compile and CUDA-graph capture nothing is run: only known verdicts
+count.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def run(op, backend: str, device: torch.device) -> list[str]:
 
 @torch._dynamo.assume_constant_result  # while torch.compile traces, a verdict is looked up, not traced
 def verified(op_name: str, backend: str, device: str) -> bool:
-    """Whether the kernel has been seen right on this device; checks it now if that is not known and can be found out."""
+    """Whether the kernel has been seen right on this device; checked now if that is unknown and can be found out."""
     where = torch.device(device)
     key, name = device_key(where), f"{op_name}/{backend}"
     known = verdicts().get(key, {})

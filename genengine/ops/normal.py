@@ -28,13 +28,14 @@ def normal(
 ) -> Tensor:
     """Standard normals with the same bits on every backend, for any batch size or split.
 
-        z[b].flatten()[e] = BoxMuller(Philox-4x32-10(key = seed, counter = (e // 4, sample_ids[b], step, stream)))[e % 4]
+        words             = Philox-4x32-10(key = seed, counter = (e // 4, sample_ids[b], step, stream))
+        z[b].flatten()[e] = BoxMuller(words)[e % 4]
 
     shape: (B, ...). seed: an int in [0, 2^64), or an int64 tensor () or (B,), its bits read as unsigned.
     sample_ids: (B,) int64 global sample indices in [0, 2^32); default 0..B-1. step: table row when sampling, global
     iteration when training, in [0, 2^32). stream: a name of `genengine.random.STREAMS` or its number.
-    dtype: float32, or float16 / bfloat16 / float64 (the float32 normal, converted). out: written instead of a new tensor;
-    any strides (elements are counted in logical order). Returns (B, ...).
+    dtype: float32, or float16 / bfloat16 / float64 (the float32 normal, converted). out: written instead of a new
+    tensor; any strides (elements are counted in logical order). Returns (B, ...).
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box & Muller 1958.
     """
@@ -73,9 +74,7 @@ def _draw(kind, shape, seed, sample_ids, step, stream, dtype, device, out, backe
     sample_ids = _check.sample_ids(kind, sample_ids, out.device, batch)
     buffer = out if out.dtype == torch.float32 and out.is_contiguous() else _float32(out)
     op = _registry.OPS[f"{kind}_out"]
-    _registry.resolve(op, out.device, torch.float32, backend)(
-        buffer, seed, sample_ids, step, random.stream_id(stream)
-    )
+    _registry.resolve(op, out.device, torch.float32, backend)(buffer, seed, sample_ids, step, random.stream_id(stream))
     return out if buffer is out else out.copy_(buffer)
 
 
@@ -158,7 +157,7 @@ def _sincos_turn(u):
 
 
 def _sqrt(x):
-    # torch.sqrt of float32 may come from a vector library that is one unit off; through float64 it is correctly rounded.
+    # torch.sqrt of float32 may come from a vector library that is one unit off; by way of float64 it is exact.
     return torch.sqrt(x.double()).float()
 
 

@@ -44,11 +44,11 @@ def sampler_step(
     A sample whose step has reached R is copied to `out` unchanged, its history and x_in left alone.
 
     x: (B, ...) float32, float16 or bfloat16, contiguous or channels_last. outputs: the model's one to three branches,
-    unconditional first: tensors like x, or one tensor (k B, ...) that stacks them along the batch; of x's dtype or, with a
-    float32 x, 16-bit. table: float32 (R, B or 1, 16), columns
+    unconditional first: tensors like x, or one tensor (k B, ...) that stacks them along the batch; of x's dtype or,
+    with a float32 x, 16-bit. table: float32 (R, B or 1, 16), columns
     as in `genengine.table`. step: int32 (B,). history: float32 (K, B, ...), K <= 3, written in place.
-    seed: draws z = normal(seed, sample_ids[b], step[b], stream "step") in the kernel; noise: z given, float32 or x's dtype,
-    like x. With neither, a row's s must be 0 (it is skipped). sample_ids: int64 (B,), default 0..B-1.
+    seed: draws z = normal(seed, sample_ids[b], step[b], stream "step") in the kernel; noise: z given, float32 or x's
+    dtype, like x. With neither, a row's s must be 0 (it is skipped). sample_ids: int64 (B,), default 0..B-1.
     out: written instead of a new tensor; may be x itself. x_in: (k B, ...) in the outputs' dtype, k copies of the input
     of the next model evaluation.
 
@@ -269,7 +269,7 @@ def _check_written_layout(out, history, x_in):
     for name, tensor in written:
         if _layout.like(tensor, out) is not tensor:
             raise ValueError(
-                f"sampler_step: {name} must be laid out like out (strides {out.stride()}), got strides {tensor.stride()}; "
+                f"sampler_step: {name} must be laid out like out (strides {out.stride()}), got {tensor.stride()}; "
                 "allocate it in the same memory format"
             )
 
@@ -279,7 +279,11 @@ def _check_out(out, x, outputs, noise, history, x_in):
     in_place = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
     inputs = [("x", x)] if not in_place else []
     inputs += [(f"outputs[{i}]", output) for i, output in enumerate(outputs)]
-    inputs += [(name, tensor) for name, tensor in (("noise", noise), ("history", history), ("x_in", x_in)) if tensor is not None]
+    inputs += [
+        (name, tensor)
+        for name, tensor in (("noise", noise), ("history", history), ("x_in", x_in))
+        if tensor is not None
+    ]
     for name, tensor in inputs:
         if _check.overlap(out, tensor):
             raise ValueError(f"sampler_step: out must not overlap {name}; pass a tensor of its own, or x itself")

@@ -63,7 +63,10 @@ def test_no_host_sync_in_the_loop():
 @pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
 def test_the_gpu_draws_the_cpu_s_bits(backend):
     shape = (3, 5, 7, 11)
-    assert torch.equal(normal(shape, seed=2**63 + 1, step=4, device="cuda", backend=backend).cpu(), normal(shape, seed=2**63 + 1, step=4))
+    assert torch.equal(
+        normal(shape, seed=2**63 + 1, step=4, device="cuda", backend=backend).cpu(),
+        normal(shape, seed=2**63 + 1, step=4),
+    )
 
 
 def test_wrong_device_is_an_error():

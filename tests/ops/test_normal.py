@@ -95,7 +95,7 @@ def test_uniform_fit_on_ten_million_draws():
     u = uniform((1, n), seed=77)[0]
     cells = torch.histc(u.double(), bins=1000, min=0, max=1)
     assert abs(((cells - n / 1000) ** 2 / (n / 1000)).sum().item() - 999) < 6 * math.sqrt(2 * 999)
-    assert 0 < u.min().item() and u.max().item() < 1
+    assert u.min().item() > 0 and u.max().item() < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -141,8 +141,16 @@ def test_fullgraph_compile_does_not_recompile_over_steps():
         ({"seed": 0.5}, TypeError, "seed must be an int"),
         ({"seed": True}, TypeError, "seed must be an int"),
         ({"seed": torch.tensor(1.0)}, TypeError, "int64 tensor, got a tensor of torch.float32"),
-        ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed must be \\(\\) or \\(B,\\) = \\(2,\\), got \\(3,\\)"),
-        ({"sample_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "sample_ids must be \\(B,\\) = \\(2,\\), got \\(3,\\)"),
+        (
+            {"seed": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            "seed must be \\(\\) or \\(B,\\) = \\(2,\\), got \\(3,\\)",
+        ),
+        (
+            {"sample_ids": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            "sample_ids must be \\(B,\\) = \\(2,\\), got \\(3,\\)",
+        ),
         ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be an int64 tensor"),
         ({"step": -1}, ValueError, "step must be in"),
         ({"stream": "weather"}, ValueError, "stream must be one of"),

@@ -1,4 +1,4 @@
-"""sampler_step and advance: every backend follows the reference bit for bit, and the reference follows NumPy in float64."""
+"""sampler_step, advance: every backend follows the reference bit for bit, the reference follows NumPy in float64."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def steps(batch, value=0):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_case_set(backend):
-    """Dtypes and their mixes, one to three branches, all registers, clamps, rows per sample, both layouts, bit for bit."""
+    """Dtypes and mixes, one to three branches, all registers, clamps, rows per sample, both layouts, bit for bit."""
     device = skip_unless_available("sampler_step_out", backend)
     for name in ("sampler_step_out", "advance"):
         assert testing.cases(name, device)
@@ -228,7 +228,12 @@ def _opcheck_arguments(shape=(2, 3, 4, 4), memory_format=torch.contiguous_format
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"branches": 3, "registers": 0}, {"memory_format": torch.channels_last}, {"shape": (0, 3, 4, 4), "registers": 0}],
+    [
+        {},
+        {"branches": 3, "registers": 0},
+        {"memory_format": torch.channels_last},
+        {"shape": (0, 3, 4, 4), "registers": 0},
+    ],
     ids=["plain", "three branches", "channels_last", "empty"],
 )
 def test_opcheck(namespace, options):
