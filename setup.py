@@ -71,6 +71,7 @@ class CMakeBuild(build_ext):
             print(f"genengine: installing without compiled kernels: {reason}", file=sys.stderr)
         self._write_record(reason)
         if reason:
+            self._drop_stale_library()
             self.extensions = []
 
     def _write_record(self, reason):
@@ -79,6 +80,12 @@ class CMakeBuild(build_ext):
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"extension": reason is None, "reason": reason}) + "\n")
         self._record = str(record)
+
+    def _drop_stale_library(self):
+        """An earlier build's library must not slip into a wheel that says it has none."""
+        if not (self.inplace or self.editable_mode):
+            for ext in self.extensions:
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -114,7 +121,7 @@ setup(
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={
-        "genengine": ["py.typed", "_C.abi.so", "_build.json", "assets/*", "pretrained/*", "ops/*.json"],
+        "genengine": ["py.typed", "assets/*", "pretrained/*", "ops/*.json"],
         "genengine.benchmarks": ["results/*/*.json"],
     },
     ext_modules=[Extension("genengine._C", [], optional=False)],
