@@ -1,0 +1,27 @@
+"""Every example runs, and its result is right."""
+
+import importlib.util
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_your_own_model():
+    module = load("your_own_model")
+    x, y = module.main(4000)
+    for label, centre in enumerate(module.CENTRES):
+        cloud = x[y == label]
+        assert (cloud.mean(0) - centre).abs().max() < 6 * module.WIDTH / 2000**0.5 + 0.01
+        assert (cloud.std(0) / module.WIDTH - 1).abs().max() < 0.1
+
+
+def test_every_example_is_tested():
+    tested = Path(__file__).read_text()
+    assert [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in tested] == []
