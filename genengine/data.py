@@ -19,9 +19,9 @@ SPLITS = ("train", "test", "train_fit", "validation", "all")
 
 @lru_cache(maxsize=1)
 def _archive():
-    with resources.files("genengine").joinpath("assets/digits.npz").open("rb") as file:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+    path = resources.files("genengine").joinpath("assets/digits.npz")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
 
 
 def split_indices(split="train"):
@@ -95,7 +95,9 @@ def to_uint8(images):
     """
     array = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.ndim != 4:
-        raise ValueError(f"data/to_uint8: images must be (N, C, H, W), got {array.shape}; add the missing axes")
+        raise ValueError(
+            f"data/to_uint8: images must be (N, C, H, W), got {array.shape}; add the missing axes"
+        )
     return np.round(to_levels(array).transpose(0, 2, 3, 1) * (255.0 / 16.0)).astype(np.uint8)
 
 
@@ -152,4 +154,9 @@ def batch_indices(num, batch_size, step, *, seed=0):
             f"data/batch_indices: batch_size must be 1..{num} (the number of images), got {batch_size}"
         )
     epoch, place = divmod(step, num // batch_size)
-    return epoch_order(num, epoch, seed=seed)[place * batch_size : (place + 1) * batch_size]
+    return _order(num, epoch, seed)[place * batch_size : (place + 1) * batch_size].clone()
+
+
+@lru_cache(maxsize=2)
+def _order(num, epoch, seed):
+    return epoch_order(num, epoch, seed=seed)  # once per epoch, not once per batch

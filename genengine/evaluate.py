@@ -121,9 +121,9 @@ def manifold_metrics(cross, within_reference, within_samples, k=5):
 def nearer_train_share(to_reference, to_held_out):
     """Expected share of samples nearer to a random subset of train than to an equally large held-out set.
 
-    With n references, m held-out images and k_i references nearer to sample i than its nearest held-out image,
-    share = mean_i 1 - C(n - k_i, m) / C(n, m): the mean over *all* subsets, so nothing is drawn. An equal
-    distance counts one half. 0.5 is innocent; copies of the training set reach about 0.64.
+    With n references, m held-out images and k_i references nearer to sample i than its nearest held-out
+    image, share = mean_i 1 - C(n - k_i, m) / C(n, m): the mean over *all* subsets, so nothing is drawn. An
+    equal distance counts one half. 0.5 is innocent; copies of the training set reach about 0.64.
 
     Args:
         to_reference: (N, n) distances.  to_held_out: (N, m) distances, m <= n.
@@ -160,7 +160,9 @@ class Report(dict):
                 continue
             good = value is not None and (value <= bar if sense == "<=" else value >= bar)
             if not good:
-                missed.append(f"{name} {'missing' if value is None else format(value, '.4f')}, bar {sense} {bar}")
+                missed.append(
+                    f"{name} {'missing' if value is None else format(value, '.4f')}, bar {sense} {bar}"
+                )
         return missed
 
     def passes(self, bars=None):
@@ -226,8 +228,8 @@ def evaluate_samples(samples, labels=None, *, reference=None, held_out=None, qua
     unseen = _pixels(held_out[0], "held_out", quantise)
     if len({fake.shape[1], real.shape[1], unseen.shape[1]}) != 1 or len(fake) < 6:
         raise ValueError(
-            f"evaluate/evaluate_samples: samples must be at least 6 images of {real.shape[1]} values like the "
-            f"reference, got {fake.shape}; check the shape or the reference"
+            f"evaluate/evaluate_samples: samples must be at least 6 images of {real.shape[1]} values like "
+            f"the reference, got {fake.shape}; check the shape or the reference"
         )
     classes = _labels(reference[1], len(real), "reference labels")
 
@@ -245,3 +247,37 @@ def evaluate_samples(samples, labels=None, *, reference=None, held_out=None, qua
     report["nn_distance_ratio"] = float(near_fake / near_unseen) if near_unseen > 0 else float("nan")
     report["nearer_train_share"] = nearer_train_share(to_real, to_unseen)
     return report
+
+
+def evaluate_seeds(draw, labels, *, seeds=range(5), reference=None, held_out=None):
+    """Metrics over several sampling seeds.
+
+    Args:
+        draw: draw(labels, seed) -> samples (N, C, H, W) in [-1, 1].
+        labels: (N,) int, the classes asked for.  seeds: ints, at least two.
+        reference, held_out: as in `evaluate_samples`.
+    Returns:
+        dict with mean (Report), std (dict, denominator len(seeds) - 1), seeds, passes (the mean meets every
+        bar) and passes_each (each seed's report does).
+    Raises:
+        ValueError: fewer than two seeds.
+    """
+    seeds = [int(seed) for seed in seeds]
+    if len(seeds) < 2:
+        raise ValueError(f"evaluate/evaluate_seeds: seeds must be at least two, got {seeds}")
+    reports = [
+        evaluate_samples(draw(labels, seed), labels, reference=reference, held_out=held_out) for seed in seeds
+    ]
+    mean, std = Report(), {}
+    for name in reports[0]:
+        values = np.array([report[name] for report in reports], dtype=np.float64)
+        mean[name] = int(values[0]) if name == "num_samples" else float(values.mean())
+        if name != "num_samples":
+            std[name] = float(values.std(ddof=1))
+    return {
+        "mean": mean,
+        "std": std,
+        "seeds": seeds,
+        "passes": mean.passes(),
+        "passes_each": [report.passes() for report in reports],
+    }
