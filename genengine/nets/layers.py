@@ -1,0 +1,159 @@
+"""Layers shared by the networks, and their initialisation from the counter-based noise.
+
+Constructors here leave weights uninitialised and draw nothing: `init_normal_` and `init_xavier_` fill them
+as functions of (seed, index), so building a network never touches the global generator.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genengine import ops
+
+
+def linear(in_features, out_features):
+    """`nn.Linear` with uninitialised weight (out, in) and bias (out,) on the default device."""
+    return nn.utils.skip_init(nn.Linear, in_features, out_features, device=torch.get_default_device())
+
+
+@torch.no_grad()
+def init_normal_(parameter, std, *, seed, index):
+    """parameter = std * normal(seed, sample=0, step=index, stream="model", element).
+
+    Args:
+        parameter: any shape, filled in place in its own dtype and device.  std: standard deviation.
+        seed: int in [0, 2^64).  index: int, a different one for each parameter of a network.
+    """
+    if parameter.is_meta:  # shapes only, for instance to count parameters
+        return
+    draw = ops.normal((1, parameter.numel()), seed=seed, step=index, stream="model", device=parameter.device)
+    parameter.copy_((std * draw).view(parameter.shape))
+
+
+@torch.no_grad()
+def init_xavier_(parameter, *, seed, index):
+    """parameter = r (2 u - 1), r = sqrt(6 / (fan_in + fan_out)), u = uniform(seed, 0, index, "model").
+
+    The weight is read as the matrix (shape[0], rest). Glorot & Bengio 2010.
+    """
+    if parameter.is_meta:
+        return
+    fan_out, fan_in = parameter.flatten(1).shape
+    draw = ops.uniform((1, parameter.numel()), seed=seed, step=index, stream="model", device=parameter.device)
+    parameter.copy_((math.sqrt(6.0 / (fan_in + fan_out)) * (2.0 * draw - 1.0)).view(parameter.shape))
+
+
+def sincos_positions(dim, grid):
+    """Fixed two-dimensional sine-cosine positions.
+
+    The first dim/2 features encode the column, the others the row, each as [sin(p w_i), cos(p w_i)] with
+    w_i = 10000^(-4 i / dim), i = 0 .. dim/4 - 1.
+
+    Args:
+        dim: features, a multiple of 4.  grid: (rows, columns).
+    Returns:
+        (1, rows*columns, dim) float32, tokens in row-major order.
+    Reference: Vaswani et al. 2017, extended to two axes; Peebles & Xie 2023.
+    """
+    omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    row, column = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    parts = []
+    for place in (column, row):
+        angle = place.reshape(-1, 1) * omega  # (N, dim/4)
+        parts += [np.sin(angle), np.cos(angle)]
+    positions = torch.from_numpy(np.concatenate(parts, axis=1)[None].astype(np.float32))
+    return positions.to(torch.get_default_device())
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens: (B, C, H, W) -> (B, N, D), as a strided convolution `proj`."""
+
+    def __init__(self, patch_size, in_channels, dim):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.utils.skip_init(
+            nn.Conv2d, in_channels, dim, patch_size, stride=patch_size, device=torch.get_default_device()
+        )
+
+    def forward(self, x):
+        b, c, height, width = x.shape
+        p = self.patch_size
+        x = x.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, C, p, p)
+        x = x.reshape(b, -1, c * p * p)  # (B, N, C p p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def unpatchify(tokens, grid, patch_size, channels):
+    """Tokens (B, N, p*p*C), features in the order (row, column, channel), to images (B, C, H, W)."""
+    b, p = tokens.shape[0], patch_size
+    x = tokens.reshape(b, grid[0], grid[1], p, p, channels).permute(
+        0, 5, 1, 3, 2, 4
+    )  # (B, C, H/p, p, W/p, p)
+    return x.reshape(b, channels, grid[0] * p, grid[1] * p)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of time through a two-layer MLP.
+
+    e = [cos(s t w_i), sin(s t w_i)], w_i = 10000^(-i / half), half = features / 2; s = `time_scale`.
+    Time runs from 0 (data) to 1 (noise) here, and the frequencies were made for 0 .. 999, hence s = 1000.
+    """
+
+    def __init__(self, dim, features=256, time_scale=1000.0):
+        super().__init__()
+        self.features, self.time_scale = features, time_scale
+        self.mlp = nn.Sequential(linear(features, dim), nn.SiLU(), linear(dim, dim))
+
+    def forward(self, t):
+        half = self.features // 2
+        rate = torch.exp(
+            torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half)
+        )
+        angle = t.float()[:, None] * self.time_scale * rate
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, features), float32 before any cast
+        return self.mlp(wave.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class table with one more row, index `num_classes`, that stands for "no class" (Ho & Salimans 2022)."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.embedding_table = nn.utils.skip_init(
+            nn.Embedding, num_classes + 1, dim, device=torch.get_default_device()
+        )
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; q, k and v are views into one packed projection."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = linear(dim, 3 * dim)
+        self.proj = linear(dim, dim)
+
+    def forward(self, x):
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).unbind(2)  # (B, N, H, D/H)
+        return self.proj(ops.attention(q, k, v).reshape(b, n, d))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))), with the tanh form of GELU."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = linear(dim, hidden)
+        self.fc2 = linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
