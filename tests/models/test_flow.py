@@ -1,0 +1,184 @@
+"""Flow matching: the loss is the paper's, draws are functions of their arguments, sampling is exact Euler."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genengine import data, models, ops, paths
+from genengine.evaluate import evaluate_samples
+from genengine.models import FlowMatching, checkpoint
+from genengine.nets.dit import DiT
+from genengine.train import PRESETS
+
+SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 16, "depth": 2, "num_heads": 2,
+         "num_classes": 3, "learn_sigma": False, "time_features": 8}  # fmt: skip
+
+
+def model(seed=0, net=None, **options):
+    """A small model with every layer filled, so that the output depends on time, class and pixels."""
+    flow = FlowMatching(DiT.from_config(SMALL | (net or {}), seed=seed), **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in flow.net.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return flow
+
+
+def batch(b=6):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(b, 1, 8, 8, generator=generator) * 2 - 1, torch.arange(b) % 3
+
+
+@pytest.mark.parametrize("path", [paths.RectifiedFlow(), paths.VPLinear()], ids=["flow", "vp"])
+def test_loss_is_the_formula_and_differentiable(path):
+    flow = model(path=path, class_drop=0.5)
+    x0, labels = batch()
+    ids = torch.tensor([5, 900, 3, 77, 1000, 2])
+    loss = flow.loss(x0, labels, seed=9, sample_ids=ids, step=41)
+    draw = {"seed": 9, "sample_ids": ids, "step": 41}
+    z = ops.normal((6, 1), stream="time", **draw)[:, 0].double()
+    t = (1 / (1 + torch.exp(-z))).float()
+    u = ops.uniform((6, 1), stream="class_drop", **draw)[:, 0]
+    eps = ops.normal(x0.shape, stream="diffuse", **draw)
+    alpha, sigma, d_alpha, d_sigma = (
+        torch.from_numpy(np.asarray(c)).float().view(-1, 1, 1, 1)
+        for c in path.coefficients(t.double().numpy())
+    )
+    output = flow.net(alpha * x0 + sigma * eps, t, torch.where(u < 0.5, 3, labels))
+    expected = ((output - (d_alpha * x0 + d_sigma * eps)) ** 2).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in flow.net.parameters())
+
+
+def test_the_draws_of_an_image_do_not_depend_on_its_batch():
+    flow = model()
+    ids = torch.tensor([5, 900, 3])
+    times = flow.draw_times(3, seed=1, sample_ids=ids, step=4)
+    assert torch.equal(times[1:2], flow.draw_times(1, seed=1, sample_ids=ids[1:2], step=4))
+    assert not torch.equal(times, flow.draw_times(3, seed=1, sample_ids=ids, step=5))
+    torch.manual_seed(0)
+    first = flow.loss(*batch(), seed=3, step=2)
+    torch.manual_seed(1)
+    assert torch.equal(first, flow.loss(*batch(), seed=3, step=2))
+
+
+def test_times_are_logit_normal_and_labels_are_dropped_at_the_rate():
+    flow = model(time_mean=0.5, time_std=0.7, class_drop=0.2)
+    t = flow.draw_times(20000, seed=0).double()
+    logit = torch.log(t / (1 - t))
+    assert abs(logit.mean() - 0.5) < 0.02 and abs(logit.std() - 0.7) < 0.02
+    labels = flow.drop_labels(torch.ones(20000, dtype=torch.int64), seed=0)
+    assert set(labels.tolist()) == {1, 3} and abs((labels == 3).double().mean() - 0.2) < 0.01
+    assert torch.equal(model(class_drop=0.0).drop_labels(torch.ones(50, dtype=torch.int64), seed=0),
+                       torch.ones(50, dtype=torch.int64))  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_sampling_equals_the_textbook_loop(solver, guidance):
+    flow = model()
+    labels = torch.tensor([0, 1, 2, 1])
+    out = flow.sample(4, labels, steps=5, guidance=guidance, seed=11, solver=solver, first_id=7)
+
+    @torch.no_grad()
+    def velocity(x, t):
+        time = torch.full((4,), t)
+        conditional = flow.net(x, time, labels)
+        free = flow.net(x, time, torch.full_like(labels, 3))
+        return free + guidance * (conditional - free)
+
+    x = ops.normal((4, 1, 8, 8), seed=11, sample_ids=torch.arange(7, 11), stream="init")
+    grid = np.linspace(1, 0, 6)
+    for now, end in zip(grid[:-1], grid[1:], strict=True):
+        slope = velocity(x, now)
+        if solver == "heun":
+            slope = (slope + velocity(x + (end - now) * slope, end)) / 2
+        x = x + (end - now) * slope
+    torch.testing.assert_close(out, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    flow = model()
+    whole = flow.sample(6, [0, 1, 2, 0, 1, 2], steps=3, guidance=1.5, seed=4)
+    part = flow.sample(2, [2, 0], steps=3, guidance=1.5, seed=4, first_id=2)
+    torch.testing.assert_close(whole[2:4], part, rtol=1e-5, atol=1e-5)
+    assert not whole.requires_grad and not whole.is_inference()
+
+
+def test_labels_are_taken_in_every_form():
+    flow = model()
+    options = {"steps": 2, "seed": 0}
+    assert torch.equal(flow.sample(3, 1, **options), flow.sample(3, [1, 1, 1], **options))
+    assert torch.equal(flow.sample(4, **options), flow.sample(4, torch.tensor([0, 1, 2, 0]), **options))
+    unconditional = model(net={"num_classes": 0})
+    assert unconditional.sample(2, **options).shape == (2, 1, 8, 8)
+    assert flow.net.training  # the mode is restored
+    for labels in ([0, 1], 3, [-1, 0, 0], [[0, 1, 2]]):
+        with pytest.raises(ValueError, match=r"labels must be one int or 3 ints in 0 \.\. 2"):
+            flow.sample(3, labels, **options)
+    with pytest.raises(ValueError, match="labels must be None"):
+        unconditional.sample(2, [0, 1], **options)
+    with pytest.raises(ValueError, match="solver must be one of"):
+        flow.sample(2, solver="rk45")
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(ValueError, match="learn_sigma=False"):
+        model(net={"learn_sigma": True})
+    with pytest.raises(ValueError, match=r"class_drop in \[0, 1\)"):
+        model(class_drop=1.0)
+    with pytest.raises(ValueError, match="time_std must be > 0"):
+        model(time_std=0.0)
+
+
+def test_save_and_load_keep_everything(tmp_path):
+    flow = model(path=paths.VPLinear(beta_max=15.0), time_mean=0.3, time_std=0.8, class_drop=0.25)
+    flow.save(tmp_path / "flow.safetensors", extra={"note": 1})
+    again = FlowMatching.load(tmp_path / "flow.safetensors")
+    assert again.config() == flow.config() and again.path == flow.path
+    state = again.net.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in flow.net.state_dict().items())
+    assert not again.net.training
+
+
+def test_the_shipped_model_meets_every_bar():
+    flow = FlowMatching.pretrained("digits")
+    labels = data.digits("train")[1]
+    report = evaluate_samples(flow.sample(1437, labels, steps=8, seed=0), labels)
+    assert report.passes(), report.failures()
+    assert report["precision"] > 0.9 and report["recall"] > 0.85
+
+
+def test_the_shipped_model_is_small_and_says_how_it_was_made():
+    folder = Path(models.__file__).resolve().parents[1] / "pretrained"
+    path = folder / "flow_digits.safetensors"
+    assert path.stat().st_size < 2_000_000
+    record = json.loads((folder / "flow_digits.json").read_text(encoding="utf-8"))
+    _, config = checkpoint.read(path)
+    assert record["train"] == config["extra"]["train"] == dataclasses.asdict(PRESETS["digits"])
+    assert record["command"].startswith("genengine train flow") and record["test"]["passes"]
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="name must be one of digits, got 'faces'"):
+        FlowMatching.pretrained("faces")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loss_and_captured_samples_on_a_gpu_equal_the_cpu():
+    on_cpu, on_gpu = model(), model()
+    on_gpu.net.to("cuda")
+    x0, labels = batch()
+    draw = {"seed": 9, "sample_ids": torch.arange(6) * 11, "step": 3}
+    losses = on_cpu.loss(x0, labels, **draw), on_gpu.loss(x0.cuda(), labels.cuda(), **draw)
+    torch.testing.assert_close(losses[0], losses[1].cpu(), rtol=1e-4, atol=1e-5)
+    for solver in ("euler", "heun"):
+        options = {"steps": 6, "guidance": 1.5, "seed": 2, "solver": solver}
+        expected, got = on_cpu.sample(6, **options), on_gpu.sample(6, **options)
+        assert got.is_cuda
+        torch.testing.assert_close(expected, got.cpu(), rtol=1e-3, atol=1e-3)
