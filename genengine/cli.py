@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit status 2, not a traceback."""
     options = _parser().parse_args(arguments)
     try:
+        _set_threads(getattr(options, "threads", None))
         return options.run(options) or 0
     except (ValueError, TypeError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
         if options.debug:
@@ -61,6 +62,10 @@ def _with_device(command):
     command.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
 
 
+def _with_threads(command):
+    command.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+
+
 def _with_seed(command):
     command.add_argument("--seed", type=int, default=0, help="an integer in [0, 2^64) (default 0)")
 
@@ -70,7 +75,7 @@ def _with_model(command):
     command.add_argument(
         "--checkpoint", default=None, metavar="FILE", help="safetensors file (default: the shipped model)"
     )
-    command.add_argument("--steps", type=int, default=50, help="solver steps (default 50)")
+    command.add_argument("--steps", type=int, default=15, help="solver steps (default 15; heun evaluates twice a step)")
     command.add_argument("--solver", default="heun", choices=("euler", "heun"), help="solver (default heun)")
     command.add_argument(
         "--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default 1)"
@@ -119,6 +124,7 @@ def _add_train(commands):
     command.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="bf16 trains under autocast")
     command.add_argument("--seed", type=int, default=None, help="an integer in [0, 2^64) (default: the preset's)")
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
+    _with_threads(command)
     _with_device(command)
     _with_json(command)
 
@@ -136,6 +142,7 @@ def _add_sample(commands):
     )
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
     _with_seed(command)
+    _with_threads(command)
     _with_device(command)
 
 
@@ -145,6 +152,7 @@ def _add_evaluate(commands):
     )
     _with_model(command)
     command.add_argument("--seeds", type=int, default=5, help="number of sampling seeds (default 5, at least 2)")
+    _with_threads(command)
     _with_device(command)
     _with_json(command)
 
@@ -165,6 +173,16 @@ def _add_bench(commands):
     )
     _with_device(command)
     _with_json(command)
+
+
+def _set_threads(threads):
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
