@@ -28,7 +28,7 @@ struct AdalnForward {
   bool stream;  // write past the caches
 };
 
-constexpr int64_t kAdalnChunk = 64;  // tokens whose dscale, dshift, dgate one task sums
+constexpr int64_t kAdalnChunk = 16;  // tokens whose dscale, dshift, dgate one task sums, and chunks summed in a group
 
 struct AdalnBackward {
   TokenView grad_x, grad_h, x, branch;  // grad_x.data and branch.data are null for plain adaln
@@ -44,7 +44,7 @@ struct AdalnBackward {
 GENENGINE_LOOP(void, adaln_forward, (const AdalnForward& op, int64_t begin, int64_t end))
 // Chunks b * chunks + c in [begin, end).
 GENENGINE_LOOP(void, adaln_backward, (const AdalnBackward& op, int64_t begin, int64_t end))
-// out[0, dim) = the sum over chunks of partial[chunk * 3 * dim + i], in chunk order.
+// out[0, dim) = the sum over chunks of partial[chunk * 3 * dim + i], in groups of kAdalnChunk.
 GENENGINE_LOOP(void, adaln_reduce, (void* out, Storage type, const float* partial, int64_t chunks, int64_t dim))
 
 }  // namespace genengine

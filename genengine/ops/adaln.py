@@ -71,7 +71,8 @@ def _overload(name, x, backend):
         return _registry.resolve(op, x.device, x.dtype, backend)
     wanted = _registry._forced if backend is None else backend
     if wanted not in (None, "reference"):
-        raise RuntimeError(f"{name}: backend {wanted!r} cannot run here: D must be at most {MAX_DIM}, got {x.shape[-1]}")
+        reason = f"D must be at most {MAX_DIM}, got {x.shape[-1]}"
+        raise RuntimeError(f"{name}: backend {wanted!r} cannot run here: {reason}")
     return op.overloads["reference"]
 
 

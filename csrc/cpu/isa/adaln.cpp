@@ -13,6 +13,7 @@ constexpr int kSums = 4;  // independent accumulators, to hide the latency of an
 constexpr int64_t kPad = 32;  // floats between two scratch rows, so that rows of 1024 k do not share cache sets
 constexpr int64_t kScratch = kAdalnMaxDim + kPad;
 
+#define GENENGINE_RARE __attribute__((noinline))  // the ends of rows: small code rather than fast
 struct Whole {};  // sixteen elements
 struct Part {     // the last few of a row
   int64_t count;
@@ -23,7 +24,7 @@ GENENGINE_INLINE Lanes read(const T* from, Whole) {
   return load(from);
 }
 template <class T>
-GENENGINE_INLINE Lanes read(const T* from, Part part) {
+GENENGINE_RARE Lanes read(const T* from, Part part) {
   T padded[kLanes] = {};
   memcpy(padded, from, sizeof(T) * static_cast<size_t>(part.count));
   return load(padded);
@@ -33,7 +34,7 @@ GENENGINE_INLINE void write(T* to, Lanes lanes, Whole) {
   store(to, lanes);
 }
 template <class T>
-GENENGINE_INLINE void write(T* to, Lanes lanes, Part part) {
+GENENGINE_RARE void write(T* to, Lanes lanes, Part part) {
   T padded[kLanes];
   store(padded, lanes);
   memcpy(to, padded, sizeof(T) * static_cast<size_t>(part.count));
@@ -52,7 +53,7 @@ GENENGINE_INLINE void emit(T* to, Lanes lanes, Part part) {
 
 // Zeros beyond the row's end.
 GENENGINE_INLINE Lanes clip(Lanes lanes, Whole) { return lanes; }
-GENENGINE_INLINE Lanes clip(Lanes lanes, Part part) {
+GENENGINE_RARE Lanes clip(Lanes lanes, Part part) {
   float v[kLanes];
   store(v, lanes);
   for (int64_t i = part.count; i < kLanes; ++i) v[i] = 0.f;
@@ -121,16 +122,22 @@ struct Row {
   M* h;
 };
 
+// ahead: elements to the row after the next, whose lines are asked for here: the passes over one row leave the memory
+// idle, and the hardware's prefetcher stops at every page. Fetching x in one pass and branch in the other measured best.
 template <class X, class M, bool Gated, bool Stream>
-GENENGINE_INLINE void forward_row(const Row<X, M>& at, float* scratch, int64_t dim, float eps, int64_t ahead) {
+GENENGINE_INLINE void forward_row(const Row<X, M>& at, float* scratch, int64_t dim, float eps, int64_t x_ahead,
+                                  [[maybe_unused]] int64_t branch_ahead) {
   const float* row = scratch;
   Sum sum;
   if constexpr (!Gated && sizeof(X) == 4) row = at.x;
   each(dim, GENENGINE_BODY {
     Lanes v = read(at.x + i, span);
     if constexpr (Gated) {
-      v = rounded<X>(adaln_gate(v, read(at.gate + i, span), read(at.branch + i, span)));
-      emit<Stream>(at.x_out + i, v, span);
+      v = adaln_gate(v, read(at.gate + i, span), read(at.branch + i, span));
+      if constexpr (sizeof(X) == 2) {
+        emit<Stream>(at.x_out + i, v, span);
+        v = rounded<X>(v);
+      }
     }
     if constexpr (Gated || sizeof(X) == 2) write(scratch + i, v, span);
     sum.add(k, v);
@@ -138,13 +145,14 @@ GENENGINE_INLINE void forward_row(const Row<X, M>& at, float* scratch, int64_t d
   const float mean = sum.total() / static_cast<float>(dim);
   Sum squares;
   each(dim, GENENGINE_BODY {
-    __builtin_prefetch(at.x + ahead + i);  // the next row arrives while this one is in the first-level cache
-    if constexpr (Gated) __builtin_prefetch(at.branch + ahead + i);
-    const Lanes v = clip(read(row + i, span) - mean, span);
-    squares.add(k, v * v);
+    if (sizeof(X) == 4 || k % 2 == 0) __builtin_prefetch(at.x + x_ahead + i, 0, 2);  // once per line
+    const Lanes v = read(row + i, span), centred = clip(v - mean, span);
+    if constexpr (Gated && sizeof(X) == 4) emit<Stream>(at.x_out + i, v, span);
+    squares.add(k, centred * centred);
   });
   const float rstd = adaln_rstd(squares.total(), dim, eps);
   each(dim, GENENGINE_BODY {
+    if (Gated && (sizeof(M) == 4 || k % 2 == 0)) __builtin_prefetch(at.branch + branch_ahead + i, 0, 2);
     const Lanes x_hat = adaln_normalise(read(row + i, span), mean, rstd);
     emit<Stream>(at.h + i, adaln_modulate(x_hat, read(at.gain + i, span), read(at.shift + i, span)), span);
   });
@@ -173,7 +181,8 @@ void forward_rows(const AdalnForward& op, int64_t begin, int64_t end) {
     }
     const Row<X, M> current{at<X>(op.x, b, n), Gated ? at<M>(op.branch, b, n) : nullptr, gate, gain, shift,
                             Gated ? static_cast<X*>(op.x_out) + r * dim : nullptr, static_cast<M*>(op.h) + r * dim};
-    forward_row<X, M, Gated, Stream>(current, row, dim, op.eps, n + 1 < op.tokens ? op.x.token : 0);
+    const int64_t rows_ahead = n + 2 < op.tokens ? 2 : 0;
+    forward_row<X, M, Gated, Stream>(current, row, dim, op.eps, rows_ahead * op.x.token, rows_ahead * op.branch.token);
   }
   if (Stream) fence();
 }
@@ -266,8 +275,13 @@ void backward(const AdalnBackward& op, int64_t begin, int64_t end) {
 template <class T>
 void reduce(T* out, const float* partial, int64_t chunks, int64_t dim) {
   each(dim, GENENGINE_BODY {
-    Lanes total = read(partial + i, span);
-    for (int64_t c = 1; c < chunks; ++c) total = total + read(partial + c * 3 * dim + i, span);
+    Lanes total = zero_lanes();
+    for (int64_t first = 0; first < chunks; first += kAdalnChunk) {  // in groups: the error grows with their size alone
+      const int64_t last = first + kAdalnChunk < chunks ? first + kAdalnChunk : chunks;
+      Lanes some = zero_lanes();
+      for (int64_t c = first; c < last; ++c) some = some + read(partial + c * 3 * dim + i, span);
+      total = total + some;
+    }
     write(out + i, total, span);
   });
 }
