@@ -81,18 +81,23 @@ struct StepOperands {
   int branches, registers, copies;
 };
 
+// For batch > 0.
 inline StepOperands check_sampler_step(const Tensor& x, TensorList outputs, const Tensor& table, const Tensor& step,
                                        const OptionalTensor& history, const OptionalTensor& noise, const Tensor& out,
                                        const OptionalTensor& x_in) {
   const char* op = "sampler_step";
   const int64_t batch = x.size(0);
-  StepOperands o{common_layout(op, out), type_of(op, "x", x), Type::f32, static_cast<int>(outputs.size()), 0, 0};
-  STD_TORCH_CHECK(o.branches >= 1 && o.branches <= kMaxBranches, op, ": 1 to 3 outputs expected, got ", outputs.size());
+  STD_TORCH_CHECK(outputs.size() >= 1, op, ": 1 to 3 outputs expected, got none");
+  // one tensor may stack the branches along the batch
+  const int64_t stacked = outputs.size() == 1 ? outputs[0].size(0) / batch : 1;
+  StepOperands o{common_layout(op, out), type_of(op, "x", x), Type::f32, static_cast<int>(outputs.size() * stacked), 0, 0};
+  STD_TORCH_CHECK(o.branches >= 1 && o.branches <= kMaxBranches, op, ": 1 to 3 outputs expected, got ", o.branches);
   require_layout(op, "x", x, out, o.layout);
   STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), op, ": out must have x's dtype");
   o.model = type_of(op, "outputs", outputs[0]);
   for (size_t k = 0; k < outputs.size(); ++k) {
-    require_layout(op, "outputs", outputs[k], out, o.layout);
+    STD_TORCH_CHECK(outputs[k].size(0) == stacked * batch, op, ": outputs must have the batch of x");
+    require_samples(op, "outputs", outputs[k], out, o.layout);
     STD_TORCH_CHECK(outputs[k].scalar_type() == outputs[0].scalar_type(), op, ": outputs must share one dtype");
   }
   STD_TORCH_CHECK(o.model == o.state || o.state == Type::f32, op,
