@@ -1,11 +1,10 @@
 // What the CPU and CUDA sides of sampler_step and diffuse check alike: sample layouts, dtypes, shapes; and the same words.
 #pragma once
-#include "cpu/torch_api.h"
+#include "torch_api.h"
 #include "genengine/sampler_step.h"
+#include "genengine/types.h"
 
 namespace genengine {
-
-enum class Type : int { f32, f16, bf16 };
 
 // Samples dense in C order (channels == 1), or dense channels_last.
 struct Layout {

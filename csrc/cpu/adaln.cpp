@@ -3,16 +3,16 @@
 #include "genengine/adaln.h"
 
 #include "cpu/adaln_loops.h"
-#include "cpu/torch_api.h"
+#include "torch_api.h"
 
 namespace genengine {
 namespace {
 
-Storage storage(const char* op, const Tensor& tensor) {
+Type storage(const char* op, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::Half: return Storage::f16;
-    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::Half: return Type::f16;
+    case ScalarType::BFloat16: return Type::bf16;
     default: STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float16 and bfloat16");
   }
 }
@@ -50,7 +50,7 @@ void require_row(const char* op, const char* name, const Tensor& t, const Shape&
 }
 
 void require_mix(const char* op, const Tensor& x, const Tensor& scale) {
-  STD_TORCH_CHECK(x.scalar_type() == scale.scalar_type() || storage(op, x) == Storage::f32, op,
+  STD_TORCH_CHECK(x.scalar_type() == scale.scalar_type() || storage(op, x) == Type::f32, op,
                   ": scale must have x's dtype, or x be float32");
 }
 

@@ -3,10 +3,9 @@
 #include <stdint.h>
 
 #include "cpu/isa.h"
+#include "genengine/types.h"
 
 namespace genengine {
-
-enum class Storage : int { f32, f16, bf16 };
 
 // Strides in elements; the innermost is 1.
 struct TokenView {  // (B, N, D)
@@ -22,7 +21,7 @@ struct AdalnForward {
   TokenView x, branch;  // branch.data is null for plain adaln
   RowView gate, scale, shift;
   void *x_out, *h;  // dense
-  Storage x_type, h_type;  // of x and x_out; of everything else
+  Type x_type, h_type;  // of x and x_out; of everything else
   int64_t tokens, dim;
   float eps;
   bool stream;  // write past the caches
@@ -35,7 +34,7 @@ struct AdalnBackward {
   RowView gate, scale;
   void *dx, *dbranch;  // dense
   float* partial;      // (B, chunks, 3, D): dscale, dshift, dgate summed over each chunk
-  Storage x_type, h_type;
+  Type x_type, h_type;
   int64_t tokens, dim, chunks;
   float eps;
 };
@@ -45,6 +44,6 @@ GENENGINE_LOOP(void, adaln_forward, (const AdalnForward& op, int64_t begin, int6
 // Chunks b * chunks + c in [begin, end).
 GENENGINE_LOOP(void, adaln_backward, (const AdalnBackward& op, int64_t begin, int64_t end))
 // out[0, dim) = the sum over chunks of partial[chunk * 3 * dim + i], in groups of kAdalnChunk.
-GENENGINE_LOOP(void, adaln_reduce, (void* out, Storage type, const float* partial, int64_t chunks, int64_t dim))
+GENENGINE_LOOP(void, adaln_reduce, (void* out, Type type, const float* partial, int64_t chunks, int64_t dim))
 
 }  // namespace genengine

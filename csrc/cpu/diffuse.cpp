@@ -6,12 +6,6 @@ namespace {
 
 constexpr uint32_t kDiffuseStream = 3;
 
-const float* coefficient(const char* name, const Tensor& value, int64_t batch) {
-  STD_TORCH_CHECK(value.scalar_type() == ScalarType::Float && value.dim() == 1 && value.size(0) == batch && value.is_contiguous(),
-                  "diffuse: ", name, " must be contiguous float32 (B,)");
-  return value.const_data_ptr<float>();
-}
-
 std::tuple<Tensor, Tensor> diffuse(const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& c_x0,
                                    const Tensor& c_eps, const OptionalTensor& seed, const OptionalTensor& sample_ids,
                                    int64_t step, const OptionalTensor& noise) {
@@ -25,8 +19,8 @@ std::tuple<Tensor, Tensor> diffuse(const Tensor& x0, const Tensor& alpha, const 
     STD_TORCH_CHECK(noise->scalar_type() == ScalarType::Float, "diffuse: noise must be float32");
   }
   STD_TORCH_CHECK(seed || noise, "diffuse: seed or noise must be given");
-  const float *a = coefficient("alpha", alpha, batch), *s = coefficient("sigma", sigma, batch);
-  const float *cx = coefficient("c_x0", c_x0, batch), *ce = coefficient("c_eps", c_eps, batch);
+  const float *a = diffuse_coefficient("alpha", alpha, batch), *s = diffuse_coefficient("sigma", sigma, batch);
+  const float *cx = diffuse_coefficient("c_x0", c_x0, batch), *ce = diffuse_coefficient("c_eps", c_eps, batch);
   const Draws draws("diffuse", seed, sample_ids, noise, batch, layout);
   const Bytes in(x0), noisy(x_t), wanted(target);
   const bool stream = should_stream(noisy, batch * per, 2);

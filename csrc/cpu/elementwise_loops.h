@@ -3,10 +3,9 @@
 #include <stdint.h>
 
 #include "cpu/normal_loops.h"
+#include "genengine/types.h"
 
 namespace genengine {
-
-enum class Type : int { f32, f16, bf16 };
 
 // Where the noise of one sample comes from: nowhere, memory (float32), or the specification.
 struct NoiseSource {

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/torch_api.h"
+#include "torch_api.h"
 
 namespace genengine {
 namespace {

@@ -1,6 +1,6 @@
 // normal_out, uniform_out on the CPU: samples and blocks of elements over threads. The bits do not depend on the split.
 #include "cpu/normal_loops.h"
-#include "cpu/torch_api.h"
+#include "torch_api.h"
 
 namespace genengine {
 namespace {

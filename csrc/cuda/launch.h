@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cpu/torch_api.h"
+#include "torch_api.h"
 #include "cuda/cuda_stream.h"
 #include "elementwise_checks.h"
 #include "genengine/normal.h"

@@ -307,11 +307,11 @@ void adaln_backward(const AdalnBackward& op, int64_t begin, int64_t end) {
   GENENGINE_STORAGE(op, backward, op.branch.data != nullptr, op, begin, end)
 }
 
-void adaln_reduce(void* out, Storage type, const float* partial, int64_t chunks, int64_t dim) {
+void adaln_reduce(void* out, Type type, const float* partial, int64_t chunks, int64_t dim) {
   switch (type) {
-    case Storage::f32: return reduce(static_cast<float*>(out), partial, chunks, dim);
-    case Storage::f16: return reduce(static_cast<Half*>(out), partial, chunks, dim);
-    case Storage::bf16: return reduce(static_cast<BFloat*>(out), partial, chunks, dim);
+    case Type::f32: return reduce(static_cast<float*>(out), partial, chunks, dim);
+    case Type::f16: return reduce(static_cast<Half*>(out), partial, chunks, dim);
+    case Type::bf16: return reduce(static_cast<BFloat*>(out), partial, chunks, dim);
   }
 }
 

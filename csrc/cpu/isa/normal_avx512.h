@@ -58,8 +58,20 @@ inline __attribute__((always_inline)) void sincos_turn_v(Float u, Float& s, Floa
   c = _mm512_castsi512_ps(_mm512_xor_si512(cosine, _mm512_slli_epi32(_mm512_and_si512(_mm512_add_epi32(k, one), two), 30)));
 }
 
+// The key words of all rounds as vectors in memory: an operand of the xor is then a load, not a broadcast.
+struct RoundKeys {
+  Int word[10][2];
+  explicit RoundKeys(uint64_t seed) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      word[round][0] = constant(k0);
+      word[round][1] = constant(k1);
+    }
+  }
+};
+
 template <int N>
-inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKey& key, Int (&c)[4][N]) {
+inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKey& key, const RoundKeys& keys, Int (&c)[4][N]) {
   const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int n = 0; n < N; ++n) {
     c[0][n] = _mm512_add_epi32(constant(quad + 16u * n), lane);
@@ -67,7 +79,6 @@ inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKe
     c[2][n] = constant(key.step);
     c[3][n] = constant(key.stream);
   }
-  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
   const Int m0 = constant(0xD2511F53u), m1 = constant(0xCD9E8D57u);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -75,15 +86,13 @@ inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKe
       Int high0, low0, high1, low1;
       multiply(c[0][n], m0, high0, low0);
       multiply(c[2][n], m1, high1, low1);
-      const Int n0 = _mm512_ternarylogic_epi32(high1, c[1][n], constant(k0), 0x96);  // 0x96: three-way xor
-      const Int n2 = _mm512_ternarylogic_epi32(high0, c[3][n], constant(k1), 0x96);
+      const Int n0 = _mm512_ternarylogic_epi32(high1, c[1][n], keys.word[round][0], 0x96);  // 0x96: three-way xor
+      const Int n2 = _mm512_ternarylogic_epi32(high0, c[3][n], keys.word[round][1], 0x96);
       c[0][n] = n0;
       c[1][n] = low1;
       c[2][n] = n2;
       c[3][n] = low0;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
 }
 
@@ -103,9 +112,9 @@ inline __attribute__((always_inline)) void store_interleaved(float* z, Float a, 
 }
 
 template <int N, bool Normal>
-inline __attribute__((always_inline)) void block_group(float* z, uint32_t quad, const NoiseKey& key) {
+inline __attribute__((always_inline)) void block_group(float* z, uint32_t quad, const NoiseKey& key, const RoundKeys& keys) {
   Int c[4][N];
-  philox_v<N>(quad, key, c);
+  philox_v<N>(quad, key, keys, c);
   for (int n = 0; n < N; ++n) {
     if (!Normal) {
       store_interleaved(z + 64 * n, unit_v(c[0][n]), unit_v(c[1][n]), unit_v(c[2][n]), unit_v(c[3][n]));
@@ -122,10 +131,11 @@ inline __attribute__((always_inline)) void block_group(float* z, uint32_t quad, 
 
 template <bool Normal>
 inline void blocks_v(float* z, uint32_t quad, int64_t blocks, const NoiseKey& key) {
+  const RoundKeys keys(key.seed);
   int64_t block = 0;
   for (; block + 2 <= blocks; block += 2)
-    block_group<2, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key);
-  if (block < blocks) block_group<1, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key);
+    block_group<2, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key, keys);
+  if (block < blocks) block_group<1, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key, keys);
 }
 
 void normal_blocks(float* z, uint32_t quad, int64_t blocks, const NoiseKey& key) { blocks_v<true>(z, quad, blocks, key); }

@@ -6,7 +6,7 @@
 //              gated: d = grad_x + dx;  dbranch = gate d,  dgate = sum(branch d)
 //
 // Per element, e bytes each: forward moves 2 e (gated 4 e), 8 FLOPs (gated 10); backward 3 e (gated 6 e), 20 FLOPs (gated 24).
-// Storage may be 16-bit; all arithmetic and all sums are float32. Two passes over the row on chip, mean first, then the
+// Type may be 16-bit; all arithmetic and all sums are float32. Two passes over the row on chip, mean first, then the
 // centred squares: E[x^2] - mean^2 would cancel. Sums over tokens run in a fixed order, without atomics.
 #pragma once
 #include "genengine/hd.h"
