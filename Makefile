@@ -12,7 +12,7 @@ export MAX_JOBS ?= 2
 setup: $(STAMP)
 
 # torch first, so that nothing pulls another build of it; then the extension against its headers
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*.h csrc/include/genengine/*.h)
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.* csrc/*/*/*.*)
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel cmake ninja numpy
 	$(PY) -m pip install -q $(TORCH)

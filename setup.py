@@ -90,10 +90,20 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         work = Path(self.build_temp).resolve()
-        work.mkdir(parents=True, exist_ok=True)
         cuda = os.environ.get("GENENGINE_CUDA", "AUTO")
         if cuda == "AUTO" and not torch_has_cuda(torch_dir()):
             cuda = "OFF"
+        try:
+            self._cmake(work, output, cuda)
+        except subprocess.CalledProcessError:
+            if cuda != "AUTO":
+                raise
+            print("genengine: the CUDA kernels failed to build; building the CPU kernels alone", file=sys.stderr)
+            shutil.rmtree(work)
+            self._cmake(work, output, "OFF")
+
+    def _cmake(self, work, output, cuda):
+        work.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = ["cmake", *generator, "-S", str(ROOT), "-B", str(work), "-DCMAKE_BUILD_TYPE=Release",
                      f"-DTORCH_DIR={torch_dir()}", f"-DGENENGINE_CUDA={cuda}",

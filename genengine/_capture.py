@@ -4,39 +4,44 @@ from __future__ import annotations
 
 import torch
 
-WARM_UP_ROWS = 2  # lets cuBLAS, cuDNN and the allocator settle before the capture
-
 
 def one_step(run):
     """A function of the row index that replays one captured row; the last row writes an x_in that nobody reads."""
-    graph = torch.cuda.CUDAGraph()
-    _warm_up(run)
-    with torch.cuda.graph(graph):
-        run.row(0)
-    run.x.copy_(run.initial)
-    run.rewind()
+    graph = _capture(run, rows=(0,))
     return lambda row: graph.replay()
 
 
 def replay_loop(run):
     """Capture all rows into one graph, and run it once."""
-    graph = torch.cuda.CUDAGraph()
-    _warm_up(run)
-    run.x.copy_(run.initial)
-    run.rewind()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for row in range(run.num_rows):
-            run.row(row)
-    graph.replay()
+    _capture(run, rows=range(run.num_rows)).replay()
 
 
-def _warm_up(run):
-    """A few rows on a side stream, as capture wants; the state is put back by the caller."""
-    run.initial = run.x.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(min(WARM_UP_ROWS, run.num_rows)):
-            run.row(0)
-    torch.cuda.current_stream().wait_stream(side)
+def _capture(run, rows):
+    """A graph of the rows, with the run's state left as it was before.
+
+    Everything happens on a stream of this run's own device, and errors concern this thread alone, so that other threads
+    may allocate meanwhile. The warm-up compiles what would otherwise compile inside the capture: the first row and the
+    last, whose kernel writes no x_in.
+    """
+    initial, graph = run.x.clone(), torch.cuda.CUDAGraph()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            for row in sorted({rows[0], rows[-1]}):
+                run.row(row)
+            run.x.copy_(initial)
+            run.rewind()
+        side.synchronize()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            for row in rows:
+                run.row(row)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"sample: this denoiser cannot be captured in a CUDA graph ({error}); it must not read values back to the "
+            "host: pass capture='never' if it does"
+        ) from error
+    current.wait_stream(side)
+    return graph

@@ -50,7 +50,7 @@ def _device(name):
 
 
 def _public_ops():
-    return [(name, op) for name, op in sorted(_registry.OPS.items()) if not name.endswith("_backward")]
+    return [(op.public, op) for name, op in sorted(_registry.OPS.items()) if not name.endswith("_backward")]
 
 
 def _choices(op, device):
@@ -59,13 +59,25 @@ def _choices(op, device):
     for name in _registry.BACKENDS:
         reason = _registry.why_not(op, name, device.type, torch.float32)
         if reason is None and device.type == "cuda" and name in ("cuda", "triton"):
-            verdict = _verify.verdicts().get(_verify.device_key(device), {}).get(f"{op.name}/{name}")
-            reason = {None: "not yet verified here (genengine verify)", False: "found wrong here"}.get(verdict)
+            reason = _doubt(op, name, device)
         if reason:
             against[name] = reason
     order = ("cpu", "cuda", "triton", "reference") if device.type == "cuda" else ("cpu", "reference")
     default = next(name for name in order if name not in against)
     return {"default": default, "unavailable": against}
+
+
+def _doubt(op, name, device):
+    """Why `_registry.automatic` would not take a GPU kernel that can run: it, or its backward, was not seen right."""
+    known = _verify.known(device)
+    for part in _registry.with_backward(op):
+        whose = "" if part is op else "its backward: "
+        if reason := _registry.why_not(part, name, device.type, torch.float32):
+            return whose + reason
+        verdict = known.get(_verify.entry(part, name))
+        if not verdict:
+            return whose + ("not yet verified here (genengine verify)" if verdict is None else "found wrong here")
+    return None
 
 
 def text(found: dict) -> str:
@@ -103,20 +115,20 @@ def _extension_line(extension):
 def verify(device: torch.device, report: Callable[[str], None] | None = None) -> list[dict]:
     """Run every kernel that can run on `device` against its reference, record the verdicts, return one row each."""
     rows = []
-    for name, op in sorted(_registry.OPS.items()):
+    for _, op in sorted(_registry.OPS.items()):
         for backend in op.kernels:
             row = _verify_one(op, backend, device)
             rows.append(row)
             if report is not None:
                 detail = row["detail"] or f"{row['seconds']:.2f} s"
-                report(f"{name:22} {backend:7} {row['verdict']:14} {detail}")
+                report(f"{op.public:22} {backend:7} {row['verdict']:14} {detail}")
     entries = {f"{row['op']}/{row['backend']}": row["verdict"] == RIGHT for row in rows if row["verdict"] != ABSENT}
     _verify.record(_verify.device_key(device), entries)
     return rows
 
 
 def _verify_one(op, backend, device):
-    row = {"op": op.name, "backend": backend, "device": str(device), "detail": "", "seconds": 0.0}
+    row = {"op": op.public, "backend": backend, "device": str(device), "detail": "", "seconds": 0.0}
     if reason := _registry.why_not(op, backend, device.type, torch.float32):
         return row | {"verdict": ABSENT, "detail": reason}
     start = time.perf_counter()

@@ -16,6 +16,7 @@ from genengine.ops.sampler_step import ADVANCE, SAMPLER_STEP
 from genengine.table import CoefficientTable
 
 CAPTURE_MODES = ("auto", "loop", "step", "never")
+MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def sample(
     sample_ids: int64 (B,) global indices; a sample depends on its seed and index, never on the rest of the batch.
     noise: instead of drawing, (R, B, ...) tensor or noise(row) -> (B, ...).
     callback: called with a StepInfo after each row. progress: a progress bar, or its title.
-    capture: on a GPU, "loop" runs the whole loop as one CUDA graph, "step" replays a graph of one row, "never" neither;
-    "auto" takes "loop", or "step" where something must happen between rows. Ignored on a CPU.
+    capture: on a GPU, "step" captures one row in a CUDA graph and replays it for every row, "loop" captures the whole
+    loop in one graph, "never" neither. "auto" takes "step", which costs one pass of Python instead of R, or "never"
+    where the host takes part in every row (noise, check_finite). Ignored on a CPU. A captured denoiser's Python code
+    runs a few times only, not once per row.
     device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
     model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
     check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).
@@ -88,9 +91,10 @@ def sample(
     table.validate()
     run = _Run(denoiser, table, branches, noise, check_finite, model_dtype or _model_dtype(denoiser))
     run.start(x, shape, seed, sample_ids, device)
-    with torch.inference_mode(), _progress_bar(progress, table) as bar:
+    mode = _mode(capture, run, callback, progress)
+    with torch.inference_mode(), _on(device), _progress_bar(progress, table) as bar:
         run.prepare()
-        _drive(run, _mode(capture, device, run, callback, progress), callback, bar)
+        _drive(run, mode, callback, bar)
     return run.x
 
 
@@ -121,11 +125,14 @@ class _Run:
 
     def start(self, x, shape, seed, sample_ids, device):
         """Allocate everything, outside inference mode, so that the user gets an ordinary tensor."""
-        self.x = _initial_state(x, shape, seed, sample_ids, device, self.table_source.init_scale)
-        batch = self.x.shape[0]
+        batch = _batch(x, shape)
         if self.table_source.batch not in (1, batch):
             raise ValueError(f"sample: table has rows for {self.table_source.batch} samples, the batch is {batch}")
-        _check_noise(self.noise, self.num_rows, self.x)
+        seed = _check.seed_tensor("sample", seed, device, batch)
+        self.x = _initial_state(x, shape, seed, sample_ids, device, self.table_source.init_scale)
+        _check_dtypes(self.x, self.model_dtype)
+        if isinstance(self.noise, Tensor):
+            _check_noise(self.noise, (self.num_rows, *self.x.shape), "(R, B, ...)", self.x)
         copies = len(self.branches)
         self.cond = _concatenate(self.branches, batch, device)
         self.table = torch.from_numpy(self.table_source.astype_float32()).to(device)
@@ -138,7 +145,7 @@ class _Run:
             self.x_in = self.x_in.contiguous(memory_format=torch.channels_last)
         self.history = _history(self.table_source.num_history, self.x)
         draws = self.table_source.needs_noise and self.noise is None
-        self.seed = _check.seed_tensor("sample", seed, device, batch) if draws else None
+        self.seed = seed if draws else None
         self.sample_ids = _check.sample_ids("sample", sample_ids, device, batch)
         self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
         self.advance = _registry.resolve(ADVANCE, self.x.device, torch.float32)
@@ -147,7 +154,7 @@ class _Run:
         """Rewind to row 0: the first model input, and the model itself prepared for the whole schedule."""
         self.rewind()
         batch, copies = self.x.shape[0], len(self.branches)
-        if hasattr(self.denoiser, "for_schedule"):
+        if hasattr(self.denoiser, "for_schedule") and not _compiled(self.denoiser):
             t_rows = self.table[:, :, 0].expand(self.num_rows, batch).repeat(1, copies)
             self._scheduled = self.denoiser.for_schedule(t_rows, **self.cond)
         else:
@@ -163,6 +170,8 @@ class _Run:
 
     def replace(self, x, row):
         """Put the callback's state in place of ours."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"sample: callback must return a tensor or None, got {type(x).__name__}")
         _check.shape("sample", "callback's return value", x, "x's shape", self.x.shape)
         self.x.copy_(x)
         if row + 1 < self.num_rows:
@@ -174,6 +183,11 @@ class _Run:
             output = self._scheduled(self.x_in, self.step)
         else:
             output = self.denoiser(self.x_in, self.t, **self.cond)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"sample: denoiser must return a tensor, got {type(output).__name__}; "
+                "unpack it in a wrapper (lambda x, t: model(x, t).sample, say)"
+            )
         if output.shape != self.x_in.shape or output.dtype != self.model_dtype or output.stride() != self.x_in.stride():
             output = self._conform(output)
         if self.check_finite:
@@ -201,12 +215,13 @@ class _Run:
                 f"sample: denoiser must return {tuple(self.x_in.shape)} like its input, got {tuple(output.shape)}; "
                 "drop extra channels (a learned variance, say) in a wrapper"
             )
-        if output.dtype.itemsize > self.model_dtype.itemsize:
-            raise TypeError(
-                f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; "
-                f"pass model_dtype={output.dtype}"
-            )
-        return _layout.like(output.to(self.model_dtype), self.x)
+        if output.dtype not in MODEL_DTYPES or output.dtype.itemsize > self.model_dtype.itemsize:
+            remedy = f"pass model_dtype={output.dtype}" if output.dtype in MODEL_DTYPES else "convert it in a wrapper"
+            raise TypeError(f"sample: denoiser returned {output.dtype} for a {self.model_dtype} input; {remedy}")
+        output = _layout.like(output.to(self.model_dtype), self.x)
+        if output.untyped_storage().data_ptr() == self.x_in.untyped_storage().data_ptr():
+            output = output.clone()  # a view of the input laid out otherwise: the row would overwrite it as it reads
+        return output
 
     def _check_finite(self, output, row):
         if not torch.isfinite(output).all():
@@ -215,7 +230,11 @@ class _Run:
             )
 
     def _given_noise(self, row):
-        noise = self.noise(row) if callable(self.noise) else self.noise[row]
+        if callable(self.noise):
+            noise = self.noise(row)
+            _check_noise(noise, self.x.shape, "(B, ...)", self.x)
+        else:
+            noise = self.noise[row]
         return _layout.like(noise.to(torch.float32), self.x)
 
 
@@ -265,7 +284,10 @@ def _with_guidance(table, guidance, branches):
     if guidance is not None:
         if branches == 1:
             raise ValueError("sample: guidance needs uncond beside cond, got one branch; pass uncond={...}")
-        table = table.with_guidance(guidance.cpu().numpy() if isinstance(guidance, Tensor) else guidance)
+        if isinstance(guidance, Tensor):
+            guidance = guidance.detach().double().cpu().numpy()
+        if np.size(guidance):  # an empty batch has no guidance
+            table = table.with_guidance(guidance)
     if branches == 1 and ((table.rows[..., 1] != 0) & (table.rows[..., 1] != 1)).any():
         raise ValueError("sample: the table has a guidance scale, but there is one branch; pass uncond={...}")
     if branches < 3 and (table.rows[..., 2] != 0).any():
@@ -278,7 +300,13 @@ def _with_guidance(table, guidance, branches):
 def _device(device, x, branches, denoiser):
     if device is not None:
         device = torch.device(device)
-        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
+        if x is not None and x.device != device:
+            raise ValueError(
+                f"sample: x must be on device={device}, got {x.device}; move it with .to(...) or drop device"
+            )
+        return device
     if x is not None:
         return x.device
     tensors = [value for branch in branches for value in branch.values() if isinstance(value, Tensor)]
@@ -300,13 +328,40 @@ def _first_parameter(denoiser):
     return next((p for p in parameters() if p.is_floating_point()), None)
 
 
-def _initial_state(x, shape, seed, sample_ids, device, init_scale):
+def _compiled(denoiser):
+    """True for torch.compile'd modules, whose attributes are those of the module that was not compiled."""
+    return isinstance(denoiser, torch._dynamo.OptimizedModule) or getattr(denoiser, "_compiled_call_impl", None)
+
+
+def _batch(x, shape):
     if (x is None) == (shape is None):
         raise ValueError(f"sample: exactly one of shape and x must be given, got {'neither' if x is None else 'both'}")
+    if x is None:
+        shape = tuple(shape)
+        if not shape:
+            raise ValueError("sample: shape must be (B, ...), got ()")
+        return shape[0]
+    _check.dtype("sample", "x", x, MODEL_DTYPES)
+    if x.dim() == 0:
+        raise ValueError("sample: x must be (B, ...), got a tensor without dimensions; add a batch with x[None]")
+    return x.shape[0]
+
+
+def _check_dtypes(x, model_dtype):
+    if model_dtype not in MODEL_DTYPES:
+        names = ", ".join(map(str, MODEL_DTYPES))
+        raise TypeError(
+            f"sample: model_dtype must be one of {names}, got {model_dtype}; pass model_dtype=torch.float32"
+        )
+    if x.dtype != torch.float32 and x.dtype != model_dtype:
+        raise TypeError(
+            f"sample: x must be float32 or of the model's dtype {model_dtype}, got {x.dtype}; pass x.float()"
+        )
+
+
+def _initial_state(x, shape, seed, sample_ids, device, init_scale):
     if x is not None:
-        _check.dtype("sample", "x", x, (torch.float32, torch.float16, torch.bfloat16))
-        if x.dim() == 0:
-            raise ValueError("sample: x must be (B, ...), got a tensor without dimensions; add a batch with x[None]")
+        _check.no_grad_needed("sample", (x,))
         return x.detach().clone(memory_format=_layout.memory_format(x))
     state = normal(shape, seed=seed, sample_ids=sample_ids, stream="init", device=device)
     return state.mul_(_per_sample(init_scale, state))
@@ -330,24 +385,30 @@ def _history(registers, x):
     return flat.view(registers, *x.shape)
 
 
-def _check_noise(noise, rows, x):
-    if isinstance(noise, Tensor) and noise.shape != (rows, *x.shape):
-        raise ValueError(f"sample: noise must be (R, B, ...) = {(rows, *x.shape)}, got {tuple(noise.shape)}")
+def _check_noise(noise, shape, symbols, x):
+    _check.dtype("sample", "noise", noise)
+    _check.shape("sample", "noise", noise, symbols, shape)
+    _check.same_device("sample", "noise", noise, "x", x)
 
 
-def _mode(capture, device, run, callback, progress):
-    if device.type != "cuda" or capture == "never":
+def _mode(capture, run, callback, progress):
+    """How the rows are run: "loop", "step" or "never" (uncaptured)."""
+    if run.x.device.type != "cuda" or run.x.numel() == 0 or capture == "never":
         return "never"
-    between = callback is not None or bool(progress) or run.check_finite or run.noise is not None
-    if capture == "loop" and between:
-        raise ValueError(
-            "sample: capture='loop' leaves no room for callback, progress, noise or check_finite between rows"
-        )
-    if run.check_finite or run.noise is not None:
-        return "never"  # they read or choose on the host in every row
+    host = run.check_finite or run.noise is not None  # the host reads or chooses in every row
     if capture == "auto":
-        return "step" if between else "loop"
+        return "never" if host else "step"
+    if host or (capture == "loop" and (callback is not None or progress)):
+        raise ValueError(
+            f"sample: capture={capture!r} leaves the host no part in a row, but noise, check_finite, a callback or a "
+            "progress bar was given; pass capture='auto'"
+        )
     return capture
+
+
+def _on(device):
+    """The device made current, for streams, graphs and launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -226,12 +226,12 @@ class CoefficientTable:
         ]
         return "\n".join([header, *aligned])
 
-    def with_guidance(self, g1: float | np.ndarray, g2: float | np.ndarray = 0.0) -> "CoefficientTable":
+    def with_guidance(self, g1: float | np.ndarray, g2: float | np.ndarray | None = None) -> "CoefficientTable":
         """The same table with other guidance: m = out_0 + g1*(out_1 - out_0) + g2*(out_2 - out_1).
 
         Args:
             g1: a number, or (B,) for one weight per sample; 0 is the unconditional model, 1 the conditional.
-            g2: the weight of the third branch, a number or (B,).
+            g2: the weight of the third branch, a number or (B,); None leaves the table's.
 
         Returns:
             A new table; its rows are (R, B, 16) where a (B,) array was given.
@@ -242,6 +242,8 @@ class CoefficientTable:
         """
         weights = []
         for name, value in (("g1", g1), ("g2", g2)):
+            if value is None:
+                continue
             value = np.asarray(value, dtype=np.float64)
             if value.ndim > 1 or not np.isfinite(value).all():
                 raise ValueError(f"with_guidance: {name} must be a finite number or (B,), got {value!r}")
@@ -252,7 +254,8 @@ class CoefficientTable:
                 f"with_guidance: the table and the weights must agree on one batch, got {sorted(batches)}"
             )
         rows = np.repeat(self.rows, max(batches, default=1) // self.batch, axis=1)
-        rows[..., _INDEX["g1"]], rows[..., _INDEX["g2"]] = weights
+        for name, weight in zip(("g1", "g2"), weights, strict=False):
+            rows[..., _INDEX[name]] = weight
         return replace(self, rows=rows)
 
     def astype_float32(self) -> np.ndarray:

@@ -20,7 +20,7 @@ def layout(x):
         pairs = zip(x.shape[1:], x.stride()[1:], strides, strict=True)
         if all(size == 1 or stride == wanted for size, stride, wanted in pairs):
             return channels, height * width
-    raise RuntimeError(f"samples must be dense, in C order or channels_last, got strides {x.stride()}; use .contiguous()")
+    raise RuntimeError(f"samples must be dense, in C order or channels_last, got strides {x.stride()}")
 
 
 def require_layout(op, name, x, channels):

@@ -48,13 +48,14 @@ def diffuse(x0, alpha, sigma, c_x0, c_eps, seed, sample_ids, step, noise):
     if noise is not None:
         require_layout("diffuse", "noise", noise, channels)
     blocks = triton.cdiv(per, 4 * QUADS)
-    diffuse_kernel[(blocks * x0.shape[0],)](
-        x0, alpha, sigma, c_x0, c_eps, x0 if seed is None else seed, x0 if sample_ids is None else sample_ids,
-        x0 if noise is None else noise, x_t, target, per, blocks, batch_stride(x0),
-        0 if noise is None else batch_stride(noise), seed.stride(0) if seed is not None and seed.dim() else 0,
-        step, _STREAM, channels, pixels, HAS_IDS=sample_ids is not None, GIVEN=noise is not None,
-        CHANNELS_LAST=channels > 1, QUADS=QUADS, num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x0):
+        diffuse_kernel[(blocks * x0.shape[0],)](
+            x0, alpha, sigma, c_x0, c_eps, x0 if seed is None else seed, x0 if sample_ids is None else sample_ids,
+            x0 if noise is None else noise, x_t, target, per, blocks, batch_stride(x0),
+            0 if noise is None else batch_stride(noise), seed.stride(0) if seed is not None and seed.dim() else 0,
+            step, _STREAM, channels, pixels, HAS_IDS=sample_ids is not None, GIVEN=noise is not None,
+            CHANNELS_LAST=channels > 1, QUADS=QUADS, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
     return x_t, target
 
 
@@ -67,7 +68,8 @@ def variants():
             **{key: f"*{name}" for key in ("x0_ptr", "x_t_ptr", "target_ptr")},
             **{key: "*fp32" for key in ("alpha_ptr", "sigma_ptr", "c_x0_ptr", "c_eps_ptr", "noise_ptr")},
             "seed_ptr": "*i64", "ids_ptr": "*i64",
-            **{key: "i32" for key in ("per", "blocks", "x0_stride", "noise_stride", "seed_stride", "step", "stream", "channels", "pixels")},
+            **{key: "i32" for key in ("per", "blocks", "x0_stride", "noise_stride", "seed_stride")},
+            **{key: "i32" for key in ("step", "stream", "channels", "pixels")},
             **{key: "constexpr" for key in ("HAS_IDS", "GIVEN", "CHANNELS_LAST", "QUADS")},
         }  # fmt: skip
         constexprs = {"HAS_IDS": True, "GIVEN": False, "CHANNELS_LAST": False, "QUADS": QUADS}

@@ -4,6 +4,7 @@ Bytes per element: 4 written. Integer and float32 instructions: about 67 per nor
 issue, not by memory. One program draws a block of whole quads of one sample.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -35,10 +36,12 @@ def _draw(out, seed, sample_ids, step, stream, normal):
     if per == 0:
         return
     blocks = triton.cdiv(per, 4 * QUADS)
-    draw_kernel[(blocks * out.shape[0],)](
-        out, seed, seed if sample_ids is None else sample_ids, per, blocks, seed.stride(0) if seed.dim() else 0, step, stream,
-        HAS_IDS=sample_ids is not None, NORMAL=normal, QUADS=QUADS, num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        draw_kernel[(blocks * out.shape[0],)](
+            out, seed, seed if sample_ids is None else sample_ids, per, blocks, seed.stride(0) if seed.dim() else 0,
+            step, stream,
+            HAS_IDS=sample_ids is not None, NORMAL=normal, QUADS=QUADS, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def normal_out(out, seed, sample_ids, step, stream):
@@ -52,7 +55,8 @@ def uniform_out(out, seed, sample_ids, step, stream):
 def variants():
     """What `make inspect` compiles ahead of time."""
     signature = {
-        "out_ptr": "*fp32", "seed_ptr": "*i64", "ids_ptr": "*i64", "per": "i32", "blocks": "i32", "seed_stride": "i32", "step": "i32",
+        "out_ptr": "*fp32", "seed_ptr": "*i64", "ids_ptr": "*i64", "per": "i32", "blocks": "i32",
+        "seed_stride": "i32", "step": "i32",
         "stream": "i32", "HAS_IDS": "constexpr", "NORMAL": "constexpr", "QUADS": "constexpr",
     }  # fmt: skip
     return [

@@ -129,19 +129,20 @@ def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, 
     o0, o1, o2 = (outputs[min(k, len(outputs) - 1)] for k in range(3))
     history_or_x, noise_or_x, seed_or_step = (x if history is None else history), (x if noise is None else noise), seed
     blocks = triton.cdiv(per, 4 * QUADS)
-    sampler_step_kernel[(blocks * batch,)](
-        x, o0, o1, o2, table, step, history_or_x, step if seed is None else seed_or_step,
-        step if sample_ids is None else sample_ids, noise_or_x, out, out if x_in is None else x_in,
-        per, blocks, batch, table.shape[0], table.shape[1], 0 if table.shape[1] == 1 else 1,
-        batch_stride(x), batch_stride(o0), batch_stride(o1), batch_stride(o2),
-        0 if history is None else history.stride(0), 0 if history is None or batch == 1 else history.stride(1),
-        0 if noise is None else batch_stride(noise), batch_stride(out), 0 if x_in is None else batch_stride(x_in),
-        seed.stride(0) if seed is not None and seed.dim() else 0, channels, pixels,
-        BRANCHES=len(outputs), REGISTERS=0 if history is None else history.shape[0],
-        COPIES=0 if x_in is None else x_in.shape[0] // batch, NOISE=seed is not None or noise is not None,
-        GIVEN=noise is not None, HAS_IDS=sample_ids is not None, CHANNELS_LAST=channels > 1, QUADS=QUADS,
-        num_warps=NUM_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        sampler_step_kernel[(blocks * batch,)](
+            x, o0, o1, o2, table, step, history_or_x, step if seed is None else seed_or_step,
+            step if sample_ids is None else sample_ids, noise_or_x, out, out if x_in is None else x_in,
+            per, blocks, batch, table.shape[0], table.shape[1], 0 if table.shape[1] == 1 else 1,
+            batch_stride(x), batch_stride(o0), batch_stride(o1), batch_stride(o2),
+            0 if history is None else history.stride(0), 0 if history is None or batch == 1 else history.stride(1),
+            0 if noise is None else batch_stride(noise), batch_stride(out), 0 if x_in is None else batch_stride(x_in),
+            seed.stride(0) if seed is not None and seed.dim() else 0, channels, pixels,
+            BRANCHES=len(outputs), REGISTERS=0 if history is None else history.shape[0],
+            COPIES=0 if x_in is None else x_in.shape[0] // batch, NOISE=seed is not None or noise is not None,
+            GIVEN=noise is not None, HAS_IDS=sample_ids is not None, CHANNELS_LAST=channels > 1, QUADS=QUADS,
+            num_warps=NUM_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch", "num_rows", "table_batch", "copies"])
@@ -149,9 +150,10 @@ def advance_kernel(step_ptr, table_ptr, t_ptr, batch, num_rows, table_batch, cop
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = sample < batch
     old = tl.load(step_ptr + sample, mask=inside, other=0)
-    step = tl.where(old < num_rows, old + 1, old)
+    stepping = inside & (old >= 0) & (old < num_rows)
+    step = tl.where(stepping, old + 1, old)
     tl.store(step_ptr + sample, step, mask=inside)
-    active = inside & (step < num_rows)
+    active = stepping & (step < num_rows)
     t = tl.load(table_ptr + (step.to(tl.int64) * table_batch + sample % table_batch) * 16, mask=active, other=0.0)
     for k in range(copies):
         tl.store(t_ptr + k * batch + sample, t, mask=active)
@@ -161,10 +163,11 @@ def advance(step, table, t):
     batch = step.shape[0]
     if batch == 0:
         return
-    advance_kernel[(triton.cdiv(batch, 256),)](
-        step, table, t, batch, table.shape[0], table.shape[1], t.shape[0] // batch, BLOCK=256, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(step):
+        advance_kernel[(triton.cdiv(batch, 256),)](
+            step, table, t, batch, table.shape[0], table.shape[1], t.shape[0] // batch, BLOCK=256, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _step_variant(dtype, noise, registers, branches=2, copies=2):

@@ -174,6 +174,58 @@ def test_no_allocation_per_row_but_the_model_s():
     assert len(addresses) == 1
 
 
+def test_between_model_calls_stand_two_ops_and_nothing_else():
+    """sampler_step and advance: no temporary, no copy, no host read."""
+    log = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            log.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    output = torch.zeros(SHAPE)
+
+    def model(x, t):
+        log.append("model")
+        return output
+
+    table = solvers.dpmpp_2m_sde(paths.VPLinear(), schedules.uniform(5, t_max=0.99, t_min=0.01), prediction="eps")
+    with Recorder():
+        genengine.sample(model, table, SHAPE, seed=1)
+    rows = "|".join(log[log.index("model") :]).split("model")[1:]
+    between = {tuple(name for name in row.split("|") if name and "as_strided" not in name) for row in rows}
+    assert len(rows) == table.num_rows
+    assert between == {("genengine::sampler_step_out", "genengine::advance")}
+
+
+def test_guidance_keeps_the_third_branch():
+    y, table = torch.ones(3), solvers.euler(FLOW, GRID, prediction="velocity").with_guidance(2.0, 0.5)
+    branches = {"cond": [{"y": y}, {"y": 2 * y}], "uncond": {"y": 0 * y}, "seed": 1}
+    assert torch.equal(
+        genengine.sample(denoiser, table, SHAPE, guidance=2.0, **branches),
+        genengine.sample(denoiser, table, SHAPE, **branches),
+    )
+
+
+def test_a_view_of_the_input_as_output_is_not_overwritten_as_it_is_read():
+    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    view = genengine.sample(lambda x, t: x[:1].expand_as(x), table, SHAPE, seed=2)
+    copy = genengine.sample(lambda x, t: x[:1].expand_as(x).clone(), table, SHAPE, seed=2)
+    assert torch.equal(view, copy)
+
+
+def test_a_compiled_model_is_not_bypassed():
+    class Net(torch.nn.Module):
+        def forward(self, x, t):
+            return denoiser(x, t)
+
+        def for_schedule(self, t_rows):
+            raise AssertionError("the module that was not compiled was used")
+
+    compiled = torch.compile(Net(), backend="eager")
+    genengine.sample(compiled, solvers.euler(FLOW, GRID, prediction="velocity"), SHAPE)
+
+
 def test_check_finite_names_the_row():
     bad = lambda x, t: x if t[0] > 0.6 else x * float("nan")  # noqa: E731
     table = solvers.euler(FLOW, GRID, prediction="velocity")
@@ -183,6 +235,8 @@ def test_check_finite_names_the_row():
 
 
 def test_empty_batch():
+    table, y = solvers.euler(FLOW, GRID, prediction="velocity"), torch.zeros(0)
+    genengine.sample(denoiser, table, (0, 2, 4, 4), cond={"y": y}, uncond={"y": y}, guidance=torch.zeros(0))
     x = genengine.sample(denoiser, solvers.ddim(FLOW, GRID, prediction="velocity", eta=0.5), (0, 2, 4, 4))
     assert x.shape == (0, 2, 4, 4)
 
@@ -193,6 +247,17 @@ def wrong_shape(x, t):
 
 Y = {"y": torch.zeros(3)}
 BAD = [
+    ({"noise": lambda row: torch.zeros(1, 2, 4, 4)}, ValueError, "noise must be \\(B, ...\\) = \\(3, 2, 4, 4\\)"),
+    ({"noise": lambda row: None}, TypeError, "noise must be a tensor, got NoneType"),
+    ({"shape": None, "x": torch.zeros(SHAPE), "device": "meta"}, ValueError, "x must be on device=meta, got cpu"),
+    ({"shape": None, "x": torch.zeros(SHAPE).half()}, TypeError, "x must be float32 or of the model's dtype"),
+    ({"shape": None, "x": torch.zeros(SHAPE), "seed": -1}, ValueError, "seed must be in"),
+    ({"shape": None, "x": torch.zeros(SHAPE, requires_grad=True)}, RuntimeError, "sample: has no backward"),
+    ({"shape": ()}, ValueError, "shape must be \\(B, ...\\), got \\(\\)"),
+    ({"model_dtype": torch.float64}, TypeError, "model_dtype must be one of torch.float32"),
+    ({"denoiser": lambda x, t: (x, t)}, TypeError, "denoiser must return a tensor, got tuple"),
+    ({"denoiser": lambda x, t: x.long()}, TypeError, "denoiser returned torch.int64 .* convert it in a wrapper"),
+    ({"callback": lambda info: True}, TypeError, "callback must return a tensor or None, got bool"),
     ({"table": None}, TypeError, "table must be a CoefficientTable, got NoneType"),
     ({"shape": None}, ValueError, "exactly one of shape and x must be given, got neither"),
     ({"x": torch.zeros(SHAPE)}, ValueError, "exactly one of shape and x must be given, got both"),

@@ -51,7 +51,7 @@ void advance(const Tensor& step, const Tensor& table, const Tensor& t) {
   const float* source = table.const_data_ptr<float>();
   float* times = t.mutable_data_ptr<float>();
   for (int64_t b = 0; b < batch; ++b) {
-    if (steps[b] >= rows || ++steps[b] >= rows) continue;
+    if (steps[b] < 0 || steps[b] >= rows || ++steps[b] >= rows) continue;
     const float time = source[(steps[b] * columns_batch + b % columns_batch) * kColumns + kTModel];
     for (int64_t k = 0; k < copies; ++k) times[k * batch + b] = time;
   }

@@ -150,7 +150,7 @@ __global__ void advance_steps(int32_t* step, const float* table, float* t, Advan
   const int64_t b = item_index();
   if (b >= o.batch) return;
   const int32_t old = step[b];
-  if (old >= o.rows) return;
+  if (old < 0 || old >= o.rows) return;
   step[b] = old + 1;
   if (old + 1 >= o.rows) return;
   const float time = table[((old + 1) * o.columns_batch + b % o.columns_batch) * kColumns + kTModel];

@@ -73,7 +73,19 @@ def seed_tensor(op: str, seed, device, batch: int) -> Tensor:
     value = seed.__index__()
     if not 0 <= value < SEED_LIMIT:
         raise ValueError(f"{op}: seed must be in [0, 2**64), got {value}; reduce it modulo 2**64 if a hash is meant")
-    return torch.tensor(value - SEED_LIMIT if value >> 63 else value, dtype=torch.int64, device=device)
+    # torch.full, unlike torch.tensor, copies nothing from the host: no synchronisation, and legal under a capture
+    return torch.full((), value - SEED_LIMIT if value >> 63 else value, dtype=torch.int64, device=device)
+
+
+def counter(op: str, name: str, value: int) -> int:
+    """A step or stream number: an int in [0, 2^32)."""
+    if not isinstance(value, int):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {name} must be an int in [0, 2**32), got {type(value).__name__}")
+        value = value.__index__()
+    if not 0 <= value < 1 << 32:
+        raise ValueError(f"{op}: {name} must be in [0, 2**32), got {value}")
+    return value
 
 
 def sample_ids(op: str, ids, device, batch: int) -> Tensor | None:

@@ -7,7 +7,8 @@ fake kernel and its own backward:
     torch.ops.genengine_triton.<op>     Triton kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
     torch.ops.genengine_reference.<op>  the eager reference, on any device
 
-`resolve` picks one of them for a call. A kernel becomes a default on a GPU only once `verified` there.
+`resolve` picks one of them for a call. A kernel becomes a default on a GPU only once it and its backward are
+`verified` there. None has a forward-mode derivative: a tangent is refused, for dropped it would count as zero.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NAMESPACES = {
@@ -46,6 +48,11 @@ class Op:
     module: str
     kernels: tuple[str, ...]
     overloads: dict[str, object] = field(default_factory=dict, compare=False)
+
+    @property
+    def public(self) -> str:
+        """The name users call it by: "normal" of "normal_out"."""
+        return self.name.removesuffix("_out")
 
 
 OPS: dict[str, Op] = {}
@@ -78,7 +85,7 @@ def define(
         if backward is not None:
             ops = getattr(torch.ops, namespace)
             torch.library.register_autograd(
-                qualified, _bind_namespace(backward, ops), setup_context=setup_context, lib=library
+                qualified, _bind_namespace(name, backward, ops), setup_context=setup_context, lib=library
             )
     op = Op(name, module, kernels)
     for backend, namespace in NAMESPACES.items():
@@ -87,8 +94,10 @@ def define(
     return op
 
 
-def _bind_namespace(backward, ops):
+def _bind_namespace(name, backward, ops):
     def bound(ctx, *grads):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(f"{name}_backward", grads)
         return backward(ops, ctx, *grads)
 
     return bound
@@ -146,7 +155,8 @@ def _build_reason(path: Path) -> str:
 def backend(name: str | None) -> Iterator[None]:
     """Run every op of the block on one backend: "reference", "cpu", "triton" or "cuda" (None: the automatic choice).
 
-    A named backend never falls back: an op that it cannot run raises RuntimeError, saying what is missing.
+    A named backend never falls back: an op that it cannot run raises RuntimeError, saying what is missing. Only ops
+    that have no kernels of any kind (attention) run as they do without the context, so that whole models can run in it.
     Process-wide, not per thread.
     """
     global _forced
@@ -223,17 +233,49 @@ def _look_for_triton(device_type):
 def resolve(op: Op, device: torch.device, dtype: torch.dtype, name: str | None = None):
     """The overload that will run `op` for tensors of this device and dtype.
 
-    name: a backend asked for by the caller; None takes the enclosing `backend(...)` block's, else the fastest that is
-    verified on the device. Raises RuntimeError if a named backend cannot run.
+    name: a backend asked for by the caller; None takes the enclosing `backend(...)` block's if the op has kernels, else
+    the fastest that is verified on the device. Raises RuntimeError if a named backend cannot run, and so does what is
+    returned where forward-mode AD hands it a tangent.
     """
-    if name is None:
+    if name is None and op.kernels:
         name = _forced
     if name is None:
-        return op.overloads[automatic(op, device, dtype)]
-    _check_name(op.name, name)
-    if reason := why_not(op, name, device.type, dtype):
-        raise RuntimeError(f"{op.name}: backend {name!r} cannot run here: {reason}")
-    return op.overloads[name]
+        name = automatic(op, device, dtype)
+    else:
+        _check_name(op.name, name)
+        if reason := why_not(op, name, device.type, dtype):
+            raise RuntimeError(f"{op.name}: backend {name!r} cannot run here: {reason}")
+    return overload(op, name)
+
+
+def overload(op: Op, name: str):
+    """The overload of one backend, guarded while forward-mode AD is on (torch.func.jvp, forward_ad.dual_level)."""
+    run = op.overloads[name]
+    if forward_ad._current_level < 0:
+        return run
+
+    def guarded(*args):
+        _refuse_tangents(op.public, args)
+        return run(*args)
+
+    return guarded
+
+
+def _refuse_tangents(op_name, args):
+    """The dispatcher would run the op on the primals alone: a silent zero derivative."""
+    for argument in args:
+        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"{op_name}: has no forward-mode derivative; use reverse mode (torch.autograd.grad, .backward()), "
+                    "or detach its inputs"
+                )
+
+
+def with_backward(op: Op) -> tuple[Op, ...]:
+    """The op, and the backward op if it has one: its gradients run on the forward's backend, so both must be right."""
+    backward = OPS.get(f"{op.name}_backward")
+    return (op,) if backward is None else (op, backward)
 
 
 def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:
@@ -244,6 +286,9 @@ def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:
         from genengine.ops import _verify
 
         for name in ("cuda", "triton"):  # CUDA C++ first: no compilation at run time
-            if not why_not(op, name, "cuda", dtype) and _verify.verified(op.name, name, str(device)):
+            parts = with_backward(op)
+            if any(why_not(part, name, "cuda", dtype) for part in parts):
+                continue
+            if all(_verify.verified(part.name, name, str(device)) for part in parts):
                 return name
     return "reference"

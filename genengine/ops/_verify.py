@@ -1,15 +1,23 @@
 """Which kernels have been seen right on which device: the gate between a kernel that exists and the default.
 
-A verdict belongs to (op, backend, device name, driver, versions of torch, triton and genengine). Verdicts come from
-the table shipped with the package (`verified.json`, made from committed results), from the user's cache, or from
-running the op's case set on the spot. Under torch.compile and CUDA-graph capture nothing is run: only known verdicts
-count.
+A verdict belongs to (op, backend, device name, driver, versions of torch, triton and genengine, build). The build is a
+hash of the loaded extension, the Triton sources and the case sets, so no verdict survives a rebuild.
+
+Verdicts come from the user's cache, from the table shipped with the package (`verified.json`, made from committed
+results), or from running the op's case set on the spot. The shipped table is made on another machine, whose compiler
+gives other bytes: its keys hold no build, and stand for the sources of the released genengine version they name. The
+user's own verdict on the present build goes before it, so in a changed checkout run `genengine verify`.
+
+Under torch.compile and CUDA-graph capture nothing is run: only known verdicts count.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 from functools import lru_cache
@@ -33,7 +41,13 @@ def cache_path() -> Path:
 
 @lru_cache
 def device_key(device: torch.device) -> str:
-    """What a verdict holds for."""
+    """What a verdict of the user's cache holds for."""
+    return f"{release_key(device)}, build {build_hash()}"
+
+
+@lru_cache
+def release_key(device: torch.device) -> str:
+    """What a shipped verdict holds for: everything but the build."""
     parts = [f"torch {torch.__version__}", f"triton {_version('triton')}", f"genengine {_version('genengine')}"]
     if device.type == "cuda":
         parts = [torch.cuda.get_device_name(device), f"driver {_driver()}", *parts]
@@ -51,23 +65,62 @@ def _version(package):
 
 def _driver():
     try:
-        return Path("/proc/driver/nvidia/version").read_text().split("Module")[1].split()[0]
-    except (OSError, IndexError):
+        return driver_version(Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
         return "unknown"
+
+
+def driver_version(text: str) -> str:
+    """The version in /proc/driver/nvidia/version, of the closed ("Kernel Module  535.1") and the open kernel module
+    ("Open Kernel Module for x86_64  570.1")."""
+    found = re.search(r"Kernel Module\b.*?\s(\d+(?:\.\d+)+)\b", text)
+    return found[1] if found else "unknown"
+
+
+@lru_cache
+def build_hash() -> str:
+    """Eight hex digits of what a verdict depends on beside versions: extension, Triton sources, case sets."""
+    from genengine.ops import EXTENSION
+
+    files = [EXTENSION.path] if EXTENSION.loaded else []
+    package = importlib.util.find_spec("genengine.kernels")
+    for folder in (package and package.submodule_search_locations) or ():
+        files += sorted(Path(folder).glob("*.py"))
+    return _hash([*files, Path(__file__).parents[1] / "testing.py"])
+
+
+def _hash(files):
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:8]
 
 
 _verdicts: dict[str, dict[str, bool]] | None = None
 
 
 def verdicts() -> dict[str, dict[str, bool]]:
-    """device key -> "op/backend" -> seen right."""
+    """The user's cache: device key -> "op/backend" -> seen right."""
     global _verdicts
     if _verdicts is None:
-        _verdicts = {}
-        for path in (SHIPPED, cache_path()):
-            for key, entries in _read(path).items():
-                _verdicts.setdefault(key, {}).update(entries)
+        _verdicts = _read(cache_path())
     return _verdicts
+
+
+def known(device: torch.device) -> dict[str, bool]:
+    """The verdicts that hold on this device: the user's own, else the shipped ones."""
+    shipped = _shipped().get(release_key(device), {})
+    return {**shipped, **verdicts().get(device_key(device), {})}
+
+
+@lru_cache
+def _shipped():
+    return _read(SHIPPED)
+
+
+def entry(op, backend: str) -> str:
+    """How a verdict is filed."""
+    return f"{op.public}/{backend}"
 
 
 def _read(path: Path) -> dict:
@@ -96,11 +149,15 @@ def record(key: str, entries: dict[str, bool]) -> None:
 
 
 def run(op, backend: str, device: torch.device) -> list[str]:
-    """Run the op's case set on one backend; returns what is wrong, an empty list if nothing is."""
+    """Run the op's case set on one backend; returns what is wrong, an empty list if nothing is.
+
+    Under Triton's interpreter, which takes a second for what a GPU does in a microsecond, the set is thinned: its
+    verdict is no GPU's, and decides nothing.
+    """
     from genengine import testing
 
     found = []
-    for case in testing.cases(op.name, device):
+    for case in testing.cases(op.name, device, thin=backend == "triton" and _registry.triton_interpreted()):
         try:
             problem = testing.check_case(op, backend, case)
         except Exception as error:  # a kernel that cannot run at all is a verdict too
@@ -114,15 +171,15 @@ def run(op, backend: str, device: torch.device) -> list[str]:
 def verified(op_name: str, backend: str, device: str) -> bool:
     """Whether the kernel has been seen right on this device; checked now if that is unknown and can be found out."""
     where = torch.device(device)
-    key, name = device_key(where), f"{op_name}/{backend}"
-    known = verdicts().get(key, {})
-    if name in known:
-        return known[name]
+    op = _registry.OPS[op_name]
+    name, found = entry(op, backend), known(where)
+    if name in found:
+        return found[name]
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return False
-    print(f"genengine: checking the {backend} kernel of {op_name} against its reference, once ...", file=sys.stderr)
-    problems = run(_registry.OPS[op_name], backend, where)
+    print(f"genengine: checking the {backend} kernel of {op.public} against its reference, once ...", file=sys.stderr)
+    problems = run(op, backend, where)
     for problem in problems[:3]:
-        print(f"genengine: {op_name}/{backend} is not used: {problem}", file=sys.stderr)
-    record(key, {name: not problems})
+        print(f"genengine: {name} is not used: {problem}", file=sys.stderr)
+    record(device_key(where), {name: not problems})
     return not problems

@@ -73,7 +73,7 @@ def _overload(name, x, backend):
     if wanted not in (None, "reference"):
         reason = f"D must be at most {MAX_DIM}, got {x.shape[-1]}"
         raise RuntimeError(f"{name}: backend {wanted!r} cannot run here: {reason}")
-    return op.overloads["reference"]
+    return _registry.overload(op, "reference")
 
 
 def _check_all(op, x, tokens, rows, eps):

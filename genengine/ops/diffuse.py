@@ -63,11 +63,12 @@ def diffuse(
     else:
         seed = _check.seed_tensor(op, seed, x0.device, batch)
     sample_ids = _check.sample_ids(op, sample_ids, x0.device, batch)
+    step = _check.counter(op, "step", step)
     if not (_layout.dense(x0) or _layout.channels_last(x0)) or not _packed(x0):
         x0 = x0.contiguous()
-    if noise is not None:
-        noise = _layout.like(noise.to(torch.float32), x0)
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    if noise is not None:
+        noise = _layout.like(noise.to(wide), x0)
     values = [value.to(wide).contiguous() for value in coefficients.values()]
     kernel = _registry.resolve(DIFFUSE, x0.device, x0.dtype, backend)
     return kernel(x0, *values, seed, sample_ids, step, noise)

@@ -68,7 +68,7 @@ def _draw(kind, shape, seed, sample_ids, step, stream, dtype, device, out, backe
         raise ValueError(f"{kind}: out must have shape {tuple(shape)}, got {tuple(out.shape)}")
     _check.dtype(kind, "out", out)
     _check.no_grad_needed(kind, (out,))
-    _check_range(kind, "step", step)
+    step = _check.counter(kind, "step", step)
     batch = out.shape[0]
     seed = _check.seed_tensor(kind, seed, out.device, batch)
     sample_ids = _check.sample_ids(kind, sample_ids, out.device, batch)
@@ -86,11 +86,6 @@ def _default_device(device, seed):
 
 def _float32(out):
     return torch.empty(out.shape, dtype=torch.float32, device=out.device)
-
-
-def _check_range(kind, name, value):
-    if isinstance(value, int) and not 0 <= value < 1 << 32:
-        raise ValueError(f"{kind}: {name} must be in [0, 2**32), got {value}")
 
 
 # ---- reference: `genengine.random` in torch, so that it runs on any device -----------------------------------------

@@ -41,7 +41,7 @@ def sampler_step(
         x_in = c_in x'                             cast to its dtype, repeated for each branch
 
     A term with a zero coefficient is skipped, not multiplied: uninitialised history and NaN do not leak through it.
-    A sample whose step has reached R is copied to `out` unchanged, its history and x_in left alone.
+    A sample whose step has reached R (or is negative) is copied to `out` unchanged, its history and x_in left alone.
 
     x: (B, ...) float32, float16 or bfloat16, contiguous or channels_last. outputs: the model's one to three branches,
     unconditional first: tensors like x, or one tensor (k B, ...) that stacks them along the batch; of x's dtype or,
@@ -64,31 +64,36 @@ def sampler_step(
     sample_ids = _check.sample_ids("sampler_step", sample_ids, x.device, batch)
     if out is None:
         out = torch.empty_like(x, memory_format=_layout.memory_format(x))
-    elif not torch.compiler.is_compiling():
-        _check_out(out, x, outputs, noise, history, x_in)
-    if noise is not None and noise.dtype != torch.float32:
-        noise = noise.to(torch.float32)
     _check_written_layout(out, history, x_in)
+    if not torch.compiler.is_compiling():
+        _check_overlaps(out, history, x_in, x, outputs, noise)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if noise is not None:
+        noise = noise.to(wide)
     kernel = _registry.resolve(SAMPLER_STEP, x.device, x.dtype, backend)
     outputs = [_layout.like(output, out) for output in outputs]
     noise = None if noise is None else _layout.like(noise, out)
-    kernel(_layout.like(x, out), outputs, table.contiguous(), step, history, seed, sample_ids, noise, out, x_in)
+    table, step = table.to(wide).contiguous(), step.contiguous()
+    kernel(_layout.like(x, out), outputs, table, step, history, seed, sample_ids, noise, out, x_in)
     return out
 
 
 def advance(step: Tensor, table: Tensor, t: Tensor, *, backend: str | None = None) -> None:
     """Move every sample on to its next row and write that row's model time; no host sync.
 
-        step[b] += 1 where step[b] < R;    t[i] = table[step[i % B], i % B, t_model] where step[i % B] < R
+        step[b] += 1 where 0 <= step[b] < R;    t[i] = table[step[i % B], i % B, t_model] where step[i % B] < R
 
     step: int32 (B,), in place. table: float32 (R, B' , 16) with B' = 1, or a B' that divides B (sample b reads column
     b % B'). t: float32 (k B,), in place: the time of each of k branches. A finished sample's t is left as it is.
     """
     _check.dtype("advance", "step", step, (torch.int32,))
-    _check_table("advance", table, step)
+    _check_table("advance", table, step, shared=True)
+    for name, tensor in (("step", step), ("table", table), ("t", t)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"advance: {name} must be contiguous, got strides {tensor.stride()}; use .contiguous()")
     if t.dim() != 1 or t.dtype != torch.float32 or (step.shape[0] and t.shape[0] % step.shape[0]):
         raise ValueError(f"advance: t must be float32 (k B,) with B = {step.shape[0]}, got {t.dtype} {tuple(t.shape)}")
-    _registry.resolve(ADVANCE, step.device, torch.float32, backend)(step, table, t)
+    _registry.resolve(ADVANCE, step.device, torch.float32, backend)(step, table.to(torch.float32), t)
 
 
 # ---- reference ---------------------------------------------------------------------------------------------------
@@ -114,7 +119,7 @@ def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_
         reference_normal(noise, seed, sample_ids, step, _STEP_STREAM)
     if noise is not None:
         value = value + term("s", noise.to(wide))
-    active = (step < table.shape[0]).reshape(-1, *[1] * (x.dim() - 1))
+    active = ((step >= 0) & (step < table.shape[0])).reshape(-1, *[1] * (x.dim() - 1))
     if history is not None:
         _write_history(history, state, y, column("flags").long(), active)
     out.copy_(torch.where(active, value, state))
@@ -129,8 +134,8 @@ def _unstack(outputs, batch):
 
 
 def _rows(table, step, batch):
-    """The row of each sample: (B, 16); finished samples read the last one, and their result is discarded."""
-    index = step.clamp(max=table.shape[0] - 1).long()
+    """The row of each sample: (B, 16); samples outside the table read one inside, and their result is discarded."""
+    index = step.clamp(min=0, max=table.shape[0] - 1).long()
     sample = torch.arange(batch, device=table.device) % max(table.shape[1], 1)
     return table[index, sample]
 
@@ -151,10 +156,11 @@ def reference_advance(step, table, t):
     if step.numel() == 0:
         return
     rows = table.shape[0]
-    step += (step < rows).to(torch.int32)
+    inside = (step >= 0) & (step < rows)
+    step += inside.to(torch.int32)
     time = _rows(table, step, step.shape[0])[:, _INDEX["t_model"]]
     branches = t.view(-1, step.shape[0])
-    branches.copy_(torch.where(step < rows, time.to(t.dtype), branches))
+    branches.copy_(torch.where(inside & (step < rows), time.to(t.dtype), branches))
 
 
 SAMPLER_STEP = _registry.define(
@@ -222,13 +228,15 @@ def _check_step(op, step, x):
     _check.same_device(op, "step", step, "x", x)
 
 
-def _check_table(op, table, step):
+def _check_table(op, table, step, shared=False):
+    """shared: the batch may be several copies of the table's, as where the branches of a model step together."""
     _check.dtype(op, "table", table, (torch.float32, torch.float64))
     batch = step.shape[0]
     columns = len(COLUMNS)
     if table.dim() != 3 or table.shape[2] != columns or table.shape[0] == 0:
         raise ValueError(f"{op}: table must be (R, B or 1, {columns}) with R >= 1, got {tuple(table.shape)}")
-    if table.shape[1] != 1 and (table.shape[1] == 0 or batch % table.shape[1]):
+    fits = table.shape[1] in (1, batch) or (shared and table.shape[1] > 0 and batch % table.shape[1] == 0)
+    if not fits:
         raise ValueError(f"{op}: table must be (R, B or 1, {columns}) with B = {batch}, got {tuple(table.shape)}")
     _check.same_device(op, "table", table, "step", step)
 
@@ -274,16 +282,24 @@ def _check_written_layout(out, history, x_in):
             )
 
 
-def _check_out(out, x, outputs, noise, history, x_in):
-    """What is written must not overlap what is read, but for x updated in place element by element."""
-    in_place = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
-    inputs = [("x", x)] if not in_place else []
-    inputs += [(f"outputs[{i}]", output) for i, output in enumerate(outputs)]
-    inputs += [
-        (name, tensor)
-        for name, tensor in (("noise", noise), ("history", history), ("x_in", x_in))
-        if tensor is not None
-    ]
-    for name, tensor in inputs:
-        if _check.overlap(out, tensor):
-            raise ValueError(f"sampler_step: out must not overlap {name}; pass a tensor of its own, or x itself")
+def _check_overlaps(out, history, x_in, x, outputs, noise):
+    """What is written must not overlap what is read or written besides, but for x updated in place."""
+    written = [(name, t) for name, t in (("out", out), ("history", history), ("x_in", x_in)) if t is not None]
+    read = [("x", x), *((f"outputs[{i}]", output) for i, output in enumerate(outputs))]
+    read += [("noise", noise)] if noise is not None else []
+    for index, (name, tensor) in enumerate(written):
+        if tensor.numel() and any(
+            size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise ValueError(f"sampler_step: {name} must not be expanded, got strides {tensor.stride()}; use .clone()")
+        for other_name, other in (*written[:index], *read):
+            in_place = name == "out" and other_name == "x" and _same_memory(out, x)
+            if not in_place and _check.overlap(tensor, other):
+                raise ValueError(
+                    f"sampler_step: {name} must not overlap {other_name}; pass a tensor of its own"
+                    + (", or x itself" if name == "out" else "")
+                )
+
+
+def _same_memory(a, b):
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()

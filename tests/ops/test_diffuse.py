@@ -108,6 +108,8 @@ def test_fullgraph_compile():
         ({"x0": torch.zeros(2, 3).int()}, TypeError, "x0 must have dtype"),
         ({"alpha": torch.zeros(3)}, ValueError, "alpha must be \\(B,\\) = \\(2,\\), got \\(3,\\)"),
         ({"sigma": torch.zeros(2).half()}, TypeError, "sigma must have dtype"),
+        ({"step": -1}, ValueError, "step must be in"),
+        ({"step": 2**32}, ValueError, "step must be in"),
         ({"seed": None}, ValueError, "exactly one of seed and noise must be given, got neither"),
         ({"noise": torch.zeros(2, 3)}, ValueError, "exactly one of seed and noise must be given, got both"),
         ({"seed": None, "noise": torch.zeros(2, 4)}, ValueError, "noise must be x0's shape"),

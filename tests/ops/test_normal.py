@@ -153,6 +153,8 @@ def test_fullgraph_compile_does_not_recompile_over_steps():
         ),
         ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be an int64 tensor"),
         ({"step": -1}, ValueError, "step must be in"),
+        ({"step": np.int64(-1)}, ValueError, "step must be in"),
+        ({"step": 1.5}, TypeError, "step must be an int"),
         ({"stream": "weather"}, ValueError, "stream must be one of"),
         ({"shape": ()}, ValueError, "shape must be \\(B, ...\\)"),
         ({"dtype": torch.int32}, TypeError, "out must have dtype"),

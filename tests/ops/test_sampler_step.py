@@ -296,6 +296,11 @@ BAD = [
     ({"table": torch.zeros(1, 1, 15)}, ValueError, "table must be \\(R, B or 1, 16\\) with R >= 1, got \\(1, 1, 15\\)"),
     ({"table": torch.zeros(0, 1, 16)}, ValueError, "table must be"),
     ({"table": torch.zeros(1, 3, 16)}, ValueError, "with B = 2, got \\(1, 3, 16\\)"),
+    (
+        {"x": torch.zeros(4, 3), "outputs": [torch.zeros(4, 3)], "step": steps(4), "table": torch.zeros(1, 2, 16)},
+        ValueError,
+        "with B = 4, got \\(1, 2, 16\\)",
+    ),  # fmt: skip
     ({"table": torch.zeros(1, 1, 16).half()}, TypeError, "table must have dtype"),
     ({"step": torch.zeros(2, dtype=torch.int64)}, TypeError, "step must have dtype torch.int32"),
     ({"step": steps(3)}, ValueError, "step must be \\(B,\\) = \\(2,\\), got \\(3,\\)"),
@@ -328,7 +333,40 @@ def test_overlapping_out_is_refused():
         sampler_step(x, memory[2:4], table, steps(2), out=memory[3:5])
 
 
+def test_what_is_written_overlaps_nothing():
+    memory = torch.randn(4, 3, 4, 4)
+    x, table = memory[:2], row_table(a=1.0, flags=4.0, q=1.0)
+    with pytest.raises(ValueError, match="x_in must not overlap x"):
+        sampler_step(x, X, table, steps(2), x_in=x)
+    with pytest.raises(ValueError, match="history must not overlap outputs\\[0\\]"):
+        sampler_step(X, x, table, steps(2), memory[None, :2])
+    with pytest.raises(ValueError, match="out must not be expanded"):
+        sampler_step(X, X, table, steps(2), out=torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_negative_step_is_outside_the_table_too(backend):
+    device = skip_unless_available("sampler_step_out", backend)
+    x, table = torch.randn(2, 5, device=device), row_table(a=0.5, t_model=9.0).to(device)
+    step = torch.tensor([-1, 0], dtype=torch.int32, device=device)
+    out = sampler_step(x, x, table, step, backend=backend)
+    assert torch.equal(out, torch.stack([x[0], 0.5 * x[1]]))
+    t = torch.zeros(2, device=device)
+    advance(step, table, t, backend=backend)
+    assert step.tolist() == [-1, 1] and t.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_step_and_a_float64_table(backend):
+    device = skip_unless_available("sampler_step_out", backend)
+    x, table = torch.randn(2, 5, device=device), torch.cat([row_table(a=0.5), row_table(a=2.0)]).double().to(device)
+    step = torch.tensor([0, 7, 1, 7], dtype=torch.int32, device=device)[::2]
+    assert torch.equal(sampler_step(x, x, table, step, backend=backend), torch.stack([0.5 * x[0], 2 * x[1]]))
+
+
 def test_advance_errors():
+    with pytest.raises(ValueError, match="advance: step must be contiguous"):
+        advance(torch.zeros(4, dtype=torch.int32)[::2], row_table(a=1.0), torch.zeros(2))
     with pytest.raises(ValueError, match="advance: t must be float32 \\(k B,\\) with B = 2"):
         advance(steps(2), row_table(a=1.0), torch.zeros(3))
     with pytest.raises(TypeError, match="advance: step must have dtype torch.int32"):
