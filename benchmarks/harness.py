@@ -176,7 +176,7 @@ def environment(device: str) -> dict:
     info = {
         "schema_version": SCHEMA_VERSION,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": os.environ.get("GENENGINE_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "genengine": genengine.__version__,
         "torch": torch.__version__,

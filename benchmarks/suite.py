@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import pkgutil
 import sys
@@ -33,6 +34,8 @@ def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report
     """Run a suite ("quick", "all") or the benchmarks of one op or model; returns the report."""
     if what not in SUITES and what not in names(device):
         raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names(device)))}, got {what!r}")
+    if not 0 < budget < math.inf:
+        raise ValueError(f"bench: budget must be a finite number of seconds > 0, got {budget}; the default is 2")
     torch.set_num_threads(1)
     rows = []
     with torch.no_grad():

@@ -5,8 +5,12 @@ import torch
 
 from genengine.ops import _registry
 
-CPU_BACKENDS = ("reference", "cpu", "triton")
-BACKENDS = [*CPU_BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = [
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.triton),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 def device_of(backend: str) -> torch.device:
