@@ -13,14 +13,14 @@ namespace {
 int best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return 2;
+  if (__builtin_cpu_supports("x86-64-v4")) return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   if (__builtin_cpu_supports("x86-64-v3")) return 1;
 #endif
   return 0;
 }
 
 int initial_isa() {
-  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
   const int best = best_isa();
   if (const char* wanted = std::getenv("GENENGINE_ISA"))
     for (int i = 0; i <= best; ++i)

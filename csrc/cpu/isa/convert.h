@@ -4,7 +4,8 @@
 //   load_row(float* to, const T* from, n), store_row(T* to, const float* from, n)     any n, any alignment
 //   load(const T*) -> Lanes, store(T*, Lanes), stream(T*, Lanes)                      sixteen elements
 //
-// Every instruction set gives the same bits, NaN payloads apart: conversions round to nearest, ties to even, and a
+// Every instruction set gives the same bits, NaN payloads apart (and AVX512-BF16's conversion takes subnormal floats,
+// below 1.2e-38, to zero): conversions round to nearest, ties to even, and a
 // Lanes operation is sixteen IEEE operations.
 #pragma once
 #include <stdint.h>
@@ -159,7 +160,9 @@ __attribute__((noinline)) inline Lanes load(const Half* from) {
 
 GENENGINE_INLINE void store(float* to, Lanes lanes) { memcpy(to, &lanes, sizeof lanes); }
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BF16__)
+GENENGINE_INLINE NativeShort round_part(BFloat*, Native part) { return (NativeShort)_mm512_cvtneps_pbh((__m512)part); }
+#elif defined(__AVX512BW__)
 GENENGINE_INLINE NativeShort round_part(BFloat*, Native part) {
   const NativeBits bits = (NativeBits)part;
   const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)part, (__m512)part, _CMP_ORD_Q);
