@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FAMILIES = ("flow",)
+HELD_OUT = {"train": "test", "train_fit": "validation"}  # training split -> the images it has not seen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit status 2, not a traceback."""
     options = _parser().parse_args(arguments)
     try:
+        _check_seed(getattr(options, "seed", None))
         _set_threads(getattr(options, "threads", None))
         return options.run(options) or 0
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError) as error:
         if options.debug:
             raise
         print(f"genengine {options.command}: {error}", file=sys.stderr)
@@ -118,6 +120,10 @@ def _add_train(commands):
     )
     command.add_argument("--out", default="runs/flow", metavar="FOLDER", help="folder of model, state and log")
     command.add_argument("--resume", action="store_true", help="continue a stopped run, to the same bits")
+    command.add_argument(
+        "--split", choices=tuple(HELD_OUT), default=None,
+        help="training images: train, or train_fit, which leaves out validation (default: the preset's)",
+    )  # fmt: skip
     command.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the preset's)")
     command.add_argument("--batch-size", type=int, default=None, help="images per step (default: the preset's)")
     command.add_argument("--lr", type=float, default=None, help="peak learning rate (default: the preset's)")
@@ -151,6 +157,11 @@ def _add_evaluate(commands):
         commands, "evaluate", _evaluate, "measure sample quality and memorisation", "genengine evaluate flow --seeds 5"
     )
     _with_model(command)
+    command.add_argument(
+        "--split", choices=tuple(HELD_OUT), default="train",
+        help="what the model was trained on: train, measured against test, or train_fit, against validation "
+        "(default train)",
+    )  # fmt: skip
     command.add_argument("--seeds", type=int, default=5, help="number of sampling seeds (default 5, at least 2)")
     _with_threads(command)
     _with_device(command)
@@ -173,6 +184,11 @@ def _add_bench(commands):
     )
     _with_device(command)
     _with_json(command)
+
+
+def _check_seed(seed):
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ValueError(f"--seed must be in [0, 2^64), got {seed}")
 
 
 def _set_threads(threads):
@@ -228,7 +244,7 @@ def _demo(options):
 def _train(options):
     from genengine import train
 
-    names = ("steps", "batch_size", "lr", "precision", "seed")
+    names = ("split", "steps", "batch_size", "lr", "precision", "seed")
     overrides = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = train.preset(options.preset, family=options.family, dataset=options.data, **overrides)
     model = train.train(
@@ -249,8 +265,8 @@ def _model(options):
     return FlowMatching.load(options.checkpoint, device=device)
 
 
-def parse_labels(text: str) -> list[int]:
-    """ "7", "0-9" or "1,3,5-7" as a list of classes."""
+def parse_labels(text: str, num_classes: int | None = None) -> list[int]:
+    """ "7", "0-9" or "1,3,5-7" as a list of classes, below `num_classes` if given."""
     labels = []
     for part in text.split(","):
         low, dash, high = part.partition("-")
@@ -260,6 +276,8 @@ def parse_labels(text: str) -> list[int]:
             raise ValueError(f"--labels must look like 7, 0-9 or 1,3,5, got {text!r}") from None
         if last < first:
             raise ValueError(f"--labels ranges must rise, got {part!r}")
+        if num_classes is not None and last >= num_classes:
+            raise ValueError(f"labels must be in 0 .. {num_classes - 1}, got {last}")
         labels += range(first, last + 1)
     return labels
 
@@ -269,31 +287,36 @@ def _sample(options):
 
     from genengine import data, images
 
-    images.check_suffix(options.out)
     if options.num < 0:
         raise ValueError(f"--num must be at least 0, got {options.num}")
+    images.check_suffix(options.out, options.num)
     model = _model(options)
-    cycle = parse_labels(options.labels)
-    labels = [cycle[i % len(cycle)] for i in range(options.num)]
+    cycle = parse_labels(options.labels, model.net.config.num_classes or None)
+    labels = np.resize(np.array(cycle, dtype=np.int64), options.num)  # the cycle again and again
     samples = model.sample(
         options.num, labels, steps=options.steps, guidance=options.guidance, seed=options.seed, solver=options.solver,
-        progress=not options.no_progress,
+        progress=not options.no_progress, check_finite=True,
     )  # fmt: skip
-    path = images.save(options.out, data.to_uint8(samples), np.array(labels, dtype=np.int64))
+    path = images.save(options.out, data.to_uint8(samples), labels)
     print(f"{options.num} samples: {path}")
 
 
 def _evaluate(options):
-    import numpy as np
-
     from genengine import data, evaluate
 
     model = _model(options)
-    labels = np.sort(np.asarray(data.digits("train")[1]))  # the training set's class balance
-    draw = lambda classes, seed: model.sample(  # noqa: E731
-        len(classes), classes.tolist(), steps=options.steps, guidance=options.guidance, seed=seed, solver=options.solver
+    reference, held_out = data.digits(options.split), data.digits(HELD_OUT[options.split])
+
+    def draw(classes, seed):
+        return model.sample(
+            len(classes), classes, steps=options.steps, guidance=options.guidance, seed=seed, solver=options.solver,
+            check_finite=True,
+        )  # fmt: skip
+
+    # the training images' own classes: their balance, and the order behind the figures in pretrained/README.md
+    result = evaluate.evaluate_seeds(
+        draw, reference[1], seeds=range(options.seeds), reference=reference, held_out=held_out
     )
-    result = evaluate.evaluate_seeds(draw, labels, seeds=range(options.seeds))
     if options.json:
         print(json.dumps(result, indent=1))
         return
@@ -312,10 +335,12 @@ def _bench(options):
         print("\n".join((*suite.SUITES, *suite.names())))
         return
     suite.restart_with_malloc_settings()
-    show = None if options.json else lambda row: print(suite.table_row(row), flush=True)
-    if show:
-        print(suite.TABLE_HEAD, flush=True)
-    report = suite.run(options.what, device, budget=options.budget, report_row=show)
+    head = iter([suite.TABLE_HEAD])  # above the first row: a bad option leaves no table
+
+    def show(row):
+        print(*head, suite.table_row(row), sep="\n", flush=True)
+
+    report = suite.run(options.what, device, budget=options.budget, report_row=None if options.json else show)
     if options.json:
         print(json.dumps(report, indent=1))
     if options.save:

@@ -77,10 +77,23 @@ def to_levels(images):
         images: floating-point array or tensor of any shape.
     Returns:
         same type, shape and dtype, holding whole numbers 0..16. Halves round to even.
+    Raises:
+        FloatingPointError: a pixel is not finite; it would pass for paper.
     """
     if isinstance(images, torch.Tensor):
+        _check_finite("to_levels", torch.isfinite(images))
         return ((images + 1.0) * 8.0).round().clamp(0.0, 16.0)
-    return np.clip(np.round((np.asarray(images) + 1.0) * 8.0), 0.0, 16.0)
+    images = np.asarray(images)
+    _check_finite("to_levels", np.isfinite(images))
+    return np.clip(np.round((images + 1.0) * 8.0), 0.0, 16.0)
+
+
+def _check_finite(op, finite):
+    if not finite.all():
+        raise FloatingPointError(
+            f"data/{op}: images must be finite, got {int((~finite).sum())} non-finite values; the model has "
+            "diverged: sample with check_finite=True to see where"
+        )
 
 
 def to_uint8(images):
@@ -92,12 +105,12 @@ def to_uint8(images):
         (N, H, W, C) uint8 array, round(255 level / 16).
     Raises:
         ValueError: not four dimensions.
+        FloatingPointError: a pixel is not finite.
     """
     array = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if array.ndim != 4:
-        raise ValueError(
-            f"data/to_uint8: images must be (N, C, H, W), got {array.shape}; add the missing axes"
-        )
+        raise ValueError(f"data/to_uint8: images must be (N, C, H, W), got {array.shape}; add the missing axes")
+    _check_finite("to_uint8", np.isfinite(array))
     return np.round(to_levels(array).transpose(0, 2, 3, 1) * (255.0 / 16.0)).astype(np.uint8)
 
 
@@ -150,9 +163,7 @@ def batch_indices(num, batch_size, step, *, seed=0):
         ValueError: batch_size outside 1..num.
     """
     if not 1 <= batch_size <= num:
-        raise ValueError(
-            f"data/batch_indices: batch_size must be 1..{num} (the number of images), got {batch_size}"
-        )
+        raise ValueError(f"data/batch_indices: batch_size must be 1..{num} (the number of images), got {batch_size}")
     epoch, place = divmod(step, num // batch_size)
     return _order(num, epoch, seed)[place * batch_size : (place + 1) * batch_size].clone()
 

@@ -27,27 +27,35 @@ def grid(images: np.ndarray, columns: int = 10, scale: int = 8, gap: int = 2, in
 def save(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None, columns: int = 10) -> Path:
     """Write uint8 images (N, H, W, C) as a grid (.png) or an archive (.npz: arr_0 images, arr_1 labels, as ADM does).
 
-    The file appears whole or not at all. Raises ValueError on another suffix, RuntimeError if Pillow is missing.
+    The file appears whole or not at all. Raises ValueError on another suffix or a grid of no images, RuntimeError if
+    Pillow is missing, OSError if it cannot be written.
     """
     path = Path(path)
-    check_suffix(path)
+    check_suffix(path, len(images))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-        if path.suffix == ".npz":
-            np.savez_compressed(file, **_archive(images, labels))
-        else:
-            _pillow().fromarray(_drop_single_channel(grid(images, columns))).save(file, format="PNG")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        temporary = Path(file.name)
+    try:
+        with open(temporary, "wb") as file:
+            if path.suffix == ".npz":
+                np.savez_compressed(file, **_archive(images, labels))
+            else:
+                _pillow().fromarray(_drop_single_channel(grid(images, columns))).save(file, format="PNG")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # gone already unless something failed
     return path
 
 
-def check_suffix(path: str | Path) -> None:
-    """Refuse an output name that cannot be written, before hours are spent on its content."""
+def check_suffix(path: str | Path, count: int | None = None) -> None:
+    """Refuse a name that cannot be written, or a picture of 0 images, before hours are spent on the content."""
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"--out must end in .png or .npz, got {str(path)!r}")
     if suffix == ".png":
+        if count == 0:
+            raise ValueError(f"--out {str(path)!r}: there is nothing to draw with 0 images; write .npz or ask for more")
         _pillow()
 
 

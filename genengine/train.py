@@ -102,9 +102,7 @@ def preset(name, **overrides):
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(
-            f"train/preset: fields must be among {', '.join(sorted(known))}, got {', '.join(unknown)}"
-        )
+        raise ValueError(f"train/preset: fields must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
     return dataclasses.replace(PRESETS[name], **overrides)
 
 
@@ -117,9 +115,7 @@ def learning_rate(config, step):
 def build_model(config):
     """The untrained FlowMatching model of a TrainConfig."""
     net = DiT.from_config(config.net, seed=config.seed)
-    return FlowMatching(
-        net, time_mean=config.time_mean, time_std=config.time_std, class_drop=config.class_drop
-    )
+    return FlowMatching(net, time_mean=config.time_mean, time_std=config.time_std, class_drop=config.class_drop)
 
 
 class Run:
@@ -150,9 +146,7 @@ class Run:
         pick = data.batch_indices(len(self.images), config.batch_size, step, seed=config.seed)
         x0 = self.images[pick].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = self.model.loss(
-                x0, self.labels[pick], seed=config.seed, sample_ids=self.sample_ids[pick], step=step
-            )
+            loss = self.model.loss(x0, self.labels[pick], seed=config.seed, sample_ids=self.sample_ids[pick], step=step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
@@ -191,12 +185,8 @@ class Run:
         mine = dataclasses.asdict(self.config)
         theirs = saved.get("train")
         if saved.get("family") != "training" or not isinstance(theirs, dict):
-            raise ValueError(
-                f"train/restore: {path} must be the state of a training run, got {saved.get('family')!r}"
-            )
-        differ = [
-            f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in mine if theirs.get(key) != mine[key]
-        ]
+            raise ValueError(f"train/restore: {path} must be the state of a training run, got {saved.get('family')!r}")
+        differ = [f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in mine if theirs.get(key) != mine[key]]
         if differ:
             raise ValueError(
                 f"train/restore: {path} was trained with another configuration: {'; '.join(differ)}; "
@@ -206,10 +196,13 @@ class Run:
         for name, value in tensors.items():
             head, _, tail = name.partition(".")
             if head not in parts:
-                raise ValueError(
-                    f"train/restore: {path} has the unexpected key {name}; it was not written by save"
-                )
+                raise ValueError(f"train/restore: {path} has the unexpected key {name}; it was not written by save")
             parts[head][tail] = value
+        if not isinstance(saved.get("step"), int) or not 0 <= saved["step"] <= self.config.steps:
+            raise ValueError(
+                f"train/restore: {path} must have a step in 0 .. {self.config.steps}, got {saved.get('step')!r}; "
+                "it was not written by save"
+            )
         checkpoint.load_into(self.model.net, parts["model"], path)
         checkpoint.load_into(self.average.net, parts["average"], path)
         self.step = saved["step"]
@@ -222,13 +215,9 @@ class Run:
             for moment in ("exp_avg", "exp_avg_sq")
         }
         wrong = sorted(set(expected) ^ set(moments)) if self.step else []
-        wrong += [
-            name for name in expected if name in moments and moments[name].shape != expected[name].shape
-        ]
+        wrong += [name for name in expected if name in moments and moments[name].shape != expected[name].shape]
         if wrong:
-            raise ValueError(
-                f"train/restore: {path} has missing, unexpected or misshapen optimizer.{wrong[0]}"
-            )
+            raise ValueError(f"train/restore: {path} has missing, unexpected or misshapen optimizer.{wrong[0]}")
         for name, value in moments.items():
             moment, _, _ = name.partition(".")
             state = self.optimizer.state[expected[name]]
@@ -277,17 +266,14 @@ def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_ev
             if run.step % save_every == 0 or run.step == config.steps:
                 run.save(state_file)
     model_file = out_dir / MODEL_FILE
-    run.average.save(
-        model_file, dtype=getattr(torch, config.storage), extra={"train": dataclasses.asdict(config)}
-    )
+    run.average.save(model_file, dtype=getattr(torch, config.storage), extra={"train": dataclasses.asdict(config)})
     return model_file
 
 
 def _write_log(log, run, loss, seconds):
     if not math.isfinite(loss):
         raise ValueError(
-            f"train/train: the loss must stay finite, got {loss} at step {run.step}; lower lr or use "
-            "precision fp32"
+            f"train/train: the loss must stay finite, got {loss} at step {run.step}; lower lr or use precision fp32"
         )
     entry = {
         "step": run.step,

@@ -34,7 +34,7 @@ def test_module_entry_point():
 
 def test_env(capsys):
     status, out, _ = run("env", capsys=capsys)
-    assert status == 0 and "sampler_step_out" in out and "runs on" in out
+    assert status == 0 and "sampler_step" in out and "runs on" in out
     status, out, _ = run("env", "--json", capsys=capsys)
     report = json.loads(out)
     assert report["ops"]["attention"]["cpu"] == {
@@ -86,6 +86,94 @@ def test_train_then_sample(tmp_path, capsys):
     assert status == 0 and (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_samples_are_an_empty_archive(tmp_path, capsys):
+    arguments = ("sample", "flow", "--num", "0", "--no-progress", "--device", "cpu", "--out")
+    status, out, err = run(*arguments, str(tmp_path / "q.npz"), capsys=capsys)
+    assert status == 0 and out.startswith("0 samples"), err
+    with np.load(tmp_path / "q.npz") as stored:
+        assert stored["arr_0"].shape == (0, 8, 8, 1) and stored["arr_0"].dtype == np.uint8
+        assert stored["arr_1"].shape == (0,) and stored["arr_1"].dtype == np.int64
+    status, _, err = run(*arguments, str(tmp_path / "q.png"), capsys=capsys)
+    assert status == 2 and "there is nothing to draw with 0 images" in err
+    with pytest.raises(ValueError, match="nothing to draw"):
+        images.save(tmp_path / "q.png", np.zeros((0, 8, 8, 1), np.uint8))
+
+
+def test_a_model_that_is_not_finite_writes_no_images(tmp_path, capsys):
+    from genengine.models import FlowMatching
+
+    flow = FlowMatching.pretrained()
+    flow.net.final_layer.linear.bias.data.fill_(float("nan"))
+    flow.save(tmp_path / "nan.safetensors")
+    common = ("flow", "--checkpoint", str(tmp_path / "nan.safetensors"), "--steps", "1", "--device", "cpu")
+    picture = tmp_path / "x.png"
+    for arguments in (("sample", *common, "--num", "2", "--out", str(picture)), ("evaluate", *common, "--seeds", "2")):
+        status, out, err = run(*arguments, capsys=capsys)
+        assert status == 2 and out == "" and "model output of row 0 of 2" in err and "not finite" in err
+    assert not picture.exists()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, tmp_path, monkeypatch, capsys):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images.os, "replace", full_disk)
+    status, _, err = run(
+        "sample", "flow", "--num", "1", "--steps", "1", "--no-progress", "--device", "cpu", "--out",
+        str(tmp_path / name), capsys=capsys,
+    )  # fmt: skip
+    assert status == 2 and err == "genengine sample: [Errno 28] No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_a_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    common = ("flow", "--no-progress", "--device", "cpu", "--out")
+    for command, out in (("sample", "file/x.npz"), ("train", "file/run"), ("train", "file")):
+        status, _, err = run(command, *common, str(tmp_path / out), capsys=capsys)
+        assert status == 2 and err.startswith(f"genengine {command}: [Errno ") and err.count("\n") == 1
+
+
+def test_split_chooses_the_training_images_and_what_they_are_measured_against(tmp_path, monkeypatch, capsys):
+    from genengine import data, evaluate
+    from genengine.models import checkpoint
+
+    common = ("flow", "--device", "cpu")
+    for split in ("train", "train_fit", None):
+        folder, option = tmp_path / str(split), () if split is None else ("--split", split)
+        status, _, err = run(
+            "train", *common, "--steps", "1", "--batch-size", "2", "--no-progress", *option, "--out", str(folder),
+            capsys=capsys,
+        )  # fmt: skip
+        assert status == 0, err
+        _, config = checkpoint.read(folder / "model.safetensors")
+        assert config["extra"]["train"]["split"] == (split or "train")
+    seen = {}
+    monkeypatch.setattr(
+        evaluate, "evaluate_seeds", lambda draw, labels, **options: seen.update(options, labels=labels) or {}
+    )
+    for split, held_out in (("train", "test"), ("train_fit", "validation")):
+        status, _, err = run("evaluate", *common, "--split", split, "--json", capsys=capsys)
+        assert status == 0, err
+        assert np.array_equal(seen["labels"], data.digits(split)[1])  # in their own order, as recorded
+        assert np.array_equal(seen["reference"][0], data.digits(split)[0])
+        assert np.array_equal(seen["held_out"][0], data.digits(held_out)[0])
+
+
+def test_the_recorded_command_is_one_that_the_parser_knows():
+    from pathlib import Path
+
+    folder = Path(cli.__file__).parent / "pretrained"
+    command = json.loads((folder / "flow_digits.json").read_text(encoding="utf-8"))["command"]
+    options = cli._parser().parse_args(command.split()[1:])
+    assert options.threads == 1  # the bits depend on it
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    assert any(f"`{command}`" in line for line in lines)
+    commands = [line.split()[1:] for line in lines if line.startswith("    genengine ")]
+    assert [cli._parser().parse_args(command).split for command in commands] == ["train", "train_fit", "train_fit"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,15 +183,23 @@ def test_train_then_sample(tmp_path, capsys):
         (("bench", "nothing"), "expected one of quick, all"),
         (("train", "flow", "--preset", "huge"), "name must be one of digits, smoke"),
         (("sample", "flow", "--out", "x.npz", "--device", "cuda:9"), "cuda:9"),
+        (("sample", "flow", "--out", "x.npz", "--labels", "12"), "labels must be in 0 .. 9, got 12"),
+        (("sample", "flow", "--out", "x.npz", "--num", "1", "--labels", "8-99999999999"), "0 .. 9, got 99999999999"),
+        (("sample", "flow", "--out", "x.npz", "--seed", "-1"), "--seed must be in [0, 2^64), got -1"),
+        (("train", "flow", "--seed", str(2**64)), "--seed must be in [0, 2^64), got 18446744073709551616"),
+        (("demo", "--seed", "-3"), "--seed must be in [0, 2^64), got -3"),
+        (("bench", "diffuse", "--budget", "0"), "budget must be a finite number of seconds > 0, got 0"),
+        (("bench", "diffuse", "--budget", "-1"), "budget must be a finite number of seconds > 0, got -1"),
+        (("bench", "diffuse", "--budget", "nan"), "budget must be a finite number of seconds > 0, got nan"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypatch):
     from genengine.benchmarks import suite
 
     monkeypatch.setattr(suite, "restart_with_malloc_settings", lambda: None)
-    status, _, err = run(*arguments, capsys=capsys)
+    status, out, err = run(*arguments, capsys=capsys)
     assert status == 2 and message in err and "Traceback" not in err
-    assert err.startswith(f"genengine {arguments[0]}: ")
+    assert err.startswith(f"genengine {arguments[0]}: ") and err.count("\n") == 1 and out == ""
 
 
 def test_bench_list_and_json(capsys, monkeypatch):

@@ -47,9 +47,7 @@ def test_data_and_splits_equal_scikit_learn():
     assert np.array_equal(labels.numpy(), source.target)
     y = source.target
     train, test = train_test_split(np.arange(1797), test_size=360, stratify=y, random_state=0)
-    assert np.array_equal(data.split_indices("train"), train) and np.array_equal(
-        data.split_indices("test"), test
-    )
+    assert np.array_equal(data.split_indices("train"), train) and np.array_equal(data.split_indices("test"), test)
 
 
 def test_digits_are_fresh_copies():
@@ -86,6 +84,17 @@ def test_conversions_clip_round_and_refuse():
         data.to_uint8(torch.zeros(8, 8))
     with pytest.raises(ValueError, match="images must be uint8"):
         data.from_uint8(np.zeros((1, 8, 8, 1), np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_not_finite_are_refused(value):
+    x = torch.zeros(2, 1, 2, 2)
+    x[1, 0, 0, 1] = value
+    for images in (x, x.numpy()):
+        for convert in (data.to_levels, data.to_uint8):
+            with pytest.raises(FloatingPointError, match=f"{convert.__name__}: images must be finite, got 1 non-"):
+                convert(images)
+    assert data.to_uint8(torch.zeros(0, 1, 8, 8)).shape == (0, 8, 8, 1)
 
 
 def test_epoch_order_is_a_function_and_a_permutation():

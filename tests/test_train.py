@@ -96,9 +96,7 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     assert contents(resumed) == contents(whole)
     strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in log_of(folder)]
     assert [entry["step"] for entry in strip] == list(range(1, 41))  # no line lost or doubled
-    assert strip == [
-        {k: v for k, v in entry.items() if k != "seconds"} for entry in log_of(tmp_path / "whole")
-    ]
+    assert strip == [{k: v for k, v in entry.items() if k != "seconds"} for entry in log_of(tmp_path / "whole")]
 
 
 def test_a_kill_in_mid_save_leaves_a_loadable_checkpoint(tmp_path):
@@ -181,9 +179,7 @@ def test_no_checkpoint_is_unpickled(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"a": Evil()}, path)
-    with pytest.raises(
-        ValueError, match=r"evil\.safetensors must be a safetensors file, got a pickle.*save_file"
-    ):
+    with pytest.raises(ValueError, match=r"evil\.safetensors must be a safetensors file, got a pickle.*save_file"):
         FlowMatching.load(path)
     torch.save({"a": Evil()}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match="got a pickle"):
@@ -196,9 +192,7 @@ def test_truncated_files_are_refused(trained, tmp_path, keep):
     whole = trained.read_bytes()
     path = tmp_path / "cut.safetensors"
     path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-    with pytest.raises(
-        ValueError, match=r"cut\.safetensors must be a whole safetensors file.*fetch or train"
-    ):
+    with pytest.raises(ValueError, match=r"cut\.safetensors must be a whole safetensors file.*fetch or train"):
         FlowMatching.load(path)
 
 
@@ -206,9 +200,7 @@ def test_wrong_keys_and_shapes_are_named(trained, tmp_path):
     tensors, config = checkpoint.read(trained)
     path, key = tmp_path / "bad.safetensors", "blocks.0.attn.qkv.weight"
     checkpoint.write(path, {k: v for k, v in tensors.items() if k != key}, config)
-    with pytest.raises(
-        ValueError, match=r"bad\.safetensors.*missing blocks\.0\.attn\.qkv\.weight; use the config"
-    ):
+    with pytest.raises(ValueError, match=r"bad\.safetensors.*missing blocks\.0\.attn\.qkv\.weight; use the config"):
         FlowMatching.load(path)
     checkpoint.write(path, tensors | {"blocks.9.extra": torch.zeros(2)}, config)
     with pytest.raises(ValueError, match=r"bad\.safetensors.*unexpected blocks\.9\.extra"):
@@ -230,6 +222,20 @@ def test_foreign_files_are_refused(trained, tmp_path):
     checkpoint.write(path, tensors, config | {"path": {"name": "Nowhere"}})
     with pytest.raises(ValueError, match="unknown path 'Nowhere'"):
         FlowMatching.load(path)
+    damaged = {
+        "net": [[], None, "dit", {}, {"name": 3}],
+        "path": [[], "RectifiedFlow", {}, {"name": ["EDM"]}, {"name": "Path"}, {"name": "EDM", "sigma": 1.0}],
+        "time_std": [None, "1", []],
+    }
+    for entry, values in damaged.items():
+        for value in values:
+            checkpoint.write(path, tensors, config | {entry: value})
+            with pytest.raises(ValueError, match=rf"foreign\.safetensors must hold a flow model.*entry '{entry}'"):
+                FlowMatching.load(path)
+    for field, value in (("num_classes", None), ("dim", "64"), ("mlp_ratio", [4])):
+        checkpoint.write(path, tensors, config | {"net": config["net"] | {field: value}})
+        with pytest.raises(ValueError, match=rf"foreign\.safetensors must hold a flow model.*{field} must be"):
+            FlowMatching.load(path)
     checkpoint.write(path, tensors, config | {"format": 99})
     with pytest.raises(ValueError, match="must have format 1"):
         FlowMatching.load(path)
@@ -248,9 +254,11 @@ def test_resuming_checks_the_state(trained, tmp_path):
     lacking = next(k for k in tensors if k.startswith("optimizer.exp_avg_sq."))
     for key in (lacking, "model.pos_embed", "average.final_layer.linear.bias"):
         checkpoint.write(path, {k: v for k, v in tensors.items() if k != key}, saved)
-        with pytest.raises(
-            ValueError, match=key.removeprefix("model.").removeprefix("average.").replace(".", r"\.")
-        ):
+        with pytest.raises(ValueError, match=key.removeprefix("model.").removeprefix("average.").replace(".", r"\.")):
+            Run(SHORT).restore(path)
+    for step in (None, "3", -1, 13):
+        checkpoint.write(path, tensors, saved | {"step": step})
+        with pytest.raises(ValueError, match=r"state\.safetensors must have a step in 0 \.\. 12"):
             Run(SHORT).restore(path)
     checkpoint.write(path, tensors | {"surprise.x": torch.zeros(1)}, saved)
     with pytest.raises(ValueError, match="unexpected key surprise.x"):

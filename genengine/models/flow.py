@@ -17,6 +17,60 @@ from genengine.models import checkpoint
 from genengine.nets.dit import DiT
 
 SOLVERS = ("euler", "heun")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _sample_range(num, first_id):
+    """first_id, if num samples from it on have indices in [0, 2^32)."""
+    for name, value in (("num", num), ("first_id", first_id)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"models/FlowMatching.sample: {name} must be an int, got {type(value).__name__}")
+    if not 0 <= num <= 1 << 32:
+        raise ValueError(f"models/FlowMatching.sample: num must be in [0, 2**32], got {num}")
+    if not 0 <= first_id <= (1 << 32) - num:
+        raise ValueError(
+            f"models/FlowMatching.sample: first_id must be in [0, 2**32 - num] = [0, {(1 << 32) - num}], got "
+            f"{first_id}; use another seed for more samples"
+        )
+    return int(first_id)
+
+
+def _guidance(num, guidance):
+    """The guidance as a float, or as a float64 array (num,) with one weight per sample."""
+    if isinstance(guidance, torch.Tensor):
+        guidance = guidance.detach().cpu().numpy()
+    weights = np.asarray(guidance, dtype=np.float64)
+    if weights.shape not in ((), (num,)) or not np.isfinite(weights).all():
+        got = f"shape {weights.shape}" if weights.ndim else f"{weights}"
+        raise ValueError(
+            f"models/FlowMatching.sample: guidance must be a finite number or (num,) = ({num},) of them, got {got}"
+        )
+    if weights.ndim == 0:
+        return float(weights)
+    return weights if num else 1.0  # no sample, no weight
+
+
+def _named(config, entry, default=None):
+    """A copy of the dict config[entry], which has a name; `default` where there is none."""
+    value = config.get(entry, default)
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError(
+            f"models/FlowMatching.from_config: entry {entry!r} must be a dict with a name, got {value!r:.60}"
+        )
+    return dict(value)
+
+
+def _path(fields):
+    """The path that `FlowMatching.config` described."""
+    fields = dict(fields)
+    name = fields.pop("name")
+    path_class = getattr(paths, name, None)
+    if not (dataclasses.is_dataclass(path_class) and issubclass(path_class, paths.Path)):  # not an abstract one
+        raise ValueError(f"models/FlowMatching.from_config: entry 'path': unknown path {name!r}")
+    try:
+        return path_class(**fields)
+    except TypeError as error:
+        raise ValueError(f"models/FlowMatching.from_config: entry 'path': {error}") from error
 
 
 class FlowMatching:
@@ -34,9 +88,7 @@ class FlowMatching:
 
     def __init__(self, net, path=None, *, time_mean=0.0, time_std=1.0, class_drop=0.1):
         if getattr(net.config, "learn_sigma", False):
-            raise ValueError(
-                "models/FlowMatching: net must have learn_sigma=False; a velocity has no variance"
-            )
+            raise ValueError("models/FlowMatching: net must have learn_sigma=False; a velocity has no variance")
         if not time_std > 0 or not 0 <= class_drop < 1:
             raise ValueError(
                 "models/FlowMatching: time_std must be > 0 and class_drop in [0, 1), got "
@@ -96,31 +148,42 @@ class FlowMatching:
         return (output.float() - target.float()).square().mean()
 
     def sample(
-        self, num, labels=None, *, steps=50, guidance=1.0, seed=0, solver="heun", first_id=0, progress=False
-    ):
+        self, num, labels=None, *, steps=50, guidance=1.0, seed=0, solver="heun", first_id=0, progress=False,
+        check_finite=False,
+    ):  # fmt: skip
         """Draw images by integrating dx/dt = velocity from noise (t = 1) to data (t = 0) on a uniform grid.
 
         Sample i is a function of (seed, first_id + i) and its label alone, up to rounding in products
         whose shape depends on the batch.
 
         Args:
-            num: number of images.
+            num: number of images, 0 too.
             labels: int, or num ints (sequence or tensor) in 0 .. num_classes - 1; None takes the classes
                 in turn.
             steps: solver steps; "euler" costs one network evaluation per step, "heun" two.
             guidance: w in out_0 + w (out_1 - out_0), out_0 without and out_1 with the class; 1 is plain
-                conditional and costs half.
-            seed: int in [0, 2^64).  solver: "euler" or "heun".  first_id: global index of the first sample.
+                conditional and costs half; a number, or (num,) for one weight per sample.
+            seed: int in [0, 2^64).  solver: "euler" or "heun".
+            first_id: global index of the first sample, in [0, 2^32 - num].
             progress: show a progress bar.
+            check_finite: look at every output of the network; costs a synchronisation per step on a GPU.
         Returns:
             (num, C, H, W) float32 on the network's device, nominally in [-1, 1], not clipped.
         Raises:
-            ValueError: unknown solver, labels out of range or of the wrong number.
+            ValueError: unknown solver; labels, guidance or first_id out of range or of the wrong number.
+            TypeError: labels that are not integers, a num or first_id that is no int.
+            FloatingPointError: with check_finite, an output of the network that is not finite.
         """
         if solver not in SOLVERS:
             raise ValueError(f"models/FlowMatching.sample: solver must be one of {SOLVERS}, got {solver!r}")
+        first_id = _sample_range(num, first_id)
         labels = self._labels(num, labels)
-        guided = labels is not None and guidance != 1.0
+        guidance = _guidance(num, guidance)
+        guided = bool(np.any(guidance != 1.0))
+        if guided and labels is None:
+            raise ValueError(
+                f"models/FlowMatching.sample: guidance must be 1 for a network without classes, got {guidance}"
+            )
         table = getattr(solvers, solver)(
             self.path, schedules.uniform(steps), prediction="velocity", guidance_scale=guidance
         )
@@ -136,6 +199,7 @@ class FlowMatching:
                 seed=seed,
                 sample_ids=torch.arange(first_id, first_id + num, device=self.device),
                 progress=progress,
+                check_finite=check_finite,
             )
         finally:
             self.net.train(was_training)
@@ -144,20 +208,26 @@ class FlowMatching:
         classes = self.net.config.num_classes
         if classes == 0:
             if labels is not None:
-                raise ValueError(
-                    "models/FlowMatching.sample: labels must be None for a network without classes"
-                )
+                raise ValueError("models/FlowMatching.sample: labels must be None for a network without classes")
             return None
         if labels is None:
             labels = torch.arange(num) % classes
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = torch.as_tensor(labels)
+        if labels.numel() and labels.dtype not in INTEGERS:  # an empty list has no integers, nor anything else
+            raise TypeError(
+                f"models/FlowMatching.sample: labels must be ints, got {labels.dtype}; convert them with .long()"
+            )
+        labels = labels.to(self.device, torch.int64)
         labels = labels.expand(num) if labels.ndim == 0 else labels
-        if labels.shape != (num,) or (num and not (labels.min() >= 0 and labels.max() < classes)):
+        if labels.shape != (num,):
             raise ValueError(
                 f"models/FlowMatching.sample: labels must be one int or {num} ints in 0 .. {classes - 1}, "
                 f"got shape {tuple(labels.shape)}"
             )
-        return labels.contiguous().to(self.device)
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"models/FlowMatching.sample: labels must be in 0 .. {classes - 1}, got {int(wrong[0])}")
+        return labels.contiguous()
 
     def config(self):
         """JSON-serialisable description from which `from_config` rebuilds the model, weights apart."""
@@ -178,18 +248,20 @@ class FlowMatching:
         Raises:
             ValueError: another family, an unknown network or path, a missing entry.
         """
-        if config.get("family") != "flow" or config.get("net", {}).get("name") != "dit":
+        if config.get("family") != "flow":
             raise ValueError(
-                "models/FlowMatching.from_config: config must have family 'flow' and net 'dit', got "
-                f"{config.get('family')!r} and {config.get('net', {}).get('name')!r}"
+                f"models/FlowMatching.from_config: entry 'family' must be 'flow', got {config.get('family')!r}"
             )
-        net = {key: value for key, value in config["net"].items() if key != "name"}
-        path = dict(config.get("path", {"name": "RectifiedFlow"}))
-        path_class = getattr(paths, path.pop("name"), None)
-        if not (isinstance(path_class, type) and issubclass(path_class, paths.Path)):
-            raise ValueError(f"models/FlowMatching.from_config: unknown path {config['path']['name']!r}")
+        net, path = _named(config, "net"), _named(config, "path", {"name": "RectifiedFlow"})
+        if net.pop("name") != "dit":
+            raise ValueError(
+                f"models/FlowMatching.from_config: entry 'net' must have the name 'dit', got {config['net']['name']!r}"
+            )
         rest = {key: config[key] for key in ("time_mean", "time_std", "class_drop") if key in config}
-        return cls(DiT.from_config(net, seed=seed), path_class(**path), **rest)
+        for key, value in rest.items():
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"models/FlowMatching.from_config: entry {key!r} must be a number, got {value!r}")
+        return cls(DiT.from_config(net, seed=seed), _path(path), **rest)
 
     def save(self, path, *, dtype=None, extra=None):
         """Write the weights and the configuration to one safetensors file, atomically.

@@ -11,6 +11,7 @@ dict is written and join it when one is read.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,12 @@ class DiTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"nets/DiT: {name} must be an int >= 1, got {value!r}")
-        if self.num_classes < 0:
-            raise ValueError(
-                f"nets/DiT: num_classes must be >= 0, got {self.num_classes}; 0 is unconditional"
-            )
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f"nets/DiT: num_classes must be an int >= 0, got {self.num_classes!r}; 0 is unconditional")
+        for name in ("mlp_ratio", "time_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"nets/DiT: {name} must be a finite number > 0, got {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"nets/DiT: image_size must be a multiple of patch_size = {self.patch_size}, got "
@@ -152,9 +155,7 @@ class DiT(nn.Module):
         known = [field.name for field in dataclasses.fields(DiTConfig)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise ValueError(
-                f"nets/DiT: config fields must be among {', '.join(known)}, got {', '.join(unknown)}"
-            )
+            raise ValueError(f"nets/DiT: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
         return cls(DiTConfig(**fields), seed=seed)
 
     @torch.no_grad()
@@ -178,14 +179,31 @@ class DiT(nn.Module):
 
     def condition(self, t, y=None):
         """silu(time embedding + class embedding): t (B,) float, y (B,) int64 or None (no class) -> (B, D)."""
+        self._check_labels(y, len(t), may_sync=False)
         c = self.t_embedder(t)
-        if self.y_embedder is None and y is not None:
-            raise ValueError("nets/DiT: y must be None for a network with num_classes = 0, got labels")
         if self.y_embedder is not None:
             if y is None:
                 y = torch.full(t.shape, self.null_class, dtype=torch.int64, device=t.device)
             c = c + self.y_embedder(y)
         return F.silu(c)
+
+    def _check_labels(self, y, b, *, may_sync):
+        """Refuse labels that fit neither the batch nor the classes; values on a GPU are read if `may_sync`."""
+        if y is None:
+            return
+        if self.y_embedder is None:
+            raise ValueError("nets/DiT: y must be None for a network with num_classes = 0, got labels")
+        expected = f"nets/DiT: y must be (B,) = ({b},) int64 in 0 .. {self.null_class}"
+        if not isinstance(y, torch.Tensor) or y.dtype not in (torch.int64, torch.int32):
+            got = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
+            raise TypeError(f"{expected}, got {got}; convert it with torch.as_tensor(y).long()")
+        if tuple(y.shape) != (b,):
+            raise ValueError(f"{expected}, got shape {tuple(y.shape)}; give one label per sample")
+        readable = may_sync or (y.device.type == "cpu" and not torch.compiler.is_compiling())
+        if b and readable:
+            low, high = (int(value) for value in y.aminmax())
+            if low < 0 or high > self.null_class:
+                raise ValueError(f"{expected}, got {low if low < 0 else high}; {self.null_class} means no class")
 
     def forward(self, x, t, y=None):
         """Args:
@@ -195,7 +213,9 @@ class DiT(nn.Module):
         Returns:
             (B, C or 2C, H, W), x's dtype outside autocast.
         Raises:
-            ValueError: x does not fit the config; y given to an unconditional network.
+            ValueError: x does not fit the config; t or y does not fit x; y given to an unconditional network,
+                or out of range (on a CPU: on a GPU a look at the values would stall it).
+            TypeError: y is no integer tensor.
         """
         size, channels = self.config.image_size, self.config.in_channels
         if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
@@ -203,11 +223,16 @@ class DiT(nn.Module):
                 f"nets/DiT: x must be (B, C, H, W) = (B, {channels}, {size}, {size}), got {tuple(x.shape)}; "
                 "resize x or build the network with another image_size"
             )
+        if tuple(t.shape) != (len(x),):
+            raise ValueError(
+                f"nets/DiT: t must be (B,) = ({len(x)},) like x, got {tuple(t.shape)}; expand one time with t.expand(B)"
+            )
         return self._run(x, self.modulation(self.condition(t, y)))
 
     def _run(self, x, modulation):
         b, d = x.shape[0], self.config.dim
-        rows = modulation.view(b, -1, d).unbind(1)  # 6 depth + 2 views (B, D); row stride (6 depth + 2) D
+        # 6 depth + 2 views (B, D); row stride (6 depth + 2) D
+        rows = modulation.view(b, 6 * self.config.depth + 2, d).unbind(1)
         x = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         h = ops.adaln(x, rows[1], rows[0])
         for i, block in enumerate(self.blocks):
@@ -215,9 +240,7 @@ class DiT(nn.Module):
             r = rows[6 * i : 6 * i + 8]
             x, h = ops.gated_adaln(x, block.attn(h), r[2], r[4], r[3])
             x, h = ops.gated_adaln(x, block.mlp(h), r[5], r[7], r[6])
-        return layers.unpatchify(
-            self.final_layer.linear(h), self.grid, self.config.patch_size, self.out_channels
-        )
+        return layers.unpatchify(self.final_layer.linear(h), self.grid, self.config.patch_size, self.out_channels)
 
     def for_schedule(self, t_rows, y=None):
         """All modulations of a sampling run in one product, before its loop.
@@ -231,8 +254,11 @@ class DiT(nn.Module):
         Returns:
             step_fn(x, row) -> output, with x (B, C, H, W) and row (B,) integer, on the device; rows beyond
             the last are read as the last (a finished sample).
+        Raises:
+            ValueError, TypeError: y as in `forward`, its values checked on every device.
         """
         num_rows, b = t_rows.shape
+        self._check_labels(y, b, may_sync=True)
         labels = torch.full((b,), self.null_class, device=t_rows.device) if y is None else y
         times, place = torch.unique(t_rows, return_inverse=True)
         count = self.null_class + 1

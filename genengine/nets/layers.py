@@ -84,16 +84,14 @@ class PatchEmbed(nn.Module):
         b, c, height, width = x.shape
         p = self.patch_size
         x = x.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, C, p, p)
-        x = x.reshape(b, -1, c * p * p)  # (B, N, C p p)
+        x = x.reshape(b, (height // p) * (width // p), c * p * p)  # (B, N, C p p); no -1, B may be 0
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def unpatchify(tokens, grid, patch_size, channels):
     """Tokens (B, N, p*p*C), features in the order (row, column, channel), to images (B, C, H, W)."""
     b, p = tokens.shape[0], patch_size
-    x = tokens.reshape(b, grid[0], grid[1], p, p, channels).permute(
-        0, 5, 1, 3, 2, 4
-    )  # (B, C, H/p, p, W/p, p)
+    x = tokens.reshape(b, grid[0], grid[1], p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
     return x.reshape(b, channels, grid[0] * p, grid[1] * p)
 
 
@@ -111,9 +109,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t):
         half = self.features // 2
-        rate = torch.exp(
-            torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half)
-        )
+        rate = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000.0) / half))
         angle = t.float()[:, None] * self.time_scale * rate
         wave = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, features), float32 before any cast
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
@@ -124,9 +120,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes, dim):
         super().__init__()
-        self.embedding_table = nn.utils.skip_init(
-            nn.Embedding, num_classes + 1, dim, device=torch.get_default_device()
-        )
+        self.embedding_table = nn.utils.skip_init(nn.Embedding, num_classes + 1, dim, device=torch.get_default_device())
 
     def forward(self, y):
         return self.embedding_table(y)

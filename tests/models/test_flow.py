@@ -46,8 +46,7 @@ def test_loss_is_the_formula_and_differentiable(path):
     u = ops.uniform((6, 1), stream="class_drop", **draw)[:, 0]
     eps = ops.normal(x0.shape, stream="diffuse", **draw)
     alpha, sigma, d_alpha, d_sigma = (
-        torch.from_numpy(np.asarray(c)).float().view(-1, 1, 1, 1)
-        for c in path.coefficients(t.double().numpy())
+        torch.from_numpy(np.asarray(c)).float().view(-1, 1, 1, 1) for c in path.coefficients(t.double().numpy())
     )
     output = flow.net(alpha * x0 + sigma * eps, t, torch.where(u < 0.5, 3, labels))
     expected = ((output - (d_alpha * x0 + d_sigma * eps)) ** 2).mean()
@@ -119,13 +118,71 @@ def test_labels_are_taken_in_every_form():
     unconditional = model(net={"num_classes": 0})
     assert unconditional.sample(2, **options).shape == (2, 1, 8, 8)
     assert flow.net.training  # the mode is restored
-    for labels in ([0, 1], 3, [-1, 0, 0], [[0, 1, 2]]):
-        with pytest.raises(ValueError, match=r"labels must be one int or 3 ints in 0 \.\. 2"):
+    assert torch.equal(flow.sample(3, np.array([0, 1, 2], dtype=np.int32), **options), flow.sample(3, **options))
+    for labels in ([0, 1], [[0, 1, 2]], []):
+        with pytest.raises(ValueError, match=r"labels must be one int or 3 ints in 0 \.\. 2, got shape"):
+            flow.sample(3, labels, **options)
+    for labels, got in ((3, 3), ([-1, 0, 0], -1), ([0, 12, 1], 12)):
+        with pytest.raises(ValueError, match=rf"labels must be in 0 \.\. 2, got {got}$"):
+            flow.sample(3, labels, **options)
+    for labels in (1.7, [0.0, 1.0, 2.0], torch.tensor([True, False, True]), True):
+        with pytest.raises(TypeError, match="labels must be ints, got torch"):
             flow.sample(3, labels, **options)
     with pytest.raises(ValueError, match="labels must be None"):
         unconditional.sample(2, [0, 1], **options)
     with pytest.raises(ValueError, match="solver must be one of"):
         flow.sample(2, solver="rk45")
+
+
+@pytest.mark.parametrize("labels", [None, 1, []])
+def test_no_samples_are_an_empty_tensor(labels):
+    flow = model()
+    for options in ({}, {"guidance": 2.0}, {"guidance": torch.ones(0)}, {"solver": "euler", "check_finite": True}):
+        assert flow.sample(0, labels, steps=2, **options).shape == (0, 1, 8, 8)
+    assert FlowMatching.pretrained().sample(0).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_guidance_may_differ_between_samples(solver):
+    flow = model()
+    options = {"steps": 3, "seed": 5, "solver": solver}
+    weights = torch.tensor([1.0, 0.0, 3.5])
+    together = flow.sample(3, [0, 1, 2], guidance=weights, **options)
+    for i, weight in enumerate(weights.tolist()):
+        alone = flow.sample(1, [i], guidance=weight, first_id=i, **options)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(together, flow.sample(3, [0, 1, 2], guidance=weights.numpy(), **options))
+    assert torch.equal(flow.sample(3, guidance=torch.tensor(2.0), **options), flow.sample(3, guidance=2.0, **options))
+    for bad in (torch.ones(2), torch.ones(3, 1), float("nan"), [1.0, float("inf"), 1.0]):
+        with pytest.raises(ValueError, match=r"guidance must be a finite number or \(num,\) = \(3,\)"):
+            flow.sample(3, guidance=bad, **options)
+    with pytest.raises(ValueError, match="guidance must be 1 for a network without classes, got 2"):
+        model(net={"num_classes": 0}).sample(3, guidance=2.0, **options)
+
+
+def test_indices_stay_in_the_range_of_the_noise():
+    flow = model()
+    options = {"steps": 1, "solver": "euler"}
+    last = flow.sample(2, [0, 1], first_id=2**32 - 2, **options)
+    alone = flow.sample(1, [1], first_id=2**32 - 1, **options)
+    torch.testing.assert_close(last[1:], alone, rtol=1e-5, atol=1e-5)
+    for first_id in (-1, 2**32 - 1, 2**40):
+        with pytest.raises(ValueError, match=rf"first_id must be in .* = \[0, 4294967294\], got {first_id}"):
+            flow.sample(2, [0, 1], first_id=first_id, **options)
+    with pytest.raises(ValueError, match=r"num must be in \[0, 2\*\*32\], got -1"):
+        flow.sample(-1, **options)
+    with pytest.raises(TypeError, match="first_id must be an int, got float"):
+        flow.sample(2, first_id=0.5, **options)
+
+
+def test_a_network_that_is_not_finite_is_caught_on_request():
+    flow = model()
+    with torch.no_grad():
+        flow.net.final_layer.linear.bias.fill_(float("nan"))
+    assert flow.sample(2, steps=2).isnan().all()
+    with pytest.raises(FloatingPointError, match="row 0 of 4"):
+        flow.sample(2, steps=2, check_finite=True)
+    assert flow.net.training  # the mode is restored
 
 
 def test_bad_models_are_refused():

@@ -47,10 +47,7 @@ def textbook(net, x, t, y):
     rate = torch.exp(-math.log(10000) * torch.arange(half) / half)
     angle = (1000 * t[:, None] * rate).to(torch.float32)
     wave = torch.cat([angle.cos(), angle.sin()], 1).to(x.dtype)
-    c = (
-        dense("t_embedder.mlp.2", F.silu(dense("t_embedder.mlp.0", wave)))
-        + p["y_embedder.embedding_table.weight"][y]
-    )
+    c = dense("t_embedder.mlp.2", F.silu(dense("t_embedder.mlp.0", wave))) + p["y_embedder.embedding_table.weight"][y]
     h = F.conv2d(x, p["x_embedder.proj.weight"], p["x_embedder.proj.bias"], stride=patch)
     h = h.flatten(2).transpose(1, 2) + p["pos_embed"]
     b, n = h.shape[:2]
@@ -69,9 +66,7 @@ def textbook(net, x, t, y):
     return torch.einsum("nhwpqc->nchpwq", out).reshape(b, -1, config.image_size, config.image_size)
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"patch_size": 4}, {"learn_sigma": True}, {"num_heads": 3, "depth": 1}]
-)
+@pytest.mark.parametrize("overrides", [{}, {"patch_size": 4}, {"learn_sigma": True}, {"num_heads": 3, "depth": 1}])
 def test_forward_and_gradients_equal_the_textbook_network(overrides):
     net = randomised(dtype=torch.float64, **overrides)
     x, t, y = inputs(dtype=torch.float64)
@@ -191,17 +186,9 @@ def test_bf16_autocast_trains():
 def test_tokens_keep_their_place():
     net = DiT.from_config(SMALL, dim=16, depth=1)
     x = torch.arange(3 * 64.0).view(1, 3, 8, 8)
-    tokens = (
-        F.unfold(x, 2, stride=2)
-        .transpose(1, 2)
-        .view(1, 16, 3, 2, 2)
-        .permute(0, 1, 3, 4, 2)
-        .reshape(1, 16, 12)
-    )
+    tokens = F.unfold(x, 2, stride=2).transpose(1, 2).view(1, 16, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(1, 16, 12)
     assert torch.equal(layers.unpatchify(tokens, (4, 4), 2, 3), x)
-    expected = (
-        F.conv2d(x, net.x_embedder.proj.weight, net.x_embedder.proj.bias, stride=2).flatten(2).transpose(1, 2)
-    )
+    expected = F.conv2d(x, net.x_embedder.proj.weight, net.x_embedder.proj.bias, stride=2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(net.x_embedder(x), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -220,8 +207,47 @@ def test_bad_arguments_are_named():
         DiTConfig(dim=1154)
     with pytest.raises(ValueError, match="depth must be an int >= 1"):
         DiTConfig(depth=0)
+    for bad in ({"num_classes": "ten"}, {"mlp_ratio": None}, {"time_scale": math.nan}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            DiTConfig(**bad)
     with pytest.raises(ValueError, match="y must be None"):
         randomised(num_classes=0)(x, t, y)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"patch_size": 4, "learn_sigma": True}, {"num_classes": 0}])
+def test_an_empty_batch_gives_an_empty_output(overrides):
+    net = randomised(**overrides)
+    x, t, y = inputs(0)
+    y = None if net.null_class == 0 else y
+    out = net(x, t, y)
+    assert out.shape == (0, net.out_channels, 8, 8)
+    out.sum().backward()
+    with torch.inference_mode():
+        step = net.for_schedule(torch.rand(3, 0), y=y)
+        assert step(x, torch.zeros(0, dtype=torch.int32)).shape == out.shape
+
+
+def test_labels_are_checked_before_the_network_and_before_the_schedule():
+    net = randomised()
+    x, t, y = inputs()
+    calls = {"forward": lambda net, y: net(x, t, y), "schedule": lambda net, y: net.for_schedule(t[None], y=y),
+             "condition": lambda net, y: net.condition(t, y)}  # fmt: skip
+    for call in calls.values():
+        for wrong in (-1, 6, 12):
+            bad = torch.tensor([0, wrong, 5, 2])
+            with pytest.raises(ValueError, match=rf"y must be \(B,\) = \(4,\) int64 in 0 \.\. 5, got {wrong};"):
+                call(net, bad)
+        with pytest.raises(ValueError, match=r"got shape \(3,\); give one label per sample"):
+            call(net, y[:3])
+        for bad in (y.float(), y.bool(), y.tolist()):
+            with pytest.raises(TypeError, match=r"y must be \(B,\) = \(4,\) int64.*got"):
+                call(net, bad)
+        with pytest.raises(ValueError, match="y must be None for a network with num_classes = 0"):
+            call(randomised(num_classes=0), y)
+        call(net, torch.full((4,), 5))  # "no class" is a label too
+        call(net, y.int())
+    with pytest.raises(ValueError, match=r"t must be \(B,\) = \(4,\) like x, got \(1,\)"):
+        net(x, t[:1], y)
 
 
 def test_compiles_to_one_graph():
