@@ -8,6 +8,7 @@ their reference bit for bit.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from genengine.ops import _registry
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
 @contextlib.contextmanager
@@ -65,23 +66,36 @@ def assert_as_good_as_eager(value: Tensor, eager: Tensor, oracle: Tensor, label:
     assert found <= allowed, f"{label}: error {found:.3g} against float64, allowed {allowed:.3g}"
 
 
-# ---- cases: small, odd, fresh inputs that exercise every path of a kernel ----------------------------------------
+# ---- cases: odd, fresh inputs that exercise every path of a kernel -------------------------------------------------
+#
+# Elements per sample: fewer than a vector, and not a multiple of one; whole 16-byte vectors (the vectorised kernels);
+# more than one Triton block of 1024, whole and not. D of adaln: every team of the CUDA launcher, in vectors and in
+# single elements, and Triton's second loop (D > 4096); tokens: one chunk, and more than a group of chunks.
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a dispatcher op: `args`, and which of them the op writes; exact: bits must equal the reference's."""
+    """One call of a dispatcher op: `args`, and which of them the op writes; exact: bits must equal the reference's.
+
+    large: slow where kernels are interpreted. dtypes: of the state and of the rest.
+    """
 
     label: str
     args: tuple
     mutated: tuple[int, ...] = ()
     exact: bool = False
+    large: bool = False
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
 
 
-def cases(op_name: str, device: torch.device, seed: int = 0) -> list[Case]:
-    """The case set of one op on one device."""
+def cases(op_name: str, device: torch.device, seed: int = 0, *, thin: bool = False) -> list[Case]:
+    """The case set of one op on one device.
+
+    thin: for Triton's interpreter, the costly cases (marked `large`) in float32 alone.
+    """
     maker = _MAKERS.get(op_name)
-    return maker(torch.Generator().manual_seed(seed), device) if maker else []
+    found = maker(torch.Generator().manual_seed(seed), device) if maker else []
+    return [case for case in found if not (thin and case.large and set(case.dtypes) != {torch.float32})]
 
 
 def check_case(op, backend: str, case: Case) -> str | None:
@@ -133,11 +147,13 @@ def _widen(argument):
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of one sample: 70 and 4205 elements, odd; 1024 and 1728, whole vectors. The last two do not fit a block of 1024.
+_SMALL, _LARGE = ((3, 2, 5, 7), (2, 4, 16, 16)), ((2, 5, 29, 29), (2, 3, 24, 24))
 
 
 def _noise_cases(generator, device) -> list[Case]:
     found = []
-    for shape in ((3, 5), (2, 3, 16, 16), (1, 4099)):
+    for shape in ((3, 5), (2, 3, 16, 16), (2, 3, 24, 24), (1, 4099)):
         batch = shape[0]
         ids = torch.randint(0, 2**32, (batch,), generator=generator).to(device)
         seeds = torch.randint(-(2**62), 2**62, (batch,), generator=generator).to(device)
@@ -171,8 +187,9 @@ _STEP_KINDS = ((1, 0, "none"), (2, 1, "drawn"), (3, 3, "given"), (2, 2, "drawn c
 def _step_cases(generator, device) -> list[Case]:
     pairs = [(d, d) for d in _DTYPES] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
     return [
-        _step_case(generator, device, state, model, ((3, 2, 5, 7), (2, 4, 16, 16))[index % 2], *kind)
-        for index, (state, model) in enumerate(pairs)
+        _step_case(generator, device, state, model, shape, *kind)
+        for state, model in pairs
+        for shape in (*_SMALL, *_LARGE)
         for kind in _STEP_KINDS
     ]
 
@@ -194,7 +211,8 @@ def _step_case(generator, device, state, model, shape, branches, registers, nois
     outputs, out = [fresh(model) for _ in range(branches)], torch.zeros_like(fresh(state))
     x_in = torch.zeros_like(fresh(model, 2 * shape[0]))
     args = (fresh(state), outputs, table, step, history, seed, None, given, out, x_in)
-    return Case(f"{state} state, {model} model, {branches} branches, noise {noise}", args, (4, 8, 9), True)
+    label = f"{state} state, {model} model, {shape}, {branches} branches, noise {noise}"
+    return Case(label, args, (4, 8, 9), True, shape in _LARGE, (state, model))
 
 
 def _advance_cases(generator, device) -> list[Case]:
@@ -208,24 +226,30 @@ def _advance_cases(generator, device) -> list[Case]:
 
 def _diffuse_cases(generator, device) -> list[Case]:
     found = []
-    for dtype in _DTYPES:
-        for memory in (torch.contiguous_format, torch.channels_last):
-            x0 = torch.randn(3, 2, 5, 7, generator=generator).to(device, dtype).contiguous(memory_format=memory)
-            coefficients = torch.randn(4, 3, generator=generator).to(device).unbind(0)
-            noise = torch.randn(3, 2, 5, 7, generator=generator).to(device).contiguous(memory_format=memory)
-            seed = torch.tensor(99, device=device)
-            label = f"{dtype}, {str(memory).removeprefix('torch.')}"
-            found.append(Case(f"{label}, drawn", (x0, *coefficients, seed, None, 5, None), (), True))
-            found.append(Case(f"{label}, given", (x0, *coefficients, None, None, 0, noise), (), True))
+    memories = (torch.contiguous_format, torch.channels_last)
+    for dtype, shape, memory in itertools.product(_DTYPES, (*_SMALL, *_LARGE), memories):
+        x0 = torch.randn(shape, generator=generator).to(device, dtype).contiguous(memory_format=memory)
+        coefficients = torch.randn(4, shape[0], generator=generator).to(device).unbind(0)
+        noise = torch.randn(shape, generator=generator).to(device).contiguous(memory_format=memory)
+        seed, ids = torch.tensor(99, device=device), torch.arange(shape[0], device=device) + 2**32 - shape[0]
+        label = f"{dtype}, {shape}, {str(memory).removeprefix('torch.')}"
+        kind = ((), True, shape in _LARGE, (dtype, dtype))
+        found.append(Case(f"{label}, drawn", (x0, *coefficients, seed, ids, 5, None), *kind))
+        found.append(Case(f"{label}, given", (x0, *coefficients, None, None, 0, noise), *kind))
     return found
 
 
-def _adaln_tensors(generator, device, dtype, narrow, batch=2, tokens=5):
-    for width in (17, 384, 1152, 3000):
+# (tokens, D)
+_ADALN_SMALL = ((5, 17), (5, 64), (5, 384), (5, 768), (5, 1152), (5, 3000))
+_ADALN_LARGE = ((300, 40), (300, 17), (2, 2501), (17, 8192))
+
+
+def _adaln_tensors(generator, device, dtype, narrow, batch=2):
+    for tokens, width in (*_ADALN_SMALL, *_ADALN_LARGE):
         fresh = lambda *shape, kind: torch.randn(*shape, generator=generator).to(device, kind)  # noqa: E731
         rows = fresh(batch, 6 * width, kind=narrow).chunk(6, dim=1)  # strided views into one modulation table
         x, branch = fresh(batch, tokens, width, kind=dtype), fresh(batch, tokens, width, kind=narrow)
-        yield f"{dtype}/{narrow}, D = {width}", x, branch, rows, fresh(batch, tokens, width, kind=dtype)
+        yield (tokens, width), x, branch, rows, fresh(batch, tokens, width, kind=dtype)
 
 
 def _adaln_maker(name: str) -> Callable:
@@ -233,7 +257,7 @@ def _adaln_maker(name: str) -> Callable:
         found = []
         pairs = [(d, d) for d in _DTYPES] + [(torch.float32, torch.bfloat16)]
         for dtype, narrow in pairs:
-            for label, x, branch, (gate, scale, shift, *_), grad in _adaln_tensors(generator, device, dtype, narrow):
+            for size, x, branch, (gate, scale, shift, *_), grad in _adaln_tensors(generator, device, dtype, narrow):
                 grad_h = grad.to(narrow)
                 args = {
                     "adaln": (x, scale, shift, 1e-6),
@@ -241,7 +265,8 @@ def _adaln_maker(name: str) -> Callable:
                     "gated_adaln": (x, branch, gate, scale, shift, 1e-6),
                     "gated_adaln_backward": (grad, grad_h, x, branch, gate, scale, 1e-6),
                 }[name]
-                found.append(Case(label, args))
+                label = f"{dtype}/{narrow}, (N, D) = {size}"
+                found.append(Case(label, args, large=size in _ADALN_LARGE, dtypes=(dtype, narrow)))
         return found
 
     return make

@@ -71,13 +71,13 @@ void with_types(Type x, Type narrow, Body body) {
 template <class X, class M, bool Gated>
 void forward(const char* op, const Launcher& launcher, const AdalnForwardArguments& a, bool wide) {
   constexpr int V = sizeof(M) == 2 ? 8 : 4;
-  const auto run = [&]<int Group, int Elements>() {
-    launcher.run<adaln_forward_kernel<X, M, Gated, Group, Elements / Group>>(team_grid(op, a.rows, a.dim, Elements), a);
+  const auto run = [&]<int Elements>() {
+    launcher.run<adaln_forward_vectorised<X, M, Gated, V, Elements / V>>(team_grid(op, a.rows, a.dim, Elements), a);
   };
-  if (!wide) return run.template operator()<1, 8>();
-  if (a.dim <= 32 * 8 || (a.dim > 32 * 32 && a.dim <= 256 * 8)) return run.template operator()<V, 8>();
-  if (a.dim <= 32 * 16 || (a.dim > 32 * 32 && a.dim <= 256 * 16)) return run.template operator()<V, 16>();
-  run.template operator()<V, 32>();
+  if (!wide) return launcher.run<adaln_forward_single<X, M, Gated>>(team_grid(op, a.rows, a.dim, 8), a);
+  if (a.dim <= 32 * 8 || (a.dim > 32 * 32 && a.dim <= 256 * 8)) return run.template operator()<8>();
+  if (a.dim <= 32 * 16 || (a.dim > 32 * 32 && a.dim <= 256 * 16)) return run.template operator()<16>();
+  run.template operator()<32>();
 }
 
 template <class X, class M, bool Gated>
@@ -86,9 +86,9 @@ void backward(const char* op, const Launcher& launcher, const AdalnBackwardArgum
   if (!wide)  // any team walks any row: at most 256 threads, 32 columns each at D = 8192
     launcher.run<adaln_backward_single<X, M, Gated>>(team_grid(op, a.tasks, a.dim, a.dim > 2048 ? 32 : 8), a);
   else if (a.dim <= 256 * 8)
-    launcher.run<adaln_backward_kernel<X, M, Gated, V, 8 / V>>(team_grid(op, a.tasks, a.dim, 8), a);
+    launcher.run<adaln_backward_vectorised<X, M, Gated, V, 8 / V>>(team_grid(op, a.tasks, a.dim, 8), a);
   else
-    launcher.run<adaln_backward_kernel<X, M, Gated, V, 16 / V>>(team_grid(op, a.tasks, a.dim, 16), a);
+    launcher.run<adaln_backward_vectorised<X, M, Gated, V, 16 / V>>(team_grid(op, a.tasks, a.dim, 16), a);
 }
 
 void run_forward(const Inputs& in, AdalnForwardArguments& a, const Tensor& x, const Tensor& h, double eps, bool gated) {

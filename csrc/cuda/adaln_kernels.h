@@ -141,16 +141,8 @@ __device__ __forceinline__ float centre(float (&x)[V * Items], int dim, float ep
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-// Threads of the largest block, and blocks that must fit at once: what bounds a thread's registers.
-template <int V, int Items>
-constexpr int kForwardThreads = V == 1 ? 1024 : 256;
-template <int V, int Items>
-constexpr int kForwardBlocks = V == 1 ? 1 : V * Items > 16 ? 2 : 4;
-
 template <class X, class M, bool Gated, int V, int Items>
-__global__ void __launch_bounds__((kForwardThreads<V, Items>), (kForwardBlocks<V, Items>))
-    adaln_forward_kernel(const __grid_constant__ AdalnForwardArguments a) {
-  __shared__ float slots[2][kMaxWarps][1];
+__device__ __forceinline__ void forward_row(const AdalnForwardArguments& a, float (&slots)[2][kMaxWarps][1]) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;  // a whole team: no barrier waits for it
   const int64_t b = row / a.tokens, n = row - b * a.tokens;
@@ -176,6 +168,24 @@ __global__ void __launch_bounds__((kForwardThreads<V, Items>), (kForwardBlocks<V
     for (int i = 0; i < V; ++i) x[k + i] = adaln_modulate(x[k + i] * rstd, 1.f + scale[i], shift[i]);
     write<V>(static_cast<M*>(a.h) + row * a.dim + column, x + k);
   });
+}
+
+// Groups of V elements, 16-byte accesses. Blocks of 256 threads, of which so many must fit at once: it bounds the registers.
+template <int Elements>
+constexpr int kForwardBlocks = Elements > 16 ? 2 : 4;
+
+template <class X, class M, bool Gated, int V, int Items>
+__global__ void __launch_bounds__(256, kForwardBlocks<V * Items>)
+    adaln_forward_vectorised(const __grid_constant__ AdalnForwardArguments a) {
+  __shared__ float slots[2][kMaxWarps][1];
+  forward_row<X, M, Gated, V, Items>(a, slots);
+}
+
+// Single elements, eight per thread: D = 8192 takes 1024 threads.
+template <class X, class M, bool Gated>
+__global__ void __launch_bounds__(1024, 1) adaln_forward_single(const __grid_constant__ AdalnForwardArguments a) {
+  __shared__ float slots[2][kMaxWarps][1];
+  forward_row<X, M, Gated, 1, 8>(a, slots);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
@@ -246,7 +256,7 @@ __device__ __forceinline__ void backward_row(const AdalnBackwardArguments& a, in
 
 template <class X, class M, bool Gated, int V, int Items>
 __global__ void __launch_bounds__(V* Items > 8 ? 512 : 256)
-    adaln_backward_kernel(const __grid_constant__ AdalnBackwardArguments a) {
+    adaln_backward_vectorised(const __grid_constant__ AdalnBackwardArguments a) {
   __shared__ float slots[2][kMaxWarps][1], pair_slots[kMaxWarps][2];
   const int64_t task = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (task >= a.tasks) return;  // a whole team

@@ -254,11 +254,13 @@ def overload(op: Op, name: str):
     if forward_ad._current_level < 0:
         return run
 
-    def guarded(*args):
-        _refuse_tangents(op.public, args)
-        return run(*args)
+    return lambda *args: _run_guarded(op.public, run, args)
 
-    return guarded
+
+@torch.compiler.disable  # traced tensors show no tangent: look at the real ones (fullgraph=True then refuses by itself)
+def _run_guarded(op_name, run, args):
+    _refuse_tangents(op_name, args)
+    return run(*args)
 
 
 def _refuse_tangents(op_name, args):

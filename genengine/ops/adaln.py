@@ -21,7 +21,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend
     x: (B, ..., D), any number of middle dimensions. scale, shift: (B, D), may be views into one modulation table.
     eps: added to the variance, >= 0. backend: see `genengine.backend`; D > 8192 runs on the reference.
     dtypes: all float32, float16, bfloat16 or float64 (reference only); or x float32 and scale, shift both 16-bit.
-    Nothing is cast, under autocast neither. Differentiable once, in x, scale and shift.
+    Nothing is cast, under autocast neither. Differentiable once, in x, scale and shift, in reverse mode.
     Returns h, like x in shape and like scale in dtype, contiguous.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
     Ba et al. 2016, "Layer normalization"; Peebles & Xie 2023, "Scalable diffusion models with transformers" (adaLN).
@@ -48,7 +48,7 @@ def gated_adaln(
 
     x, branch: (B, ..., D). gate, scale, shift: (B, D), may be views into one modulation table.
     dtypes: as in `adaln`; in the mix x is float32 and branch, gate, scale, shift are 16-bit, all alike.
-    eps, backend: as in `adaln`. Differentiable once, in all five tensors.
+    eps, backend: as in `adaln`. Differentiable once, in all five tensors, in reverse mode.
     Returns x' in x's dtype and h in scale's, both like x in shape, contiguous. h is the norm of x' as it was rounded.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
     Peebles & Xie 2023, "Scalable diffusion models with transformers" (adaLN-Zero).

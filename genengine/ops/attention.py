@@ -91,9 +91,7 @@ def _save(ctx, inputs, output):
 
 def _grads(ops, ctx, grad_o):
     q, k, v = ctx.saved_tensors
-    _check.no_grad_needed(
-        "attention_backward", (grad_o, q, k, v), "it is differentiable once: drop create_graph=True"
-    )
+    _check.no_grad_needed("attention_backward", (grad_o, q, k, v), "it is differentiable once: drop create_graph=True")
     return (*ops.attention_backward(grad_o, q, k, v, ctx.causal, ctx.scale), None, None)
 
 
