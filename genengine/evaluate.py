@@ -160,9 +160,7 @@ class Report(dict):
                 continue
             good = value is not None and (value <= bar if sense == "<=" else value >= bar)
             if not good:
-                missed.append(
-                    f"{name} {'missing' if value is None else format(value, '.4f')}, bar {sense} {bar}"
-                )
+                missed.append(f"{name} {'missing' if value is None else format(value, '.4f')}, bar {sense} {bar}")
         return missed
 
     def passes(self, bars=None):
@@ -265,9 +263,7 @@ def evaluate_seeds(draw, labels, *, seeds=range(5), reference=None, held_out=Non
     seeds = [int(seed) for seed in seeds]
     if len(seeds) < 2:
         raise ValueError(f"evaluate/evaluate_seeds: seeds must be at least two, got {seeds}")
-    reports = [
-        evaluate_samples(draw(labels, seed), labels, reference=reference, held_out=held_out) for seed in seeds
-    ]
+    reports = [evaluate_samples(draw(labels, seed), labels, reference=reference, held_out=held_out) for seed in seeds]
     mean, std = Report(), {}
     for name in reports[0]:
         values = np.array([report[name] for report in reports], dtype=np.float64)

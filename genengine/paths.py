@@ -363,9 +363,7 @@ def _vp_of_log_snr(log_snr: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 def _ordered(path: str, low_name: str, low: float, high_name: str, high: float) -> None:
     if not 0.0 < low < high < np.inf:
-        raise ValueError(
-            f"{path}: needs 0 < {low_name} < {high_name}, got {low_name}={low!r}, {high_name}={high!r}"
-        )
+        raise ValueError(f"{path}: needs 0 < {low_name} < {high_name}, got {low_name}={low!r}, {high_name}={high!r}")
 
 
 def _discrete_arguments(path: DDPMLinear | ScaledLinear) -> None:

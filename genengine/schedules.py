@@ -125,9 +125,7 @@ def uniform_times(u, t_min: float = 0.0, t_max: float = 1.0):
         ValueError: unless 0 <= t_min < t_max <= 1.
     """
     if not 0.0 <= t_min < t_max <= 1.0:
-        raise ValueError(
-            f"uniform_times: needs 0 <= t_min < t_max <= 1, got t_min={t_min!r}, t_max={t_max!r}"
-        )
+        raise ValueError(f"uniform_times: needs 0 <= t_min < t_max <= 1, got t_min={t_min!r}, t_max={t_max!r}")
     return t_min + (t_max - t_min) * u
 
 

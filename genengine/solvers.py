@@ -57,9 +57,7 @@ def euler(
     2022, Alg. 1 without its correction, on `paths.RectifiedFlow` and `paths.EDM` it equals `ddim`.
     """
     model = _Model(path, grid, prediction, guidance_scale, clip, model_time, input_scale)
-    return model.table(
-        "euler", [model.row(now, X + (end.t - now.t) * model.velocity(now)) for now, end in model.steps]
-    )
+    return model.table("euler", [model.row(now, X + (end.t - now.t) * model.velocity(now)) for now, end in model.steps])
 
 
 def heun(
@@ -302,8 +300,7 @@ def lms(
     for i, (now, end) in enumerate(model.steps):
         nodes = range(max(0, i - order + 1), i + 1)
         weights = {
-            j: _lagrange_integral([ratio[k] for k in nodes], j - nodes[0], ratio[i], ratio[i + 1])
-            for j in nodes
+            j: _lagrange_integral([ratio[k] for k in nodes], j - nodes[0], ratio[i], ratio[i + 1]) for j in nodes
         }
         history, writes = [0.0] * 3, [Write.KEEP] * 3
         for j in nodes[:-1]:
@@ -316,8 +313,7 @@ def lms(
 
 
 SOLVERS = {
-    solver.__name__: solver
-    for solver in (euler, heun, dpm_2, ddpm, ddim, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, lms)
+    solver.__name__: solver for solver in (euler, heun, dpm_2, ddpm, ddim, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, lms)
 }
 
 

@@ -95,9 +95,7 @@ def build_rows(rows: Iterable[Mapping[str, float]]) -> np.ndarray:
     for index, row in enumerate(rows):
         for column, value in row.items():
             if column not in _INDEX:
-                raise ValueError(
-                    f"build_rows: row {index}: unknown column {column!r}, expected one of {COLUMNS}"
-                )
+                raise ValueError(f"build_rows: row {index}: unknown column {column!r}, expected one of {COLUMNS}")
             array[index, 0, _INDEX[column]] = value + 0.0  # no negative zeros
     return array
 
@@ -176,9 +174,7 @@ class CoefficientTable:
             "give the clamp a positive radius",
         )
         self._refuse("s", self.column("s") < 0, "s >= 0", "pass the standard deviation of the noise")
-        self._refuse(
-            "l", self.column("l") != 0, "l = 0", "learned variance is not supported by this kernel yet"
-        )
+        self._refuse("l", self.column("l") != 0, "l = 0", "learned variance is not supported by this kernel yet")
         written = np.zeros((self.num_rows, self.batch), dtype=bool)
         for register in range(NUM_REGISTERS):
             writes = self._writes()[..., register] != Write.KEEP
@@ -211,19 +207,13 @@ class CoefficientTable:
             header += f" (sample {sample} of {self.batch})"
         default = build_rows([{}])[0, 0]
         columns = [
-            c
-            for c in COLUMNS[:-1]
-            if c in ("t_model", "a", "b") or np.any(rows[:, _INDEX[c]] != default[_INDEX[c]])
+            c for c in COLUMNS[:-1] if c in ("t_model", "a", "b") or np.any(rows[:, _INDEX[c]] != default[_INDEX[c]])
         ]
         lines = [["row", *columns, "phi, writes"]]
         for index, row in enumerate(rows):
-            lines.append(
-                [str(index), *(f"{row[_INDEX[c]]:.6g}" for c in columns), _flags_text(row[_INDEX["flags"]])]
-            )
+            lines.append([str(index), *(f"{row[_INDEX[c]]:.6g}" for c in columns), _flags_text(row[_INDEX["flags"]])])
         widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-        aligned = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-        ]
+        aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         return "\n".join([header, *aligned])
 
     def with_guidance(self, g1: float | np.ndarray, g2: float | np.ndarray | None = None) -> "CoefficientTable":
@@ -250,9 +240,7 @@ class CoefficientTable:
             weights.append(value)
         batches = {self.batch, *(w.size for w in weights if w.ndim == 1)} - {1}
         if len(batches) > 1:
-            raise ValueError(
-                f"with_guidance: the table and the weights must agree on one batch, got {sorted(batches)}"
-            )
+            raise ValueError(f"with_guidance: the table and the weights must agree on one batch, got {sorted(batches)}")
         rows = np.repeat(self.rows, max(batches, default=1) // self.batch, axis=1)
         for name, weight in zip(("g1", "g2"), weights, strict=False):
             rows[..., _INDEX[name]] = weight
@@ -348,6 +336,4 @@ def _flags_text(flags: float) -> str:
     return ", ".join(parts) or "-"
 
 
-_LEGAL_FLAGS = np.array(
-    [pack_flags(phi, (w1, w2, w3)) for phi in Phi for w1 in Write for w2 in Write for w3 in Write]
-)
+_LEGAL_FLAGS = np.array([pack_flags(phi, (w1, w2, w3)) for phi in Phi for w1 in Write for w2 in Write for w3 in Write])

@@ -145,9 +145,7 @@ def test_share_equals_the_mean_over_random_subsets():
 def test_frechet_distance_of_gaussians_is_the_closed_form():
     rng = np.random.default_rng(0)
     z = rng.standard_normal((500, 3))
-    z = (z - z.mean(0)) @ np.linalg.inv(
-        np.linalg.cholesky(np.cov(z.T)).T
-    )  # exactly zero mean, unit covariance
+    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T)).T)  # exactly zero mean, unit covariance
     assert abs(frechet_distance(z, 3.0 * z + [1.0, 2.0, 0.0]) - (5.0 + 3 * (3.0 - 1.0) ** 2)) < 1e-9
 
 

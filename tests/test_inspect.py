@@ -11,9 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path for path in (ROOT / "kernels").glob("*.py") if not path.stem.startswith("_"))
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def load_tool():

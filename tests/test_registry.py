@@ -240,7 +240,6 @@ DIFFERENTIABLE = {
     "adaln": lambda x: adaln(x, x[:, 0], x[:, 0]),
     "gated_adaln": lambda x: gated_adaln(x, x, x[:, 0], x[:, 0], x[:, 0])[1],
     "diffuse": lambda x: diffuse(x, ONE, ONE, ONE, ONE, seed=1)[0],
-    "attention": lambda x: attention(x[:, :, None], x[:, :, None], x[:, :, None]),
 }
 
 

@@ -103,9 +103,7 @@ def loop_dpm_2(model, path, grid, x, noise):  # Lu 2022 (DPM-Solver), Alg. 1
     return x
 
 
-def loop_ddim(
-    model, path, grid, x, noise, eta=0.0
-):  # Song 2020 (DDIM), eqs. 12 and 16, for alpha^2 + sigma^2 = 1
+def loop_ddim(model, path, grid, x, noise, eta=0.0):  # Song 2020 (DDIM), eqs. 12 and 16, for alpha^2 + sigma^2 = 1
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
         bar, bar_next = path.alpha(t) ** 2, path.alpha(t_next) ** 2
         s = eta * np.sqrt((1 - bar_next) / (1 - bar)) * np.sqrt(1 - bar / bar_next)
@@ -114,18 +112,13 @@ def loop_ddim(
     return x
 
 
-def loop_ddpm(
-    model, path, grid, x, noise, variance="small"
-):  # Ho 2020, eq. 7 and Alg. 2, over all training steps
+def loop_ddpm(model, path, grid, x, noise, variance="small"):  # Ho 2020, eq. 7 and Alg. 2, over all training steps
     beta = path.betas
     bar = np.cumprod(1 - beta)
     for k, n in enumerate(reversed(range(len(beta)))):
         x0, _, _ = model(x, (n + 1) / len(beta))
         before = bar[n - 1] if n > 0 else 1.0
-        x = (
-            np.sqrt(before) * beta[n] / (1 - bar[n]) * x0
-            + np.sqrt(1 - beta[n]) * (1 - before) / (1 - bar[n]) * x
-        )
+        x = np.sqrt(before) * beta[n] / (1 - bar[n]) * x0 + np.sqrt(1 - beta[n]) * (1 - before) / (1 - bar[n]) * x
         if n > 0:
             x = x + np.sqrt(beta[n] * ((1 - before) / (1 - bar[n]) if variance == "small" else 1)) * noise[k]
     return x
@@ -174,9 +167,7 @@ def loop_dpmpp_2m_sde(model, path, grid, x, noise, eta=1.0):  # Lu 2022 (DPM-Sol
     return x
 
 
-def loop_lms(
-    model, path, grid, x, noise, order=4
-):  # Adams-Bashforth with Gauss-Legendre quadrature, on x / alpha
+def loop_lms(model, path, grid, x, noise, order=4):  # Adams-Bashforth with Gauss-Legendre quadrature, on x / alpha
     points, weights = np.polynomial.legendre.leggauss(4)
     ratio = path.sigma(grid) / path.alpha(grid)
     x, derivatives = x / path.alpha(grid[0]), []
@@ -224,9 +215,7 @@ def test_equals_textbook_for_every_prediction(name, prediction, clip):
     ],
     ids=["RF", "RF-inside", "EDM", "VE", "Cosine"],
 )
-@pytest.mark.parametrize(
-    "name, clip", [*((n, clip) for n in CLIPPING for clip in (None, 0.6)), ("lms", None)]
-)
+@pytest.mark.parametrize("name, clip", [*((n, clip) for n in CLIPPING for clip in (None, 0.6)), ("lms", None)])
 def test_equals_textbook_on_every_path(name, clip, path, grid, prediction):
     assert_equals_loop(name, path, grid, prediction, clip)
 
@@ -345,8 +334,7 @@ def test_convergence_order_over_the_whole_path(name, order):
 def test_lms_order_4_beats_order_2():
     steps = (80,)
     assert (
-        flow_errors("lms", VP, "eps", 0.9, 0.05, steps)
-        < flow_errors("lms", VP, "eps", 0.9, 0.05, steps, order=2) / 20
+        flow_errors("lms", VP, "eps", 0.9, 0.05, steps) < flow_errors("lms", VP, "eps", 0.9, 0.05, steps, order=2) / 20
     )
 
 
@@ -400,9 +388,7 @@ def test_tables_are_lean(name):
     table = solvers.SOLVERS[name](VP, grid, prediction="eps", guidance_scale=3.0)
     per_step = 2 if name in ("heun", "dpm_2") else 1
     assert table.num_rows == 4 * per_step - (per_step - 1)  # a step to sigma = 0 is one row
-    assert table.num_history == {"heun": 2, "dpm_2": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "lms": 3}.get(
-        name, 0
-    )
+    assert table.num_history == {"heun": 2, "dpm_2": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "lms": 3}.get(name, 0)
     assert table.needs_noise == (name in STOCHASTIC)
     assert np.all(table.column("c") == 0), "without clipping y is folded into a and b"
     assert np.all(table.column("g1") == 3.0) and np.all(table.column("c_in") == 1.0)
@@ -437,9 +423,7 @@ def test_model_time_and_input_scale():
     path, sigma_data = EDM(10.0), 0.5
     scale = lambda t: 1 / np.hypot(sigma_data, path.sigma(t))  # noqa: E731
     grid = schedules.karras(4, 0.1, 10.0)
-    table = solvers.heun(
-        path, grid, prediction="x0", model_time=lambda t: np.log(10 * t) / 4, input_scale=scale
-    )
+    table = solvers.heun(path, grid, prediction="x0", model_time=lambda t: np.log(10 * t) / 4, input_scale=scale)
     times = np.array([grid[0], grid[1], grid[1], grid[2], grid[2], grid[3], grid[3]])
     np.testing.assert_allclose(table.t_model[:, 0], np.log(10 * times) / 4, rtol=1e-14)
     np.testing.assert_allclose(table.first_c_in, scale(grid[0]), rtol=1e-14)

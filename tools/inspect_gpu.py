@@ -220,9 +220,7 @@ def triton_source(variant: dict):
 
     names = list(variant["signature"])
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in variant["divisible"]}
-    return ASTSource(
-        fn=variant["fn"], signature=variant["signature"], constexprs=variant["constexprs"], attrs=aligned
-    )
+    return ASTSource(fn=variant["fn"], signature=variant["signature"], constexprs=variant["constexprs"], attrs=aligned)
 
 
 def triton_intent(variant: dict) -> Intent:

@@ -178,7 +178,7 @@ def why_not(op: Op, name: str, device_type: str, dtype: torch.dtype) -> str | No
     if name == "reference":
         return None
     if name not in op.kernels:
-        return f"{op.name} has no {name} kernel"
+        return f"{op.public} has no {name} kernel"
     if dtype not in _KERNEL_DTYPES:
         return f"its kernels take {', '.join(map(str, _KERNEL_DTYPES))}, not {dtype}"
     if name == "triton":
@@ -244,7 +244,7 @@ def resolve(op: Op, device: torch.device, dtype: torch.dtype, name: str | None =
     else:
         _check_name(op.name, name)
         if reason := why_not(op, name, device.type, dtype):
-            raise RuntimeError(f"{op.name}: backend {name!r} cannot run here: {reason}")
+            raise RuntimeError(f"{op.public}: backend {name!r} cannot run here: {reason}")
     return overload(op, name)
 
 

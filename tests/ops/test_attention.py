@@ -64,10 +64,15 @@ def test_gradcheck(causal):
     assert torch.autograd.gradcheck(lambda *t: attention(*t, causal=causal), leaves)
 
 
-def test_second_derivatives_are_refused():
+def test_what_torch_cannot_differentiate_is_refused_by_torch():
+    """Second derivatives and forward mode: torch's own errors, never a silent zero."""
     leaves = [t.requires_grad_() for t in make()]
-    with pytest.raises(RuntimeError, match="attention_backward: has no backward"):
-        torch.autograd.grad(attention(*leaves).square().sum(), leaves, create_graph=True)
+    grads = torch.autograd.grad(attention(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+    q, k, v = (t.detach() for t in leaves)
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(lambda t: attention(t, k, v), (q,), (torch.ones_like(q),))
 
 
 @pytest.mark.parametrize("namespace", ["genengine", "genengine_reference"])

@@ -276,7 +276,7 @@ def test_no_silent_zero_gradient():
 
 def test_a_named_backend_does_not_fall_back():
     x = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match="sampler_step_out: backend 'cuda' cannot run here: it runs on cuda tensors"):
+    with pytest.raises(RuntimeError, match="sampler_step: backend 'cuda' cannot run here: it runs on cuda tensors"):
         sampler_step(x, x, row_table(a=1.0), steps(2), backend="cuda")
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: its kernels take torch.float32"):
         sampler_step(x.double(), x.double(), row_table(a=1.0), steps(2), backend="cpu")
