@@ -58,15 +58,16 @@ inline __attribute__((always_inline)) void sincos_turn_v(Float u, Float& s, Floa
   c = _mm512_castsi512_ps(_mm512_xor_si512(cosine, _mm512_slli_epi32(_mm512_and_si512(_mm512_add_epi32(k, one), two), 30)));
 }
 
-// The key words of all rounds as vectors in memory: an operand of the xor is then a load, not a broadcast.
+// The key words of all rounds in memory: the xor then broadcasts its operand as it loads it, at no cost.
 struct RoundKeys {
-  Int word[10][2];
+  uint32_t word[10][2];
   explicit RoundKeys(uint64_t seed) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      word[round][0] = constant(k0);
-      word[round][1] = constant(k1);
+      word[round][0] = k0;
+      word[round][1] = k1;
     }
+    __asm__("" : "+m"(word));  // keep them there: broadcasts from general registers are slow
   }
 };
 
@@ -86,8 +87,8 @@ inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKe
       Int high0, low0, high1, low1;
       multiply(c[0][n], m0, high0, low0);
       multiply(c[2][n], m1, high1, low1);
-      const Int n0 = _mm512_ternarylogic_epi32(high1, c[1][n], keys.word[round][0], 0x96);  // 0x96: three-way xor
-      const Int n2 = _mm512_ternarylogic_epi32(high0, c[3][n], keys.word[round][1], 0x96);
+      const Int n0 = _mm512_ternarylogic_epi32(high1, c[1][n], constant(keys.word[round][0]), 0x96);  // 0x96: three-way xor
+      const Int n2 = _mm512_ternarylogic_epi32(high0, c[3][n], constant(keys.word[round][1]), 0x96);
       c[0][n] = n0;
       c[1][n] = low1;
       c[2][n] = n2;

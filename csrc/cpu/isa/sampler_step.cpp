@@ -10,24 +10,48 @@ namespace {
 
 // One tile's operands, after everything that a zero coefficient makes unnecessary is gone.
 struct Tile {
-  const float *x, *o0, *o1;
+  const float *x, *o0, *o1, *z;
   const float* h[kMaxHistory];
   float h_coefficient[kMaxHistory];
-  float g1, p, q, r, a, b, c;
+  float g1, p, q, r, a, b, c, s;
   Phi phi;
   float *y, *v;
 };
 
 enum Stage { kNoY, kClampY, kThresholdY };
 
-// v = a x + b m + c y + h H, with at most one register; kClampY serves identity too, with r = infinity.
-template <int Branches, Stage Y, bool History>
+// The same sum without y for four groups of sixteen: every load before the first store. Tensors allocated one after the
+// other often differ by a few lines modulo 4096, where a load right behind a store to "the same" page offset must wait.
+template <int Branches, bool History, bool Noise>
+int64_t plain_groups(const Tile& t, int64_t count) {
+  constexpr int kGroups = 4;
+  int64_t i = 0;
+  for (; i + kGroups * kLanes <= count; i += kGroups * kLanes) {
+    Lanes v[kGroups];
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroups; ++k) {
+      const int64_t at = i + k * kLanes;
+      Lanes m = load(t.o0 + at);
+      if (Branches == 2) m = m + t.g1 * (load(t.o1 + at) - m);
+      v[k] = t.a * load(t.x + at) + t.b * m;
+      if (History) v[k] = v[k] + t.h_coefficient[0] * load(t.h[0] + at);
+      if (Noise) v[k] = v[k] + t.s * load(t.z + at);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kGroups; ++k) store(t.v + i + k * kLanes, v[k]);
+  }
+  return i;
+}
+
+// v = a x + b m + c y + h H + s z, with at most one register; kClampY serves identity too, with r = infinity.
+template <int Branches, Stage Y, bool History, bool Noise>
 void fused(const Tile& t, int64_t count) {
-  const float *x = t.x, *o0 = t.o0, *o1 = t.o1, *h0 = t.h[0];
-  const float a = t.a, b = t.b, c = t.c, g1 = t.g1, p = t.p, q = t.q, r = t.r, k0 = t.h_coefficient[0];
+  const float *x = t.x, *o0 = t.o0, *o1 = t.o1, *h0 = t.h[0], *z = t.z;
+  const float a = t.a, b = t.b, c = t.c, g1 = t.g1, p = t.p, q = t.q, r = t.r, k0 = t.h_coefficient[0], s = t.s;
   float *y_out = t.y, *v_out = t.v;
+  const int64_t done = Y == kNoY ? plain_groups<Branches, History, Noise>(t, count) : 0;
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = done; i < count; ++i) {
     float m = o0[i];
     if (Branches == 2) m = m + g1 * (o1[i] - m);
     float v, y = 0.f;
@@ -40,6 +64,7 @@ void fused(const Tile& t, int64_t count) {
       v = (term(a, x[i]) + term(b, m)) + term(c, y);
     }
     if (History) v = v + k0 * h0[i];
+    if (Noise) v = v + s * z[i];
     if (Y != kNoY) y_out[i] = y;  // after the register was read: y_out may be that register
     v_out[i] = v;
   }
@@ -47,7 +72,10 @@ void fused(const Tile& t, int64_t count) {
 
 template <int Branches, Stage Y>
 void with_history(const Tile& t, int64_t count) {
-  t.h[0] ? fused<Branches, Y, true>(t, count) : fused<Branches, Y, false>(t, count);
+  if (t.z)
+    t.h[0] ? fused<Branches, Y, true, true>(t, count) : fused<Branches, Y, false, true>(t, count);
+  else
+    t.h[0] ? fused<Branches, Y, true, false>(t, count) : fused<Branches, Y, false, false>(t, count);
 }
 template <int Branches>
 void with_stage(const Tile& t, Stage stage, int64_t count) {
@@ -58,7 +86,7 @@ void with_stage(const Tile& t, Stage stage, int64_t count) {
   }
 }
 
-// The terms that few rows have, in passes of their own over the tile, which is in L1: further registers, then noise.
+// Further registers, which few rows have, in passes of their own over the tile, which is in L1.
 void accumulate(float* v, float coefficient, const float* source, int64_t count) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) v[i] = v[i] + coefficient * source[i];
@@ -173,7 +201,7 @@ void fetch(const void* source, Type type, int64_t first, int64_t count) {
 }
 
 const float* draw_tile(const Plan& plan, int64_t first, int64_t count, float* z) {
-  constexpr int64_t kPiece = 128;
+  constexpr int64_t kPiece = 512;
   const StepSample& s = plan.sample;
   if (s.noise.given || s.noise.channels > 1) return noise_tile(s.noise, first, count, z);
   for (int64_t i = 0; i < count; i += kPiece) {
@@ -195,13 +223,14 @@ void step_range(const StepSample& sample, int64_t first, int64_t count) {
   tile.g1 = row[kG1];
   tile.p = row[kP], tile.q = row[kQ];
   tile.r = phi_of(plan.flags) == Phi::identity ? __builtin_inff() : row[kR];
-  tile.a = row[kA], tile.b = row[kB], tile.c = row[kC];
+  tile.a = row[kA], tile.b = row[kB], tile.c = row[kC], tile.s = row[kS];
   for (const int64_t end = first + count; first < end;) {
     const int64_t n = end - first < plan.tile ? end - first : plan.tile;
     const float* z = plan.noise ? draw_tile(plan, first, n, scratch.z) : nullptr;
     tile.x = plan.need_x ? load_tile(sample.x, sample.state, first, n, scratch.x) : kZeros;
     load_outputs(plan, scratch, tile, first, n);
     const int registers = load_history(plan, tile, first);
+    tile.z = registers <= 1 ? z : nullptr;  // the noise is the last term: after further registers, by a pass of its own
     tile.y = y_target(plan, scratch, registers, first);
     tile.v = plan.direct ? static_cast<float*>(sample.out) + first : scratch.v;
     if (plan.branches == 2)
@@ -209,7 +238,7 @@ void step_range(const StepSample& sample, int64_t first, int64_t count) {
     else
       with_stage<1>(tile, plan.stage, n);
     for (int j = 1; j < registers; ++j) accumulate(tile.v, tile.h_coefficient[j], tile.h[j], n);
-    if (z) accumulate(tile.v, row[kS], z, n);
+    if (z && !tile.z) accumulate(tile.v, row[kS], z, n);
     write_history(plan, tile, first, n);
     if (!plan.direct) store_tile(sample.out, sample.state, first, n, tile.v, sample.stream);
     write_x_in(plan, tile.v, scratch, first, n);
