@@ -193,7 +193,7 @@ void write_x_in(const Plan& plan, const float* v, Scratch& scratch, int64_t firs
   for (int k = 0; k < s.copies; ++k) store_tile(s.x_in[k], s.model, first, count, scratch.m0, s.stream);
 }
 
-// Noise costs arithmetic, the operands cost memory: fetch what the tile will read while its noise is drawn.
+// Noise costs arithmetic, operands beyond the caches cost memory: fetch what the tile will read while its noise is drawn.
 void fetch(const void* source, Type type, int64_t first, int64_t count) {
   const int64_t size = type == Type::f32 ? 4 : 2;
   const char* from = static_cast<const char*>(source) + first * size;
@@ -201,9 +201,9 @@ void fetch(const void* source, Type type, int64_t first, int64_t count) {
 }
 
 const float* draw_tile(const Plan& plan, int64_t first, int64_t count, float* z) {
-  constexpr int64_t kPiece = 512;
+  constexpr int64_t kPiece = 128;
   const StepSample& s = plan.sample;
-  if (s.noise.given || s.noise.channels > 1) return noise_tile(s.noise, first, count, z);
+  if (!s.stream || s.noise.given || s.noise.channels > 1) return noise_tile(s.noise, first, count, z);
   for (int64_t i = 0; i < count; i += kPiece) {
     const int64_t n = count - i < kPiece ? count - i : kPiece;
     if (plan.need_x) fetch(s.x, s.state, first + i, n);
