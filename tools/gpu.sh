@@ -53,6 +53,6 @@ run build 480 bash -c build
 run verify 300 "$python" -m genengine verify --device cuda
 run test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
 run bench 480 "$python" -m genengine bench all --device cuda --budget 1 --save "$out/results"
-cp -r "${GENENGINE_CACHE:-$HOME/.cache/genengine}" "$out/verdicts" 2>/dev/null
-(cd "$out" && tar czf gpu.tar.gz --exclude gpu.tar.gz .) && echo "archive: $out/gpu.tar.gz"
+cp -rT "${GENENGINE_CACHE:-$HOME/.cache/genengine}" "$out/verdicts" 2>/dev/null
+tar czf "$work/gpu.tar.gz" -C "$out" --exclude gpu.tar.gz . && mv "$work/gpu.tar.gz" "$out/" && echo "archive: $out/gpu.tar.gz"
 exit $status
