@@ -1,4 +1,4 @@
-// Sixteen quads per vector, two vectors interleaved to fill the pipelines. Every line mirrors one of genengine/normal.h.
+// Sixteen quads per vector, four vectors interleaved to fill the pipelines. Every line mirrors one of genengine/normal.h.
 #pragma once
 #include <immintrin.h>
 
@@ -134,9 +134,13 @@ template <bool Normal>
 inline void blocks_v(float* z, uint32_t quad, int64_t blocks, const NoiseKey& key) {
   const RoundKeys keys(key.seed);
   int64_t block = 0;
-  for (; block + 2 <= blocks; block += 2)
-    block_group<2, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key, keys);
-  if (block < blocks) block_group<1, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key, keys);
+  const auto draw = [&]<int N>() __attribute__((always_inline)) {
+    block_group<N, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key, keys);
+    block += N;
+  };
+  while (block + 4 <= blocks) draw.template operator()<4>();
+  if (block + 2 <= blocks) draw.template operator()<2>();
+  if (block < blocks) draw.template operator()<1>();
 }
 
 void normal_blocks(float* z, uint32_t quad, int64_t blocks, const NoiseKey& key) { blocks_v<true>(z, quad, blocks, key); }

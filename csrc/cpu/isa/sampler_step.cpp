@@ -201,7 +201,7 @@ void fetch(const void* source, Type type, int64_t first, int64_t count) {
 }
 
 const float* draw_tile(const Plan& plan, int64_t first, int64_t count, float* z) {
-  constexpr int64_t kPiece = 128;
+  constexpr int64_t kPiece = 256;  // four blocks of noise, which are drawn together
   const StepSample& s = plan.sample;
   if (!s.stream || s.noise.given || s.noise.channels > 1) return noise_tile(s.noise, first, count, z);
   for (int64_t i = 0; i < count; i += kPiece) {
