@@ -59,9 +59,9 @@ def sample(
         output = denoiser(c_in x, t[r], **cond);    x = row_r(x, output);    then `advance` moves on, on the device
 
     denoiser(x, t, **cond) -> output: any callable; x (k B, ...), t float32 (k B,), k branches in one batch, both
-    buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the model
-    times (R, k B) of all rows and returns
-    step(x, row) -> output, row int32 (k B,) on the device: then work that depends on t alone is done before the loop.
+    buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the
+    model times (R, k B) of all rows and returns step(x, row) -> output, row int32 (k B,) on the device: then work that
+    depends on t alone is done before the loop.
     table: from `genengine.solvers`. shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
     unconditional first, anything else must be equal in both; cond may be two dicts for three branches.
