@@ -2,6 +2,8 @@
 
 The eager pipeline has the same weights and the same mathematics: layer norm, modulation and gates as separate
 operations, every modulation computed in every step, guidance and the Euler update by hand.
+
+    python -m genengine.benchmarks.bench_flow        # where our own time goes, operation by operation, one thread
 """
 
 import torch
@@ -103,3 +105,24 @@ def benchmarks(device):
             work.check, STEPS * batch, None, (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=batch == 4,
             device=device,
         )  # fmt: skip
+
+
+def breakdown(batch: int, rows: int = 8) -> str:
+    """The shares of the CPU time of our sampler, by operation, largest first."""
+    work = Work(batch, "cpu")
+    with torch.no_grad():
+        work.fused()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            work.fused()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    lines = [f"{batch} images, {total * 1e-3:.0f} ms under the profiler"]
+    for event in events[:rows]:
+        lines.append(f"  {event.self_cpu_time_total / total:6.1%}  {event.key} ({event.count} calls)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for size in (4, 100):
+        print(breakdown(size))

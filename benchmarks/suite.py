@@ -20,20 +20,20 @@ TABLE_HEAD = "| work | shape | dtype | fused | others / fused (95 % interval) | 
 
 def discover(device: str = "cpu") -> Iterator[harness.Benchmark]:
     """Every benchmark of every bench_<name>.py, built when it is its turn: inputs are big."""
-    for module in sorted(pkgutil.iter_modules(benchmarks.__path__), key=lambda m: m.name):
-        if module.name.startswith("bench_"):
-            yield from importlib.import_module(f"genengine.benchmarks.{module.name}").benchmarks(device)
+    for name in names():
+        yield from module_benchmarks(name, device)
 
 
-def names(device: str = "cpu") -> list[str]:
-    return [module.name.removeprefix("bench_") for module in pkgutil.iter_modules(benchmarks.__path__)
-            if module.name.startswith("bench_")]  # fmt: skip
+def names() -> list[str]:
+    """What bench_<name>.py files there are."""
+    found = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    return sorted(name.removeprefix("bench_") for name in found if name.startswith("bench_"))
 
 
 def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report_row: Callable | None = None) -> dict:
     """Run a suite ("quick", "all") or the benchmarks of one op or model; returns the report."""
-    if what not in SUITES and what not in names(device):
-        raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names(device)))}, got {what!r}")
+    if what not in SUITES and what not in names():
+        raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names()))}, got {what!r}")
     if not 0 < budget < math.inf:
         raise ValueError(f"bench: budget must be a finite number of seconds > 0, got {budget}; the default is 2")
     torch.set_num_threads(1)

@@ -20,16 +20,6 @@ constexpr int64_t kGrain = 32768;
 
 inline uint64_t seed_at(const int64_t* seed, int64_t batch, int64_t b) { return static_cast<uint64_t>(seed[batch > 1 ? b : 0]); }
 
-// True if every sample x[b] is dense in C order; the batch stride is free.
-inline bool dense_samples(const Tensor& x) {
-  int64_t expected = 1;
-  for (int64_t d = x.dim() - 1; d >= 1; --d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return true;
-}
-
 inline int64_t per_sample(const Tensor& x) {
   int64_t n = 1;
   for (int64_t d = 1; d < x.dim(); ++d) n *= x.size(d);

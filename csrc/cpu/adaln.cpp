@@ -3,19 +3,10 @@
 #include "genengine/adaln.h"
 
 #include "cpu/adaln_loops.h"
-#include "torch_api.h"
+#include "elementwise_checks.h"
 
 namespace genengine {
 namespace {
-
-Type storage(const char* op, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::BFloat16: return Type::bf16;
-    default: STD_TORCH_CHECK(false, op, ": the CPU kernel takes float32, float16 and bfloat16");
-  }
-}
 
 // Rows are read through their strides; only an innermost stride other than 1 costs a copy.
 Tensor unit_rows(const Tensor& tensor) {
@@ -50,7 +41,7 @@ void require_row(const char* op, const char* name, const Tensor& t, const Shape&
 }
 
 void require_mix(const char* op, const Tensor& x, const Tensor& scale) {
-  STD_TORCH_CHECK(x.scalar_type() == scale.scalar_type() || storage(op, x) == Type::f32, op,
+  STD_TORCH_CHECK(x.scalar_type() == scale.scalar_type() || type_of(op, "x", x) == Type::f32, op,
                   ": scale must have x's dtype, or x be float32");
 }
 
@@ -83,8 +74,8 @@ Tensor adaln(const Tensor& x_in, const Tensor& scale_in, const Tensor& shift_in,
   op.scale = row_view(scale);
   op.shift = row_view(shift);
   op.h = h.mutable_data_ptr();
-  op.x_type = storage(name, x);
-  op.h_type = storage(name, h);
+  op.x_type = type_of(name, "x", x);
+  op.h_type = type_of(name, "scale", h);
   op.eps = static_cast<float>(eps);
   run_forward(op, shape, h.numel() * (x.element_size() + h.element_size()));
   return h;
@@ -113,8 +104,8 @@ std::tuple<Tensor, Tensor> gated_adaln(const Tensor& x_in, const Tensor& branch_
   op.shift = row_view(shift);
   op.x_out = x_out.mutable_data_ptr();
   op.h = h.mutable_data_ptr();
-  op.x_type = storage(name, x);
-  op.h_type = storage(name, h);
+  op.x_type = type_of(name, "x", x);
+  op.h_type = type_of(name, "scale", h);
   op.eps = static_cast<float>(eps);
   run_forward(op, shape, 2 * h.numel() * (x.element_size() + h.element_size()));
   return {x_out, h};
@@ -167,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> adaln_backward(const Tensor& grad_h_in, const
   op.x = view(x);
   op.scale = row_view(scale);
   op.dx = dx.mutable_data_ptr();
-  op.x_type = storage(name, x);
-  op.h_type = storage(name, scale);
+  op.x_type = type_of(name, "x", x);
+  op.h_type = type_of(name, "scale", scale);
   op.eps = static_cast<float>(eps);
   run_backward(op, shape, x, sums);
   return {dx, sums[0], sums[1]};
@@ -207,8 +198,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_adaln_backward(const Te
   op.scale = row_view(scale);
   op.dx = dx.mutable_data_ptr();
   op.dbranch = dbranch.mutable_data_ptr();
-  op.x_type = storage(name, x);
-  op.h_type = storage(name, scale);
+  op.x_type = type_of(name, "x", x);
+  op.h_type = type_of(name, "scale", scale);
   op.eps = static_cast<float>(eps);
   run_backward(op, shape, x, sums);
   return {dx, dbranch, sums[2], sums[0], sums[1]};
