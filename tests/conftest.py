@@ -2,11 +2,17 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# The property tests (marked fuzz): a few hundred cases each in `make test`, the same ones every time; more, and fresh
+# ones, in `make fuzz`.
+hypothesis.settings.register_profile("test", max_examples=300, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fuzz", max_examples=2500, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("test")
 torch.set_num_threads(1)  # two test workers on two cores
 
 

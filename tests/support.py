@@ -26,3 +26,23 @@ def skip_unless_available(op_name: str, backend: str, dtype: torch.dtype = torch
     if reason := _registry.why_not(_registry.OPS[op_name], backend, device.type, dtype):
         pytest.skip(f"{op_name} on {backend}: {reason}")
     return device
+
+
+LAYOUTS = ("plain", "sliced", "permuted", "expanded", "unaligned", "channels_last")
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values under another memory layout (of "expanded": the first sample's, for all)."""
+    if layout == "sliced":  # holes in every dimension but the last, which starts off the alignment; NaN in the holes
+        room = tensor.new_full([2 * size for size in tensor.shape[:-1]] + [tensor.shape[-1] + 3], float("nan"))
+        view = room[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])][..., 1 : tensor.shape[-1] + 1]
+        return view.copy_(tensor)
+    if layout == "permuted" and tensor.dim() > 1:  # the innermost stride is not 1
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "expanded" and tensor.dim() > 0:  # a batch stride of 0
+        return tensor[:1].expand_as(tensor)
+    if layout == "unaligned":  # contiguous, from an address that no wide access may use
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    if layout == "channels_last" and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

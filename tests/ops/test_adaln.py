@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support import BACKENDS, skip_unless_available
+from support import BACKENDS, laid_out, skip_unless_available
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -139,31 +139,18 @@ def test_nan_stays_in_its_row(backend):
     assert h[1, 1].isnan().all() and h.isnan().sum() == 33
 
 
-def strided(tensor, kind):
-    """The same values under another layout."""
-    if kind == "sliced":  # tokens and batch apart, innermost stride 1
-        room = tensor.new_full([size * 2 for size in tensor.shape[:-1]] + [tensor.shape[-1] + 3], float("nan"))
-        view = room[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])][..., 1 : tensor.shape[-1] + 1]
-        return view.copy_(tensor)
-    if kind == "permuted":  # innermost stride is not 1
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    if kind == "expanded":  # one sample for all: batch stride 0
-        return tensor[:1].expand_as(tensor)
-    return tensor
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["sliced", "permuted", "expanded"])
 @pytest.mark.parametrize("dim", [40, 41])
 def test_strides(backend, kind, dim):
     device = skip_unless_available("adaln", backend)
     for dtypes in ((F32, F32), (F32, BF16), (F16, F16)):
-        tensors = {key: strided(t, kind) for key, t in make(3, 5, dim, *dtypes, device=device).items()}
+        tensors = {key: laid_out(t, kind) for key, t in make(3, 5, dim, *dtypes, device=device).items()}
         for name in NAMES:
             check(name, backend, tensors)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.fuzz
 @given(data=st.data())
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_any_shape_and_strides(backend, data):
@@ -172,7 +159,7 @@ def test_any_shape_and_strides(backend, data):
     batch, tokens, dim = data.draw(size), data.draw(st.integers(0, 40)), data.draw(st.integers(0, 200))
     tensors = make(batch, tokens, dim, *data.draw(st.sampled_from(DTYPES)))
     kinds = st.sampled_from(["plain", "sliced", "permuted", "expanded"])
-    tensors = {key: strided(t, data.draw(kinds)) for key, t in tensors.items()}
+    tensors = {key: laid_out(t, data.draw(kinds)) for key, t in tensors.items()}
     check(data.draw(st.sampled_from(NAMES)), backend, tensors, eps=data.draw(st.sampled_from([1e-6, 1e-3])))
 
 
@@ -285,7 +272,7 @@ def test_opcheck(namespace, kind, name):
     backend = {"genengine": "cpu", "genengine_triton": "triton", "genengine_reference": "reference"}[namespace]
     skip_unless_available(name, backend)
     tensors = make(2, 0 if kind == "empty" else 3, 16)
-    args = [strided(tensors[key], kind) for key in ARGUMENTS[name]]
+    args = [laid_out(tensors[key], kind) for key in ARGUMENTS[name]]
     if kind == "requires_grad":
         if name.endswith("backward"):
             pytest.skip(f"{name} has no backward; {name.removesuffix('_backward')} refuses second derivatives")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import BACKENDS, skip_unless_available
 from torch.library import opcheck
@@ -50,10 +50,10 @@ def test_every_instruction_set_has_the_same_bits(isa):
         assert _verify.run(_registry.OPS["diffuse"], "cpu", torch.device("cpu")) == []
 
 
+@pytest.mark.fuzz
 @given(
     batch=st.integers(0, 3), inner=st.lists(st.integers(0, 9), max_size=3), drawn=st.booleans(), seed=st.integers(0, 99)
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_any_shape(batch, inner, drawn, seed):
     skip_unless_available("diffuse", "cpu")
     x0, c = torch.randn(batch, *inner), coefficients(batch)

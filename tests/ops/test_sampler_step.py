@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import BACKENDS, skip_unless_available
 from torch._dynamo.testing import CompileCounter
@@ -12,6 +12,7 @@ from torch.library import opcheck
 from genengine import random, testing
 from genengine.ops import EXTENSION, _registry, _verify, advance, sampler_step
 from genengine.table import COLUMNS
+from genengine.testing.sampler_step import random_table
 
 NAMESPACES = ["genengine", "genengine_triton", "genengine_reference"]
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
@@ -65,7 +66,7 @@ def test_against_numpy_in_float64(backend, trial):
     device = skip_unless_available("sampler_step_out", backend)
     generator = torch.Generator().manual_seed(trial)
     branches, registers, shape = 1 + trial % 3, trial % 4, (2, 3, 5, 7)
-    table = testing.random_table(generator, 2, 2, branches, registers)
+    table = random_table(generator, 2, 2, branches, registers)
     x, z, *outputs = (torch.randn(shape, generator=generator) for _ in range(2 + branches))
     history = torch.randn(max(registers, 1), *shape, generator=generator)
     step = torch.tensor([1, 0], dtype=torch.int32)
@@ -190,6 +191,7 @@ def test_views_and_odd_layouts_equal_contiguous_inputs():
     assert torch.equal(sampler_step(shifted, [u, c], table, steps(2)), expected)
 
 
+@pytest.mark.fuzz
 @given(
     batch=st.integers(0, 3),
     inner=st.lists(st.integers(0, 9), min_size=0, max_size=3),
@@ -198,12 +200,11 @@ def test_views_and_odd_layouts_equal_contiguous_inputs():
     noise=st.sampled_from(["none", "drawn", "given"]),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
 def test_any_shape(batch, inner, branches, registers, noise, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, *inner)
     x, z, *outputs = (torch.randn(shape, generator=generator) for _ in range(2 + branches))
-    table = testing.random_table(generator, 3, max(batch, 1), branches, registers)
+    table = random_table(generator, 3, max(batch, 1), branches, registers)
     step = torch.randint(0, 4, (batch,), generator=generator, dtype=torch.int32)
     draw = {"none": {}, "drawn": {"seed": seed}, "given": {"noise": z}}[noise]
     results = []
@@ -256,7 +257,7 @@ def test_fullgraph_compile_once_for_all_rows():
         return state
 
     compiled = torch.compile(loop_body, fullgraph=True, backend=counter)
-    table = testing.random_table(torch.Generator().manual_seed(0), 20, 1, 1, 0)
+    table = random_table(torch.Generator().manual_seed(0), 20, 1, 1, 0)
     x, output = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     eager_step, step = steps(2), steps(2)
     with torch.no_grad():
