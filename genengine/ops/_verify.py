@@ -86,7 +86,7 @@ def build_hash() -> str:
     package = importlib.util.find_spec("genengine.kernels")
     for folder in (package and package.submodule_search_locations) or ():
         files += sorted(Path(folder).glob("*.py"))
-    return _hash([*files, Path(__file__).parents[1] / "testing.py"])
+    return _hash([*files, *sorted((Path(__file__).parents[1] / "testing").glob("*.py"))])
 
 
 def _hash(files):
