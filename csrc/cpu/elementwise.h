@@ -68,12 +68,14 @@ class Draws {
   int64_t given_stride_ = 0, seed_stride_ = 0, ids_stride_ = 0;
 };
 
-// body(b, first, count) over ranges of whole tiles of every sample. Ranges start at multiples of 4096 elements, so that
-// the noise blocks of a thread are never drawn twice; results do not depend on the split.
+constexpr int64_t kRange = 16384;
+inline int64_t ranges_of(int64_t per) { return (per + kRange - 1) / kRange; }
+
+// body(b, first, count) over ranges of kRange elements of every sample, the last one shorter. The noise blocks of a thread
+// are never drawn twice, and results do not depend on the split.
 template <class Body>
 void for_ranges(int64_t batch, int64_t per, Body body) {
-  constexpr int64_t kRange = 16384;
-  const int64_t ranges = (per + kRange - 1) / kRange;
+  const int64_t ranges = ranges_of(per);
   const int64_t grain = per < kRange ? (kGrain + per - 1) / per : kGrain / kRange;
   torch::stable::parallel_for(0, batch * ranges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -5,6 +5,7 @@ from genengine.ops.adaln import adaln, gated_adaln
 from genengine.ops.attention import attention
 from genengine.ops.diffuse import diffuse
 from genengine.ops.normal import normal, uniform
+from genengine.ops.reparameterize import reparameterize
 from genengine.ops.sampler_step import advance, sampler_step
 
 # Loaded after every schema is defined: the shared object holds implementations only.
@@ -12,6 +13,6 @@ EXTENSION = _registry.load_extension()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "sampler_step",
+    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "reparameterize", "sampler_step",
     "uniform",
 ]  # fmt: skip

@@ -100,3 +100,20 @@ def sample_ids(op: str, ids, device, batch: int) -> Tensor | None:
     if ids.device != torch.device(device):
         raise ValueError(f"{op}: sample_ids must be on {device}, got {ids.device}; move it with .to(...)")
     return ids.contiguous()
+
+
+def draw(op: str, like_name: str, like: Tensor, seed, noise, ids, step: int) -> tuple:
+    """The arguments of an op that draws noise for every element of `like` (B, ...), or takes it as `noise`.
+
+    Returns (seed, sample_ids, step, noise) as the dispatcher ops take them: seed or noise is None.
+    """
+    if (seed is None) == (noise is None):
+        given = "both" if seed is not None else "neither"
+        raise ValueError(f"{op}: exactly one of seed and noise must be given, got {given}")
+    if noise is not None:
+        dtype(op, "noise", noise)
+        shape(op, "noise", noise, f"{like_name}'s shape", like.shape)
+        same_device(op, "noise", noise, like_name, like)
+    else:
+        seed = seed_tensor(op, seed, like.device, like.shape[0])
+    return seed, sample_ids(op, ids, like.device, like.shape[0]), counter(op, "step", step), noise

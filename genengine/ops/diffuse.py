@@ -53,17 +53,7 @@ def diffuse(
     _check.no_grad_needed(
         op, (*coefficients.values(), noise), "only x0 is differentiable: detach the coefficients and the noise"
     )
-    if (seed is None) == (noise is None):
-        given = "both" if seed is not None else "neither"
-        raise ValueError(f"{op}: exactly one of seed and noise must be given, got {given}")
-    if noise is not None:
-        _check.dtype(op, "noise", noise)
-        _check.shape(op, "noise", noise, "x0's shape", x0.shape)
-        _check.same_device(op, "noise", noise, "x0", x0)
-    else:
-        seed = _check.seed_tensor(op, seed, x0.device, batch)
-    sample_ids = _check.sample_ids(op, sample_ids, x0.device, batch)
-    step = _check.counter(op, "step", step)
+    seed, sample_ids, step, noise = _check.draw(op, "x0", x0, seed, noise, sample_ids, step)
     if not (_layout.dense(x0) or _layout.channels_last(x0)) or not _packed(x0):
         x0 = x0.contiguous()
     wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
