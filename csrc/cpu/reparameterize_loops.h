@@ -18,7 +18,7 @@ struct ReparameterizeSample {
 
 // Writes z and returns the KL of the elements [first, first + count).
 GENENGINE_LOOP(float, reparameterize_range, (const ReparameterizeSample& sample, int64_t first, int64_t count))
-// Writes dmean and dlogvar.
-GENENGINE_LOOP(void, reparameterize_backward_range, (const ReparameterizeSample& sample, int64_t first, int64_t count))
+// Writes dmean and dlogvar; returns 0.
+GENENGINE_LOOP(float, reparameterize_backward_range, (const ReparameterizeSample& sample, int64_t first, int64_t count))
 
 }  // namespace genengine

@@ -3,92 +3,14 @@
 #include "genengine/adaln.h"
 
 #include "cpu/adaln_loops.h"
-#include "cpu/isa/convert.h"
+#include "cpu/isa/row.h"
 
 namespace genengine {
 namespace GENENGINE_ISA {
 namespace {
 
-constexpr int kSums = 4;  // independent accumulators, to hide the latency of an addition
 constexpr int64_t kPad = 32;  // floats between two scratch rows, so that rows of 1024 k do not share cache sets
 constexpr int64_t kScratch = kAdalnMaxDim + kPad;
-
-#define GENENGINE_RARE __attribute__((noinline))  // the ends of rows: small code rather than fast
-struct Whole {};  // sixteen elements
-struct Part {     // the last few of a row
-  int64_t count;
-};
-
-template <class T>
-GENENGINE_INLINE Lanes read(const T* from, Whole) {
-  return load(from);
-}
-template <class T>
-GENENGINE_RARE Lanes read(const T* from, Part part) {
-  T padded[kLanes] = {};
-  memcpy(padded, from, sizeof(T) * static_cast<size_t>(part.count));
-  return load(padded);
-}
-template <class T>
-GENENGINE_INLINE void write(T* to, Lanes lanes, Whole) {
-  store(to, lanes);
-}
-template <class T>
-GENENGINE_RARE void write(T* to, Lanes lanes, Part part) {
-  T padded[kLanes];
-  store(padded, lanes);
-  memcpy(to, padded, sizeof(T) * static_cast<size_t>(part.count));
-}
-template <bool Stream, class T>
-GENENGINE_INLINE void emit(T* to, Lanes lanes, Whole) {
-  if (Stream)
-    stream(to, lanes);
-  else
-    store(to, lanes);
-}
-template <bool Stream, class T>
-GENENGINE_INLINE void emit(T* to, Lanes lanes, Part part) {
-  write(to, lanes, part);
-}
-
-// Zeros beyond the row's end.
-GENENGINE_INLINE Lanes clip(Lanes lanes, Whole) { return lanes; }
-GENENGINE_RARE Lanes clip(Lanes lanes, Part part) {
-  float v[kLanes];
-  store(v, lanes);
-  for (int64_t i = part.count; i < kLanes; ++i) v[i] = 0.f;
-  return load(v);
-}
-
-template <class T>
-GENENGINE_INLINE Lanes rounded(Lanes lanes) {
-  T stored[kLanes];
-  store(stored, lanes);
-  return load(stored);
-}
-template <>
-GENENGINE_INLINE Lanes rounded<float>(Lanes lanes) {
-  return lanes;
-}
-
-struct Sum {
-  Lanes lanes[kSums] = {zero_lanes(), zero_lanes(), zero_lanes(), zero_lanes()};
-  GENENGINE_INLINE void add(int k, Lanes v) { lanes[k] = lanes[k] + v; }
-  GENENGINE_INLINE float total() const { return sum((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])); }
-};
-
-// body(i, k, span) for the elements i.. of a row; k is the accumulator to use.
-template <class Body>
-GENENGINE_INLINE void each(int64_t dim, Body body) {
-  int64_t i = 0;
-  for (; i + kSums * kLanes <= dim; i += kSums * kLanes) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kSums; ++k) body(i + k * kLanes, k, Whole{});
-  }
-  for (; i + kLanes <= dim; i += kLanes) body(i, 0, Whole{});
-  if (i < dim) body(i, 1, Part{tail(dim)});
-}
-#define GENENGINE_BODY [&](int64_t i, [[maybe_unused]] int k, auto span) __attribute__((always_inline))
 
 GENENGINE_INLINE float square_sum(const float* row, float mean, int64_t dim) {
   Sum squares;
@@ -156,12 +78,6 @@ GENENGINE_INLINE void forward_row(const Row<X, M>& at, float* scratch, int64_t d
     const Lanes x_hat = adaln_normalise(read(row + i, span), mean, rstd);
     emit<Stream>(at.h + i, adaln_modulate(x_hat, read(at.gain + i, span), read(at.shift + i, span)), span);
   });
-}
-
-// Streaming stores need every group of sixteen elements aligned to itself.
-template <class T>
-GENENGINE_INLINE bool streamable(const T* out, int64_t dim) {
-  return dim % kLanes == 0 && reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0;
 }
 
 template <class X, class M, bool Gated, bool Stream>

@@ -42,19 +42,6 @@ inline void store_tile(void* target, Type type, int64_t first, int64_t count, co
   if (type == Type::bf16) store_as(static_cast<BFloat*>(target) + first, source, count, stream);
 }
 
-// The sum of a tile over 64 lanes and then a fixed tree: the same bits on every instruction set.
-inline float sum_tile(const float* tile, int64_t count) {
-  constexpr int64_t kSums = 4;
-  Lanes sums[kSums] = {zero_lanes(), zero_lanes(), zero_lanes(), zero_lanes()};
-  int64_t i = 0;
-  for (; i + kSums * kLanes <= count; i += kSums * kLanes)
-    for (int64_t k = 0; k < kSums; ++k) sums[k] = sums[k] + load(tile + i + k * kLanes);
-  for (; i + kLanes <= count; i += kLanes) sums[0] = sums[0] + load(tile + i);
-  float rest = 0.f;
-  for (; i < count; ++i) rest += tile[i];
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
-}
-
 // Noise of the memory elements [first, first + count), count <= kTile, or null if the sample has none.
 inline const float* noise_tile(const NoiseSource& noise, int64_t first, int64_t count, float* scratch) {
   if (noise.given) return noise.given + first;

@@ -21,6 +21,10 @@ GENENGINE_HD float multiply_add(float a, float b, float c) {
 GENENGINE_HD float absolute(float x) { return as_float(as_int(x) & 0x7fffffff); }
 GENENGINE_HD float with_sign_of(float magnitude, float x) { return as_float(as_int(magnitude) | (as_int(x) & INT32_MIN)); }
 
+// Of NaN: a or a bound that is NaN changes nothing.
+GENENGINE_HD float at_least(float a, float bound) { return a < bound ? bound : a; }
+GENENGINE_HD float zero_below(float value, float a, float bound) { return a < bound ? 0.f : value; }
+
 // e^x: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r, and 2^n in two factors, for n reaches from -150 to 128.
 GENENGINE_HD float exponential(float x) {
 #if defined(__CUDA_ARCH__)

@@ -1,4 +1,4 @@
-// The scalar formulas of reparameterize, forward and backward, for host and device.
+// The scalar formulas of reparameterize, forward and backward, for host and device. V is float, or on the CPU sixteen.
 //
 //   forward    z = mean + s eps, s = exp(logvar / 2);  kl += (mean^2 + s^2 - 1 - logvar) / 2  or  (z^2 - eps^2 - logvar) / 2
 //   backward   with g = grad_z, k = grad_kl of the sample:
@@ -20,32 +20,29 @@ inline Kl kl_of(bool monte_carlo, double free_bits) {
   return monte_carlo ? Kl::monte_carlo : (free_bits > 0 ? Kl::free_bits : Kl::analytic);
 }
 
-// exp(v) - 1 - v for v = logvar and variance = exp(v)
-GENENGINE_HD float variance_excess(float variance, float logvar) { return (variance - 1.f) - logvar; }
-
-GENENGINE_HD float analytic_kl(float mean, float logvar, float variance) {
-  return 0.5f * multiply_add(mean, mean, variance_excess(variance, logvar));
+template <class V>
+GENENGINE_HD V analytic_kl(V mean, V logvar, V variance) {
+  return 0.5f * multiply_add(mean, mean, (variance - 1.f) - logvar);
 }
 
-template <Kl Kind>
-GENENGINE_HD float reparameterize_element(float mean, float logvar, float eps, float free_bits, float& z) {
-  const float sigma = exponential(0.5f * logvar);
+template <Kl Kind, class V>
+GENENGINE_HD V reparameterize_element(V mean, V logvar, V eps, float free_bits, V& z) {
+  const V sigma = exponential(0.5f * logvar);
   z = multiply_add(sigma, eps, mean);
   if constexpr (Kind == Kl::monte_carlo) return 0.5f * (z * z - multiply_add(eps, eps, logvar));
-  const float kl = analytic_kl(mean, logvar, sigma * sigma);
-  if constexpr (Kind == Kl::free_bits) return kl < free_bits ? free_bits : kl;  // keeps NaN
+  const V kl = analytic_kl(mean, logvar, sigma * sigma);
+  if constexpr (Kind == Kl::free_bits) return at_least(kl, free_bits);
   return kl;
 }
 
-template <Kl Kind>
-GENENGINE_HD void reparameterize_gradient(float grad_z, float grad_kl, float mean, float logvar, float eps, float free_bits,
-                                          float& dmean, float& dlogvar) {
-  const float sigma = exponential(0.5f * logvar), variance = sigma * sigma;
+template <Kl Kind, class V>
+GENENGINE_HD void reparameterize_gradient(V grad_z, V grad_kl, V mean, V logvar, V eps, float free_bits, V& dmean, V& dlogvar) {
+  const V sigma = exponential(0.5f * logvar), variance = sigma * sigma;
   if constexpr (Kind == Kl::monte_carlo) {
     dmean = multiply_add(grad_kl, multiply_add(sigma, eps, mean), grad_z);
-    dlogvar = 0.5f * multiply_add(dmean * sigma, eps, -grad_kl);
+    dlogvar = 0.5f * (dmean * sigma * eps - grad_kl);
   } else {
-    if constexpr (Kind == Kl::free_bits) grad_kl = analytic_kl(mean, logvar, variance) < free_bits ? 0.f : grad_kl;
+    if constexpr (Kind == Kl::free_bits) grad_kl = zero_below(grad_kl, analytic_kl(mean, logvar, variance), free_bits);
     dmean = multiply_add(grad_kl, mean, grad_z);
     dlogvar = 0.5f * multiply_add(grad_z * sigma, eps, grad_kl * (variance - 1.f));
   }
