@@ -199,6 +199,7 @@ struct Wide {
 
   __device__ explicit Wide(int64_t item) : first(item * N) {}
   __device__ uint32_t quad(int i) const { return static_cast<uint32_t>(first / 4 + i); }
+  __device__ static constexpr int inside() { return N; }
 
   template <class T>
   using Chunk = std::conditional_t<N * sizeof(T) % 16 == 0, uint4, uint2>;
@@ -262,6 +263,7 @@ struct Scattered {
     count = left < 4 ? static_cast<int>(left) : 4;
   }
   __device__ uint32_t quad(int) const { return quad_index; }
+  __device__ int inside() const { return count; }  // elements that exist
 
   template <class T>
   struct Raw {

@@ -13,6 +13,6 @@ EXTENSION = _registry.load_extension()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "reparameterize", "sampler_step",
-    "uniform",
+    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal",
+    "reparameterize", "sampler_step", "uniform",
 ]  # fmt: skip

@@ -38,10 +38,9 @@ def reparameterize(
     halves of an encoder's output, chunk(2, dim=1) (other strides are copied).
     seed: int in [0, 2^64) or int64 tensor () or (B,); or noise: like mean, float32 or mean's dtype. sample_ids: int64
     (B,), the samples' indices in the data set when training, default 0..B-1. step: the global iteration, in [0, 2^32).
-    free_bits: at least 0, in nats: each element adds max(its analytic KL, free_bits), and has no gradient of the KL below.
+    free_bits: at least 0, in nats: an element adds max(its analytic KL, free_bits), without a gradient below.
 
-    Returns z (B, ...) in mean's dtype and kl (B,) in nats, float32 (float64 of float64). Differentiable once, in mean and
-    logvar.
+    Returns z (B, ...) in mean's dtype and kl (B,) in nats, float32 (float64 of float64). Differentiable once, in both.
     Raises TypeError or ValueError on bad arguments, RuntimeError if the noise requires grad.
     Kingma & Welling 2014, eq. 10 and appendix B; free bits: Kingma et al. 2016, with groups of one element.
     """
@@ -86,14 +85,14 @@ def reference(mean, logvar, seed, sample_ids, step, noise, free_bits, monte_carl
     terms = 0.5 * (z * z - eps * eps - v) if monte_carlo else 0.5 * (m * m + torch.exp(v) - 1 - v)
     if free_bits > 0:
         terms = terms.clamp_min(free_bits)
-    return _like(z, mean), terms.flatten(1).sum(1)
+    return _like(z, mean), terms.flatten(1).sum(1) if terms.dim() > 1 else terms
 
 
 def reference_backward(grad_z, grad_kl, mean, logvar, seed, sample_ids, step, noise, free_bits, monte_carlo):
     """With s = exp(logvar / 2), g = grad_z and k = grad_kl of the sample:
 
-        analytic      dmean = g + k mean,    dlogvar = g s eps / 2 + k (exp(logvar) - 1) / 2;    k = 0 below free_bits
-        monte_carlo   dmean = g + k z,       dlogvar = (g + k z) s eps / 2 - k / 2
+    analytic      dmean = g + k mean,    dlogvar = g s eps / 2 + k (exp(logvar) - 1) / 2;    k = 0 below free_bits
+    monte_carlo   dmean = g + k z,       dlogvar = (g + k z) s eps / 2 - k / 2
     """
     m, v, eps = _operands(mean, logvar, seed, sample_ids, step, noise)
     sigma, variance = torch.exp(0.5 * v), torch.exp(v)
@@ -153,8 +152,9 @@ def _grads(ops, ctx, grad_z, grad_kl):
 
 
 _OPTIONS = "Tensor? seed, Tensor? sample_ids, SymInt step, Tensor? noise, float free_bits, bool monte_carlo"
+_GRADS = "Tensor grad_z, Tensor grad_kl"
 _registry.define(
-    f"reparameterize_backward(Tensor grad_z, Tensor grad_kl, Tensor mean, Tensor logvar, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"reparameterize_backward({_GRADS}, Tensor mean, Tensor logvar, {_OPTIONS}) -> (Tensor, Tensor)",
     reference_backward,
     fake=_fake_backward,
     module="reparameterize",
