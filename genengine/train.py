@@ -21,6 +21,7 @@ from genengine import data
 from genengine.models import checkpoint
 from genengine.models.flow import FlowMatching
 from genengine.nets.dit import DiT
+from genengine.ops import ema_update
 
 STATE_FILE, MODEL_FILE, LOG_FILE = "state.safetensors", "model.safetensors", "log.jsonl"
 
@@ -156,7 +157,7 @@ class Run:
         self.step = step + 1
         decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.net.parameters()), list(net.parameters()), 1.0 - decay)
+            ema_update(list(self.average.net.parameters()), list(net.parameters()), decay)
         return loss.detach()
 
     def state(self):

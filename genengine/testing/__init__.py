@@ -100,11 +100,14 @@ def _outputs(overload, case, args):
     args = tuple(_clone(argument) if i in case.mutated else argument for i, argument in enumerate(args))
     result = overload(*args)
     if case.mutated:
-        return [args[i] for i in case.mutated if isinstance(args[i], Tensor)]
+        written = (args[i] if isinstance(args[i], list) else [args[i]] for i in case.mutated)
+        return [tensor for tensors in written for tensor in tensors if isinstance(tensor, Tensor)]
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
 def _clone(argument):
+    if isinstance(argument, list):
+        return [_clone(entry) for entry in argument]
     return argument.clone() if isinstance(argument, Tensor) else argument
 
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kSums = 4;  // independent accumulators, to hide the latency of an addition
 
-#define GENENGINE_RARE __attribute__((noinline))  // the ends of rows: small code rather than fast
+#define GENENGINE_RARE __attribute__((noinline, unused))  // the ends of rows: small code rather than fast
 struct Whole {};  // sixteen elements
 struct Part {     // the last few of a row
   int64_t count;
