@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 STAGE ?= all
 export MAX_JOBS ?= 2
 
-.PHONY: setup demo test fuzz inspect bench gpu lint clean
+.PHONY: setup demo test fuzz sanitize inspect bench gpu lint clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: setup
 # The property tests of every op with at least 2,000 fresh cases each; a failure prints how to reproduce it.
 fuzz: setup
 	$(PY) -m pytest -q -n 2 -m fuzz --hypothesis-profile=fuzz
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+sanitize: setup
+	bash tools/sanitize.sh $(PY)
 
 # Compiles every GPU kernel for its architectures and reads the machine code; needs nvcc, no GPU.
 inspect: setup

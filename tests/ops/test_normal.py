@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import BACKENDS, skip_unless_available
+from hypothesis import given
+from hypothesis import strategies as st
+from support import BACKENDS, LAYOUTS, laid_out, skip_unless_available
 from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
@@ -96,6 +98,32 @@ def test_uniform_fit_on_ten_million_draws():
     cells = torch.histc(u.double(), bins=1000, min=0, max=1)
     assert abs(((cells - n / 1000) ** 2 / (n / 1000)).sum().item() - 999) < 6 * math.sqrt(2 * 999)
     assert u.min().item() > 0 and u.max().item() < 1
+
+
+COUNTER = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.fuzz
+@given(
+    shape=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    kind=st.sampled_from(sorted(KINDS)),
+    seed=st.integers(0, 2**64 - 1),
+    step=COUNTER,
+    data=st.data(),
+)
+def test_any_shape_and_place(shape, layout, kind, seed, step, data):
+    """A backend against the specification, which knows one sample at a time."""
+    skip_unless_available("normal_out", "cpu")
+    shape[0] = min(shape[0], 4)
+    ids = data.draw(st.lists(COUNTER, min_size=shape[0], max_size=shape[0]))
+    out = laid_out(torch.zeros(shape), layout if layout != "expanded" else "plain")
+    stream = data.draw(st.sampled_from(sorted(random.STREAMS)))
+    arguments = {"seed": seed, "sample_ids": torch.tensor(ids, dtype=torch.int64), "step": step, "stream": stream}
+    got = KINDS[kind][0](shape, **arguments, out=out, backend="cpu")
+    assert got is out
+    if out.numel():
+        assert torch.equal(got, oracle(kind, shape, seed=seed, step=step, stream=stream, ids=ids))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

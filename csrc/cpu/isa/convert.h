@@ -16,8 +16,6 @@
 #include <immintrin.h>
 #endif
 
-#define GENENGINE_INLINE inline __attribute__((always_inline))
-
 namespace genengine {
 namespace GENENGINE_ISA {
 

@@ -15,7 +15,7 @@ inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 
 // High and low halves of the 32 x 32 -> 64 bit products: even lanes, odd lanes, then blended by shuffles.
-inline __attribute__((always_inline)) void multiply(Int a, Int m, Int& high, Int& low) {
+GENENGINE_INLINE void multiply(Int a, Int m, Int& high, Int& low) {
   const Int even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_shuffle_epi32(a, (_MM_PERM_ENUM)0xF5), m);
   low = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, (_MM_PERM_ENUM)0xA0);
   high = _mm512_mask_shuffle_epi32(odd, 0x5555, even, (_MM_PERM_ENUM)0xF5);
@@ -25,7 +25,7 @@ inline Float unit_v(Int w) {
   return add(mul(_mm512_cvtepi32_ps(_mm512_srli_epi32(w, 9)), constant(0x1p-23f)), constant(0x1p-24f));
 }
 
-inline __attribute__((always_inline)) Float log_unit_v(Float x) {
+GENENGINE_INLINE Float log_unit_v(Float x) {
   const Int root = constant(0x3f3504f3u);
   const Int offset = _mm512_sub_epi32(_mm512_castps_si512(x), root), exponent = _mm512_srai_epi32(offset, 23);
   const Int mantissa = _mm512_add_epi32(_mm512_and_si512(offset, constant(0x7fffffu)), root);
@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) Float log_unit_v(Float x) {
   return add(mul(_mm512_cvtepi32_ps(exponent), constant(0.69314718f)), y);
 }
 
-inline __attribute__((always_inline)) void sincos_turn_v(Float u, Float& s, Float& c) {
+GENENGINE_INLINE void sincos_turn_v(Float u, Float& s, Float& c) {
   const Float quarter = _mm512_sub_ps(add(mul(u, constant(4.f)), constant(12582912.f)), constant(12582912.f));
   const Int k = _mm512_cvttps_epi32(quarter), two = constant(2u), one = constant(1u);
   const Float x = mul(_mm512_sub_ps(u, mul(quarter, constant(0.25f))), constant(6.283185307f)), z = mul(x, x);
@@ -72,7 +72,7 @@ struct RoundKeys {
 };
 
 template <int N>
-inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKey& key, const RoundKeys& keys, Int (&c)[4][N]) {
+GENENGINE_INLINE void philox_v(uint32_t quad, const NoiseKey& key, const RoundKeys& keys, Int (&c)[4][N]) {
   const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int n = 0; n < N; ++n) {
     c[0][n] = _mm512_add_epi32(constant(quad + 16u * n), lane);
@@ -98,7 +98,7 @@ inline __attribute__((always_inline)) void philox_v(uint32_t quad, const NoiseKe
 }
 
 // Four vectors, one per position in the quad, to 64 floats in element order.
-inline __attribute__((always_inline)) void store_interleaved(float* z, Float a, Float b, Float d, Float e) {
+GENENGINE_INLINE void store_interleaved(float* z, Float a, Float b, Float d, Float e) {
   const __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), t1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
   const __m512d t2 = _mm512_castps_pd(_mm512_unpacklo_ps(d, e)), t3 = _mm512_castps_pd(_mm512_unpackhi_ps(d, e));
   const Float q0 = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t2)), q1 = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t2));
@@ -113,7 +113,7 @@ inline __attribute__((always_inline)) void store_interleaved(float* z, Float a, 
 }
 
 template <int N, bool Normal>
-inline __attribute__((always_inline)) void block_group(float* z, uint32_t quad, const NoiseKey& key, const RoundKeys& keys) {
+GENENGINE_INLINE void block_group(float* z, uint32_t quad, const NoiseKey& key, const RoundKeys& keys) {
   Int c[4][N];
   philox_v<N>(quad, key, keys, c);
   for (int n = 0; n < N; ++n) {
@@ -134,7 +134,7 @@ template <bool Normal>
 inline void blocks_v(float* z, uint32_t quad, int64_t blocks, const NoiseKey& key) {
   const RoundKeys keys(key.seed);
   int64_t block = 0;
-  const auto draw = [&]<int N>() __attribute__((always_inline)) {
+  const auto draw = [&]<int N>() GENENGINE_ALWAYS_INLINE {
     block_group<N, Normal>(z + 64 * block, quad + static_cast<uint32_t>(16 * block), key, keys);
     block += N;
   };

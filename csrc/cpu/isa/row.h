@@ -84,7 +84,7 @@ GENENGINE_INLINE void each(int64_t dim, Body body) {
   for (; i + kLanes <= dim; i += kLanes) body(i, 0, Whole{});
   if (i < dim) body(i, 1, Part{tail(dim)});
 }
-#define GENENGINE_BODY [&](int64_t i, [[maybe_unused]] int k, auto span) __attribute__((always_inline))
+#define GENENGINE_BODY [&](int64_t i, [[maybe_unused]] int k, auto span) GENENGINE_ALWAYS_INLINE
 
 // Streaming stores need every group of sixteen elements aligned to itself.
 template <class T>

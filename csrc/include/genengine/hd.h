@@ -3,10 +3,21 @@
 #include <stdint.h>
 #include <string.h>
 
+// Inlining is forced: what is compiled for AVX-512 must not become a function that the builds for other CPUs may call. The
+// sanitizers would take minutes over such bodies; there every unit has functions of its own (static).
+#if defined(GENENGINE_SANITIZED)
+#define GENENGINE_ALWAYS_INLINE
+#else
+#define GENENGINE_ALWAYS_INLINE __attribute__((always_inline))
+#endif
+#define GENENGINE_INLINE inline GENENGINE_ALWAYS_INLINE
+
 #if defined(__CUDACC__)
 #define GENENGINE_HD __host__ __device__ __forceinline__
+#elif defined(GENENGINE_SANITIZED)
+#define GENENGINE_HD static inline
 #else
-#define GENENGINE_HD inline __attribute__((always_inline))
+#define GENENGINE_HD GENENGINE_INLINE
 #endif
 
 namespace genengine {
