@@ -4,6 +4,7 @@ from genengine.ops import _registry
 from genengine.ops.adaln import adaln, gated_adaln
 from genengine.ops.attention import attention
 from genengine.ops.diffuse import diffuse
+from genengine.ops.group_norm_silu import group_norm_silu
 from genengine.ops.normal import normal, uniform
 from genengine.ops.sampler_step import advance, sampler_step
 
@@ -12,6 +13,6 @@ EXTENSION = _registry.load_extension()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "normal", "sampler_step",
-    "uniform",
+    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "gated_adaln", "group_norm_silu", "normal",
+    "sampler_step", "uniform",
 ]  # fmt: skip
