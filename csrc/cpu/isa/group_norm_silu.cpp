@@ -56,21 +56,21 @@ struct Backward {
 };
 
 template <bool Silu, bool Rough>
-GENENGINE_INLINE Lanes activate(Lanes x, const Forward& c) {
+GENENGINE_INLINE Lanes activate(Lanes x, const Forward& c, const Sigmoid<Rough>& sigmoid) {
   const Lanes v = multiply_add(x - c.mean, c.gain, c.offset);
-  return Silu ? silu<Rough>(v) : v;
+  return Silu ? sigmoid.silu(v) : v;
 }
 
 template <bool Silu, class Constants>
-GENENGINE_INLINE Lanes grad_v(Lanes x, Lanes grad, const Constants& c) {
+GENENGINE_INLINE Lanes grad_v(Lanes x, Lanes grad, const Constants& c, const Sigmoid<false>& sigmoid) {
   if (!Silu) return grad;
   const Lanes v = multiply_add(x - c.mean, c.gain, c.offset), s = sigmoid(v);
-  return grad * s * multiply_add(v, 1.f - s, all_lanes(1.f));
+  return grad * s * multiply_add(v, sigmoid.one - s, sigmoid.one);
 }
 
 template <bool Silu>
-GENENGINE_INLINE Lanes grad_x(Lanes x, Lanes grad, const Backward& c) {
-  return grad_v<Silu>(x, grad, c) * c.gain - multiply_add(x - c.mean, c.mean_gx, c.mean_g);
+GENENGINE_INLINE Lanes grad_x(Lanes x, Lanes grad, const Backward& c, const Sigmoid<false>& sigmoid) {
+  return grad_v<Silu>(x, grad, c, sigmoid) * c.gain - multiply_add(x - c.mean, c.mean_gx, c.mean_g);
 }
 
 // The five rows of a sample, `width` apart.
@@ -92,36 +92,45 @@ double* partial_of(const GroupNorm& op, int64_t b, int64_t block) {
 
 // ---- moments -------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kSlab = 512;  // columns whose sums stay in the first-level cache
+
+// The sums over a block so far, as deviations from its first row.
+struct Deviations {
+  float first[kSlab], second[kSlab];
+};
+
+// Count rows more of `columns` columns; their lines are read in the order of memory, as the prefetcher expects.
+template <int Count, class T>
+GENENGINE_INLINE void add_rows(const T* x, const T* pivot, int64_t columns, int64_t width, Deviations& to) {
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    const Lanes about = load(pivot + i);
+    Lanes first = load(to.first + i), second = load(to.second + i);
+#pragma GCC unroll 8
+    for (int k = 0; k < Count; ++k) {
+      const Lanes d = load(x + k * width + i) - about;
+      first = first + d;
+      second = multiply_add(d, d, second);
+    }
+    store(to.first + i, first);
+    store(to.second + i, second);
+  }
+}
+
 // sums[i] = sum(x), sums[width + i] = sum(x^2) over the rows of column i; width is a multiple of sixteen.
 template <class T>
 GENENGINE_INLINE void column_moments(const T* x, int64_t rows, int64_t width, double* sums) {
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const T* column = x + i;
-    const Lanes pivot = load(column);
-    Lanes first[2] = {zero_lanes(), zero_lanes()}, second[2] = {zero_lanes(), zero_lanes()};
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k) {
-        const Lanes d = load(column + (r + k) * width) - pivot;
-        first[k] = first[k] + d;
-        second[k] = multiply_add(d, d, second[k]);
-      }
-    }
-    if (r < rows) {
-      const Lanes d = load(column + r * width) - pivot;
-      first[0] = first[0] + d;
-      second[0] = multiply_add(d, d, second[0]);
-    }
-    float p[kLanes], s1[kLanes], s2[kLanes];
-    store(p, pivot);
-    store(s1, first[0] + first[1]);
-    store(s2, second[0] + second[1]);
-    const double n = static_cast<double>(rows);
-    for (int k = 0; k < kLanes; ++k) {
-      const double about = p[k], sum = s1[k] + n * about;
-      sums[i + k] = sum;
-      sums[width + i + k] = s2[k] + about * (sum + s1[k]);
+  Deviations to;
+  const double n = static_cast<double>(rows);
+  for (int64_t slab = 0; slab < width; slab += kSlab, x += kSlab) {
+    const int64_t columns = width - slab < kSlab ? width - slab : kSlab;
+    memset(&to, 0, sizeof to);
+    int64_t r = 1;
+    for (; r + 8 <= rows; r += 8) add_rows<8>(x + r * width, x, columns, width, to);
+    for (; r < rows; ++r) add_rows<1>(x + r * width, x, columns, width, to);
+    for (int64_t i = 0; i < columns; ++i) {
+      const double about = to_float(x[i]), deviations = to.first[i], sum = deviations + n * about;
+      sums[slab + i] = sum;
+      sums[width + slab + i] = to.second[i] + about * (sum + deviations);
     }
   }
 }
@@ -204,13 +213,14 @@ Span span_of(const GroupNorm& op, int64_t block) {
 template <class T, bool Silu, bool Stream>
 void apply_rows(const T* x, T* y, int64_t count, const Rows& rows) {
   constexpr bool kRough = sizeof(T) == 2;
+  const Sigmoid<kRough> sigmoid;
   const int64_t width = rows.width;
   for (; count >= width; count -= width, x += width, y += width)
     for (int64_t i = 0; i < width; i += kLanes)
-      emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), rows.forward(i)));
+      emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), rows.forward(i), sigmoid));
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t some = count - i < kLanes ? count - i : kLanes;
-    store_some(y + i, activate<Silu, kRough>(load_some(x + i, some), rows.forward(i)), some);
+    store_some(y + i, activate<Silu, kRough>(load_some(x + i, some), rows.forward(i), sigmoid), some);
   }
 }
 
@@ -251,11 +261,12 @@ void backward_sums(const GroupNorm& op, int64_t b, int64_t block) {
   const Rows rows = rows_of(op, b);
   const int64_t width = op.width, whole = at.count / width, left = at.count - whole * width;
   double* sums = partial_of(op, b, block);
+  const Sigmoid<false> sigmoid;
   for (int64_t i = 0; i < width; i += kLanes) {
     const Forward c = rows.forward(i);
     Lanes p = zero_lanes(), q = zero_lanes();
     const auto add = [&](Lanes v, Lanes g) __attribute__((always_inline)) {
-      const Lanes dv = grad_v<Silu>(v, g, c);
+      const Lanes dv = grad_v<Silu>(v, g, c, sigmoid);
       p = p + dv;
       q = multiply_add(dv, v - c.mean, q);
     };
@@ -281,12 +292,13 @@ void backward_apply(const GroupNorm& op, int64_t b, int64_t block) {
   T* dx = output<T>(op, b) + at.first;
   const Rows rows = rows_of(op, b);
   const int64_t width = op.width;
+  const Sigmoid<false> sigmoid;
   int64_t count = at.count;
   for (; count >= width; count -= width, x += width, grad += width, dx += width)
-    for (int64_t i = 0; i < width; i += kLanes) store(dx + i, grad_x<Silu>(load(x + i), load(grad + i), rows.backward(i)));
+    for (int64_t i = 0; i < width; i += kLanes) store(dx + i, grad_x<Silu>(load(x + i), load(grad + i), rows.backward(i), sigmoid));
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t some = count - i < kLanes ? count - i : kLanes;
-    store_some(dx + i, grad_x<Silu>(load_some(x + i, some), load_some(grad + i, some), rows.backward(i)), some);
+    store_some(dx + i, grad_x<Silu>(load_some(x + i, some), load_some(grad + i, some), rows.backward(i), sigmoid), some);
   }
 }
 
@@ -329,9 +341,10 @@ void run_moments(const T* x, int64_t count, Moments& total) {
 template <class T, bool Silu, bool Stream>
 void apply_channel(const T* x, T* y, int64_t pixels, const Forward& c) {
   constexpr bool kRough = sizeof(T) == 2;
+  const Sigmoid<kRough> sigmoid;
   int64_t i = 0;
-  for (; i + kLanes <= pixels; i += kLanes) emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), c));
-  if (i < pixels) store_some(y + i, activate<Silu, kRough>(load_some(x + i, pixels - i), c), pixels - i);
+  for (; i + kLanes <= pixels; i += kLanes) emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), c, sigmoid));
+  if (i < pixels) store_some(y + i, activate<Silu, kRough>(load_some(x + i, pixels - i), c, sigmoid), pixels - i);
 }
 
 template <class T, bool Silu>
@@ -359,12 +372,13 @@ void run(const GroupNorm& op, int64_t b, int64_t g) {
 // sum(dv) and sum(dv (x - mean)) of one channel: in float32 over kGroupNormRows vectors, then in double.
 template <class T, bool Silu>
 Moments channel_gradients(const T* x, const T* grad, int64_t pixels, const Forward& c) {
+  const Sigmoid<false> sigmoid;
   Moments total;
   for (int64_t first = 0; first < pixels; first += kGroupNormRows * kLanes) {
     const int64_t end = pixels - first < kGroupNormRows * kLanes ? pixels : first + kGroupNormRows * kLanes;
     Lanes p = zero_lanes(), q = zero_lanes();
     const auto add = [&](Lanes v, Lanes g) __attribute__((always_inline)) {
-      const Lanes dv = grad_v<Silu>(v, g, c);
+      const Lanes dv = grad_v<Silu>(v, g, c, sigmoid);
       p = p + dv;
       q = multiply_add(dv, v - c.mean, q);
     };
@@ -392,6 +406,7 @@ void backward_run(const GroupNorm& op, int64_t b, int64_t g) {
     q[c] = found.squares * rstd;
   }
   const GroupMeans means = group_means(op, b, g);
+  const Sigmoid<false> sigmoid;
   for (int64_t c = begin; c < begin + channels; ++c) {
     const GroupNormFold folded = fold(op, b, c, rstd, 0.f);
     const Backward constants{all_lanes(mean), all_lanes(folded.gain), all_lanes(folded.offset), all_lanes(means.g),
@@ -399,9 +414,9 @@ void backward_run(const GroupNorm& op, int64_t b, int64_t g) {
     const T *x_c = x + c * pixels, *grad_c = grad + c * pixels;
     T* dx_c = dx + c * pixels;
     int64_t i = 0;
-    for (; i + kLanes <= pixels; i += kLanes) store(dx_c + i, grad_x<Silu>(load(x_c + i), load(grad_c + i), constants));
+    for (; i + kLanes <= pixels; i += kLanes) store(dx_c + i, grad_x<Silu>(load(x_c + i), load(grad_c + i), constants, sigmoid));
     if (const int64_t some = pixels - i; some > 0)
-      store_some(dx_c + i, grad_x<Silu>(load_some(x_c + i, some), load_some(grad_c + i, some), constants), some);
+      store_some(dx_c + i, grad_x<Silu>(load_some(x_c + i, some), load_some(grad_c + i, some), constants, sigmoid), some);
   }
 }
 

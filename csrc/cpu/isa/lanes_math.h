@@ -44,51 +44,51 @@ GENENGINE_INLINE Lanes bounded(Lanes v, [[maybe_unused]] float limit) {
   return v;
 }
 
-// a / d for d >= 1. Rough: 14 bits, enough where the result is rounded to 16.
+// a / d for d >= 1. Rough: 14 bits where the instruction set has them, enough for a result that is rounded to 16.
 template <bool Rough>
 GENENGINE_INLINE Lanes over(Lanes a, Lanes d) {
 #if defined(__AVX512F__)
-  // beyond 1e37 the Newton step would multiply 0 and infinity; min returns its second operand for NaN
-  const __m512 divisor = Rough ? (__m512)d.part[0] : _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(1e37f), (__m512)d.part[0]);
-  const __m512 r = _mm512_maskz_rcp14_ps(0xffff, divisor);
-  if (Rough) return a * Lanes{{(Native)r}};
-  const __m512 error = _mm512_fnmadd_ps(divisor, r, _mm512_set1_ps(1.f));
-  const __m512 refined = _mm512_fmadd_ps(r, error, r);
-  return a * Lanes{{(Native)refined}};
-#else
+  if (Rough) return a * Lanes{{(Native)_mm512_maskz_rcp14_ps(0xffff, (__m512)d.part[0])}};
+#endif
   for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] / d.part[i];
   return a;
+}
+
+// A constant that the compiler keeps in a register across a loop, where there are registers enough: left to itself g++
+// reads it from memory each time, and a core with one 64-byte load per cycle then waits for its loads.
+GENENGINE_INLINE Lanes held(float value) {
+  Lanes lanes = all_lanes(value);
+#if defined(__AVX512F__)
+  asm("" : "+v"(lanes.part[0]));
 #endif
+  return lanes;
 }
 
-// 1 + e^-v. e^-v = 2^n 2^f with |f| <= 1/2 and a minimax polynomial in f: of degree 5 (relative error 1e-7, and
-// 2e-8 |v|), Rough of degree 3 (8e-5).
+// sigmoid(v) and v sigmoid(v) by e^-v = 2^n 2^f, |f| <= 1/2, with a minimax polynomial for 2^f: of degree 5 (relative error
+// 1e-7, and 2e-8 |v|), Rough of degree 3 (8e-5). To be made outside of the loop that uses it.
 template <bool Rough>
-GENENGINE_INLINE Lanes one_plus_exp_minus(Lanes v) {
-  const Lanes magic = all_lanes(12582912.f), x = bounded(v, 87.f), minus_log2e = all_lanes(-1.44269504f);
-  const Lanes shifted = multiply_add(x, minus_log2e, magic), n = shifted - magic;
-  const Lanes f = multiply_add(x, minus_log2e, zero_lanes() - n);
-  Lanes p;
-  if (Rough) {
-    p = multiply_add(f, all_lanes(5.51716685e-2f), all_lanes(2.42611125e-1f));
-    p = multiply_add(f, p, all_lanes(6.93260968e-1f));
-    p = multiply_add(f, p, all_lanes(9.99928057e-1f));
-  } else {
-    p = multiply_add(f, all_lanes(1.32764725e-3f), all_lanes(9.67554189e-3f));
-    p = multiply_add(f, p, all_lanes(5.55071309e-2f));
-    p = multiply_add(f, p, all_lanes(2.40221202e-1f));
-    p = multiply_add(f, p, all_lanes(6.93146944e-1f));
-    p = multiply_add(f, p, all_lanes(1.00000012f));
+struct Sigmoid {
+  static constexpr int kDegree = Rough ? 3 : 5;
+  Lanes magic = held(12582912.f), minus_log2e = held(-1.44269504f), one = held(1.f), polynomial[kDegree + 1];
+
+  GENENGINE_INLINE Sigmoid() {
+    constexpr float rough[] = {9.99928057e-1f, 6.93260968e-1f, 2.42611125e-1f, 5.51716685e-2f};
+    constexpr float fine[] = {1.00000012f, 6.93146944e-1f, 2.40221202e-1f, 5.55071309e-2f, 9.67554189e-3f, 1.32764725e-3f};
+#pragma GCC unroll 6
+    for (int i = 0; i <= kDegree; ++i) polynomial[i] = held(Rough ? rough[i] : fine[i]);
   }
-  return scale_by_power(p, shifted, n) + 1.f;
-}
 
-template <bool Rough>
-GENENGINE_INLINE Lanes silu(Lanes v) {
-  return over<Rough>(v, one_plus_exp_minus<Rough>(v));
-}
-
-GENENGINE_INLINE Lanes sigmoid(Lanes v) { return over<false>(all_lanes(1.f), one_plus_exp_minus<false>(v)); }
+  GENENGINE_INLINE Lanes one_plus_exp_minus(Lanes v) const {
+    const Lanes x = bounded(v, 87.f), shifted = multiply_add(x, minus_log2e, magic), n = shifted - magic;
+    const Lanes f = multiply_add(x, minus_log2e, magic - shifted);
+    Lanes p = polynomial[kDegree];
+#pragma GCC unroll 5
+    for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(f, p, polynomial[i]);
+    return scale_by_power(p, shifted, n) + one;
+  }
+  GENENGINE_INLINE Lanes silu(Lanes v) const { return over<Rough>(v, one_plus_exp_minus(v)); }
+  GENENGINE_INLINE Lanes operator()(Lanes v) const { return over<Rough>(one, one_plus_exp_minus(v)); }
+};
 
 }  // namespace GENENGINE_ISA
 }  // namespace genengine
