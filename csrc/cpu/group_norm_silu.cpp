@@ -66,7 +66,7 @@ void two_passes(const GroupNorm& op, int64_t batch, BlockLoop sums, SampleLoop f
     for (int64_t b = begin; b < end; ++b) {
       for (int64_t block = 0; block < blocks; ++block) sums(op, b, block);
       fold(op, b);
-      for (int64_t block = 0; block < blocks; ++block) apply(op, b, block);
+      for (int64_t block = blocks - 1; block >= 0; --block) apply(op, b, block);  // the last one read is the nearest
     }
   });
 }

@@ -21,6 +21,15 @@ GENENGINE_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return a;
 }
 
+// a b - c
+GENENGINE_INLINE Lanes multiply_subtract(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return {{(Native)_mm512_fmsub_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0])}};
+#else
+  return multiply_add(a, b, zero_lanes() - c);
+#endif
+}
+
 // 2^n p for whole n; n is held as the low bits of `shifted` = n + 1.5 2^23.
 GENENGINE_INLINE Lanes scale_by_power(Lanes p, [[maybe_unused]] Lanes shifted, [[maybe_unused]] Lanes n) {
 #if defined(__AVX512F__)
@@ -80,7 +89,7 @@ struct Sigmoid {
 
   GENENGINE_INLINE Lanes one_plus_exp_minus(Lanes v) const {
     const Lanes x = bounded(v, 87.f), shifted = multiply_add(x, minus_log2e, magic), n = shifted - magic;
-    const Lanes f = multiply_add(x, minus_log2e, magic - shifted);
+    const Lanes f = multiply_subtract(x, minus_log2e, n);
     Lanes p = polynomial[kDegree];
 #pragma GCC unroll 5
     for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(f, p, polynomial[i]);
