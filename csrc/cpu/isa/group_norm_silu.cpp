@@ -210,19 +210,41 @@ Span span_of(const GroupNorm& op, int64_t block) {
   return {first, size - first < op.block() ? size - first : op.block()};
 }
 
-template <class T, bool Silu, bool Stream>
-void apply_rows(const T* x, T* y, int64_t count, const Rows& rows) {
-  constexpr bool kRough = sizeof(T) == 2;
-  const Sigmoid<kRough> sigmoid;
-  const int64_t width = rows.width;
-  for (; count >= width; count -= width, x += width, y += width)
-    for (int64_t i = 0; i < width; i += kLanes)
-      emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), rows.forward(i), sigmoid));
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t some = count - i < kLanes ? count - i : kLanes;
-    store_some(y + i, activate<Silu, kRough>(load_some(x + i, some), rows.forward(i), sigmoid), some);
-  }
+// body.template vectors<Count>(i): the columns i.. of the Count rows from body's position; body.advance(Count) moves it on;
+// body.tail(i, count): the first elements of a vector. Eight rows share one reading of their constants, which otherwise
+// compete with the pending stores to addresses equal modulo 4096.
+template <class Body>
+GENENGINE_INLINE void each_vector(int64_t count, int64_t width, Body body) {
+  for (; count >= 8 * width; count -= 8 * width, body.advance(8))
+    for (int64_t i = 0; i < width; i += kLanes) body.template vectors<8>(i);
+  for (; count >= width; count -= width, body.advance(1))
+    for (int64_t i = 0; i < width; i += kLanes) body.template vectors<1>(i);
+  for (int64_t i = 0; i < count; i += kLanes) body.tail(i, count - i < kLanes ? count - i : kLanes);
 }
+
+template <class T, bool Silu, bool Stream>
+struct Apply {
+  static constexpr bool kRough = sizeof(T) == 2;
+  const T* x;
+  T* y;
+  const Rows rows;
+  const Sigmoid<kRough> sigmoid;
+
+  template <int Count>
+  GENENGINE_INLINE void vectors(int64_t i) const {
+    const Forward c = rows.forward(i);
+#pragma GCC unroll 8
+    for (int k = 0; k < Count; ++k)
+      emit<Stream>(y + k * rows.width + i, activate<Silu, kRough>(load(x + k * rows.width + i), c, sigmoid));
+  }
+  GENENGINE_INLINE void tail(int64_t i, int64_t count) const {
+    store_some(y + i, activate<Silu, kRough>(load_some(x + i, count), rows.forward(i), sigmoid), count);
+  }
+  GENENGINE_INLINE void advance(int64_t count) {
+    x += count * rows.width;
+    y += count * rows.width;
+  }
+};
 
 template <class T>
 GENENGINE_INLINE const T* input(const void* base, int64_t batch_stride, int64_t b) {
@@ -245,10 +267,10 @@ void apply(const GroupNorm& op, int64_t b, int64_t block) {
   const T* x = input<T>(op.x, op.x_batch, b) + at.first;
   T* y = output<T>(op, b) + at.first;
   if (streamable(op, y)) {
-    apply_rows<T, Silu, true>(x, y, at.count, rows_of(op, b));
+    each_vector(at.count, op.width, Apply<T, Silu, true>{x, y, rows_of(op, b), {}});
     fence();
   } else {
-    apply_rows<T, Silu, false>(x, y, at.count, rows_of(op, b));
+    each_vector(at.count, op.width, Apply<T, Silu, false>{x, y, rows_of(op, b), {}});
   }
 }
 
@@ -286,20 +308,36 @@ void backward_sums(const GroupNorm& op, int64_t b, int64_t block) {
 }
 
 template <class T, bool Silu>
+struct BackwardApply {
+  const T *x, *grad;
+  T* dx;
+  const Rows rows;
+  const Sigmoid<false> sigmoid;
+
+  template <int Count>
+  GENENGINE_INLINE void vectors(int64_t i) const {
+    const Backward c = rows.backward(i);
+#pragma GCC unroll 8
+    for (int k = 0; k < Count; ++k) {
+      const int64_t at = k * rows.width + i;
+      store(dx + at, grad_x<Silu>(load(x + at), load(grad + at), c, sigmoid));
+    }
+  }
+  GENENGINE_INLINE void tail(int64_t i, int64_t count) const {
+    store_some(dx + i, grad_x<Silu>(load_some(x + i, count), load_some(grad + i, count), rows.backward(i), sigmoid), count);
+  }
+  GENENGINE_INLINE void advance(int64_t count) {
+    x += count * rows.width;
+    grad += count * rows.width;
+    dx += count * rows.width;
+  }
+};
+
+template <class T, bool Silu>
 void backward_apply(const GroupNorm& op, int64_t b, int64_t block) {
   const Span at = span_of(op, block);
   const T *x = input<T>(op.x, op.x_batch, b) + at.first, *grad = input<T>(op.grad, op.grad_batch, b) + at.first;
-  T* dx = output<T>(op, b) + at.first;
-  const Rows rows = rows_of(op, b);
-  const int64_t width = op.width;
-  const Sigmoid<false> sigmoid;
-  int64_t count = at.count;
-  for (; count >= width; count -= width, x += width, grad += width, dx += width)
-    for (int64_t i = 0; i < width; i += kLanes) store(dx + i, grad_x<Silu>(load(x + i), load(grad + i), rows.backward(i), sigmoid));
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t some = count - i < kLanes ? count - i : kLanes;
-    store_some(dx + i, grad_x<Silu>(load_some(x + i, some), load_some(grad + i, some), rows.backward(i), sigmoid), some);
-  }
+  each_vector(at.count, op.width, BackwardApply<T, Silu>{x, grad, output<T>(op, b) + at.first, rows_of(op, b), {}});
 }
 
 // What dx needs of one group, from `sums`: mean(k dv) rstd and mean(k dv x^) rstd^2.
