@@ -41,8 +41,10 @@ class Work:
 
     def fused(self, modulated):
         rest = self.modulation if modulated else ()
-        return lambda: group_norm_silu(self.x, self.weight, self.bias, GROUPS, *rest, EPS) if rest else group_norm_silu(
-            self.x, self.weight, self.bias, GROUPS, eps=EPS
+        return lambda: (
+            group_norm_silu(self.x, self.weight, self.bias, GROUPS, *rest, EPS)
+            if rest
+            else group_norm_silu(self.x, self.weight, self.bias, GROUPS, eps=EPS)
         )
 
     def copy(self):
@@ -78,7 +80,10 @@ class Work:
         _, mean, rstd = forward(x, self.weight, self.bias, None, None, GROUPS, EPS, True, False)
         args = (grad, x, self.weight, self.bias, None, None, mean, rstd)
         wide = (t if t is None else t.double() for t in args)
-        oracle, plain = op.overloads["reference"](*wide, GROUPS, True, False), op.overloads["reference"](*args, GROUPS, True, False)
+        oracle, plain = (
+            op.overloads["reference"](*wide, GROUPS, True, False),
+            op.overloads["reference"](*args, GROUPS, True, False),
+        )
         found = self.gradients(lambda x, w, b: group_norm_silu(x, w, b, GROUPS, eps=EPS))()
         for got, eager_grad, exact in zip((flat(found[0]), *found[1:]), plain, oracle, strict=False):
             testing.assert_as_good_as_eager(got, eager_grad, exact, "group_norm_silu_backward")
@@ -117,9 +122,7 @@ def _forward(work, dtype, layout, device):
         goals = () if modulated else GOALS.get((dtype, layout), ())
         kind = str(dtype).removeprefix("torch.")
         quick = layout == "channels_last" and not modulated
-        yield Benchmark(
-            name, _label(layout), kind, variants, check, n, 2 * size * n, goals, quick=quick, device=device
-        )
+        yield Benchmark(name, _label(layout), kind, variants, check, n, 2 * size * n, goals, quick=quick, device=device)
 
 
 def _backward(work, dtype, layout, device):

@@ -216,7 +216,14 @@ def backward_groups_kernel(
     tl.store(sums_ptr + b * 2 * C + c, p, mask=in_group)
     tl.store(sums_ptr + (b * 2 + 1) * C + c, q, mask=in_group)
     gain, _ = _gain_offset(
-        weight_ptr, bias_ptr, scale_ptr + b * scale_batch, shift_ptr + b * shift_batch, c, in_group, PARAMETERS, MODULATED
+        weight_ptr,
+        bias_ptr,
+        scale_ptr + b * scale_batch,
+        shift_ptr + b * shift_batch,
+        c,
+        in_group,
+        PARAMETERS,
+        MODULATED,
     )
     size = (CG * S).to(tl.float32)
     tl.store(means_ptr + tl.program_id(0) * 2, tl.sum(gain * p, axis=0) / size)
@@ -342,7 +349,9 @@ def group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, channe
             partial, mean, rstd, num_groups, C, S, CG, chunks, eps,
             PIXELS=shape["PIXELS"], CHANNELS=triton.next_power_of_2(CG), ROWS=ROWS, num_warps=4, **_OPTIONS,
         )  # fmt: skip
-        apply_kernel[grid](x, *rows, mean, rstd, y, num_groups, C, S, CG, chunks, *strides, **shape, **flags, **_OPTIONS)
+        apply_kernel[grid](
+            x, *rows, mean, rstd, y, num_groups, C, S, CG, chunks, *strides, **shape, **flags, **_OPTIONS
+        )
     return y, mean, rstd
 
 

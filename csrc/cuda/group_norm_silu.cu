@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kGroupThreads = 512, kGroupElements = 32;  // the largest group that a block holds
 
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && aligned_samples(t); }
-
 // One call: its arguments but for the outputs, and whether 16-byte accesses are possible.
 struct Call {
   const GroupNormInputs& in;
@@ -20,7 +18,7 @@ struct Call {
 
   Call(const GroupNormInputs& inputs, const Launcher& on)
       : in(inputs), launcher(on), vector(in.type == Type::f32 ? 4 : 8),
-        wide((in.by_pixel ? in.channels : in.pixels) % vector == 0 && aligned(in.x)),
+        wide((in.by_pixel ? in.channels : in.pixels) % vector == 0 && aligned_samples(in.x)),
         rows(torch::stable::new_empty(in.x, {in.batch, 5, in.channels}, ScalarType::Float)) {
     a.x = in.x.const_data_ptr();
     a.x_batch = batch_stride(in.x);
@@ -43,9 +41,8 @@ struct Call {
     launcher.require_here("shift", in.shift);
   }
 
-  // Chunks of pixels; the width of an access must be known.
   void divide() {
-    a.chunk_pixels = in.by_pixel ? kChunkPixels : 32 * kChunkVectors * (wide ? vector : 1) / (wide ? vector / 2 : 1);
+    a.chunk_pixels = in.by_pixel ? kChunkPixels : kChunkLine;
     a.chunks = (in.pixels + a.chunk_pixels - 1) / a.chunk_pixels;
     partial = torch::stable::new_empty(in.x, {in.batch, a.chunks, 2, in.channels}, ScalarType::Float);
     a.partial = partial.mutable_data_ptr<float>();
@@ -60,7 +57,7 @@ struct Call {
   void sums() const {
     const int64_t tasks = a.batch * a.chunks;
     dispatch([&]<class T, int V, bool Last>() {
-      Grid grid = blocks(Last ? (a.channels / V + 31) / 32 + (a.channels % V != 0) : (tasks * a.channels + 7) / 8);
+      Grid grid = blocks(Last ? (a.channels / V + 31) / 32 : (tasks * a.channels + 7) / 8);
       grid.threads = dim3(32, 8);
       if (Last) grid.blocks.y = static_cast<unsigned>(tasks < 65535 ? tasks : 65535);
       if constexpr (V == 1)
@@ -151,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   Tensor sums = torch::stable::new_empty(in.x, {in.batch, 2, in.channels}, ScalarType::Float);
   Call call(in, launcher);
   call.require_here();
-  call.wide = call.wide && aligned(grad);
+  call.wide = call.wide && aligned_samples(grad);
   call.a.grad = grad.const_data_ptr();
   call.a.grad_batch = batch_stride(grad);
   call.a.out = out.dx.mutable_data_ptr();

@@ -13,7 +13,7 @@ namespace genengine {
 
 constexpr int kLines = 4;         // that a thread of an elementwise kernel takes
 constexpr int kChunkPixels = 64;  // channels_last: of a block of the summing kernels, 32 columns of threads by 8 lines
-constexpr int kChunkVectors = 32;  // C order: vectors of each lane of a warp, which takes one channel
+constexpr int kChunkLine = 2048;  // C order: of a warp, which takes one channel; 64 elements for each lane
 
 struct GroupNormArguments {
   const void *x, *grad;
@@ -62,45 +62,40 @@ __device__ __forceinline__ void write_rows(const GroupNormArguments& a, int64_t 
 // ---- moments ---------------------------------------------------------------------------------------------------------
 
 struct Moments {
-  float count = 0.f, mean = 0.f, squares = 0.f;  // squares: of the deviations from the mean
-
-  __device__ __forceinline__ void merge(const Moments& other) {
-    const float total = count + other.count, apart = other.mean - mean;
-    if (other.count == 0.f) return;
-    const float share = other.count / total;
-    mean += apart * share;
-    squares += other.squares + apart * apart * count * share;
-    count = total;
-  }
-  __device__ __forceinline__ Moments from_lane(int offset) const {
-    return {__shfl_xor_sync(0xffffffffu, count, offset), __shfl_xor_sync(0xffffffffu, mean, offset),
-            __shfl_xor_sync(0xffffffffu, squares, offset)};
-  }
-  // Lanes of a pair merge in the same order: the lower one's first.
-  __device__ __forceinline__ void merge_warp() {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const Moments other = from_lane(offset);
-      Moments low = threadIdx.x & offset ? other : *this;
-      low.merge(threadIdx.x & offset ? *this : other);
-      *this = low;
-    }
-  }
+  float count, mean, squares;  // squares: of the deviations from the mean
 };
+
+__device__ __forceinline__ Moments merged(const Moments& a, const Moments& b) {
+  const float count = a.count + b.count, share = count > 0.f ? __fdividef(b.count, count) : 0.f, apart = b.mean - a.mean;
+  return {count, a.mean + apart * share, a.squares + b.squares + apart * apart * (a.count * share)};
+}
+
+// Over the lanes of a warp; a pair merges in one order, the lower lane's first.
+__device__ __forceinline__ Moments merged_warp(Moments m) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const float count = __shfl_xor_sync(0xffffffffu, m.count, offset), mean = __shfl_xor_sync(0xffffffffu, m.mean, offset);
+    const float squares = __shfl_xor_sync(0xffffffffu, m.squares, offset);
+    const bool upper = threadIdx.x & offset;
+    const Moments low{upper ? count : m.count, upper ? mean : m.mean, upper ? squares : m.squares};
+    const Moments high{upper ? m.count : count, upper ? m.mean : mean, upper ? m.squares : squares};
+    m = merged(low, high);
+  }
+  return m;
+}
 
 // Sums of deviations from the first value seen: at most 64 values, so little is lost even if that one lies far off.
 struct Deviations {
   float pivot = 0.f, first = 0.f, second = 0.f, count = 0.f;
   __device__ __forceinline__ void add(float x) {
-    if (count == 0.f) pivot = x;
+    pivot = count == 0.f ? x : pivot;
     const float d = x - pivot;
     first += d;
     second += d * d;
     count += 1.f;
   }
   __device__ __forceinline__ Moments moments() const {
-    if (count == 0.f) return {};
-    const float mean = first / count, squares = second - first * mean;
+    const float mean = count > 0.f ? __fdividef(first, count) : 0.f, squares = second - first * mean;
     return {count, pivot + mean, squares < 0.f ? 0.f : squares};
   }
 };
@@ -171,13 +166,13 @@ __device__ __forceinline__ void column_sums(const GroupNormArguments& a) {
       const int at = k * 32 + threadIdx.x;
       const int64_t c = column + k;
       if (c >= a.channels) continue;
-      Moments total;
+      Moments total{0.f, 0.f, 0.f};
       for (int y = 0; y < 8; ++y) {
         if constexpr (Backward) {
           total.mean += shared[0][y][at];
           total.squares += shared[1][y][at];
         } else {
-          total.merge({shared[0][y][at], shared[1][y][at], shared[2][y][at]});
+          total = merged(total, {shared[0][y][at], shared[1][y][at], shared[2][y][at]});
         }
       }
       finish(a, b, chunk, c, total.mean, Backward ? total.squares * a.rstd[b * a.groups + c / a.group_channels] : total.squares);
@@ -217,8 +212,7 @@ __device__ __forceinline__ void line_sums(const GroupNormArguments& a) {
     }
     if (threadIdx.x == 0) finish(a, b, chunk, c, sum.p, sum.q * a.rstd[group]);
   } else {
-    Moments total = sum.d.moments();
-    total.merge_warp();
+    const Moments total = merged_warp(sum.d.moments());
     if (threadIdx.x == 0) finish(a, b, chunk, c, total.mean, total.squares);
   }
 }
@@ -246,18 +240,18 @@ static __global__ void __launch_bounds__(kThreads) group_norm_statistics_kernel(
   __shared__ Moments warps[kThreads / 32];
   const int64_t group = blockIdx.x, b = group / a.groups, begin = group % a.groups * a.group_channels;
   const int64_t entries = a.chunks * a.group_channels;
-  Moments total;
+  Moments total{0.f, 0.f, 0.f};
   for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
     const int64_t chunk = i / a.group_channels, c = begin + i % a.group_channels;
     const float* at = a.partial + (b * a.chunks + chunk) * 2 * a.channels + c;
     const int64_t left = a.pixels - chunk * a.chunk_pixels;
-    total.merge({static_cast<float>(left < a.chunk_pixels ? left : a.chunk_pixels), at[0], at[a.channels]});
+    total = merged(total, {static_cast<float>(left < a.chunk_pixels ? left : a.chunk_pixels), at[0], at[a.channels]});
   }
-  total.merge_warp();
+  total = merged_warp(total);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
   __syncthreads();
   total = warps[0];
-  for (int warp = 1; warp < kThreads / 32; ++warp) total.merge(warps[warp]);
+  for (int warp = 1; warp < kThreads / 32; ++warp) total = merged(total, warps[warp]);
   const float rstd = adaln_rstd(total.squares, a.group_channels * a.pixels, a.eps);
   if (threadIdx.x == 0) {
     a.mean[group] = total.mean;
@@ -309,8 +303,8 @@ static __global__ void __launch_bounds__(kThreads) group_norm_backward_groups_ke
   const float size = static_cast<float>(a.group_channels * a.pixels), rstd = a.rstd[group];
   for (int64_t c = begin + threadIdx.x; c < begin + a.group_channels; c += kThreads) {
     float* row = a.rows + (b * 5 + 3) * a.channels + c;
-    row[0] = means[0] / size * rstd;
-    row[a.channels] = means[1] / size * rstd * rstd;
+    row[0] = __fdividef(means[0], size) * rstd;
+    row[a.channels] = __fdividef(means[1], size) * rstd * rstd;
   }
 }
 

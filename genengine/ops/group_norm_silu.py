@@ -106,9 +106,10 @@ def _check_pair(op, x, pair, symbols, shape):
 
 def reference_group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, channels_last):
     x = _channels_first(x, channels_last)
-    grouped = _wide(x).reshape(x.shape[0], num_groups, -1)  # (B, G, C / G * S)
-    mean = grouped.mean(-1)
-    rstd = 1 / torch.sqrt((grouped - mean[:, :, None]).square().mean(-1) + eps)
+    grouped = _grouped(_wide(x), num_groups)
+    size = max(grouped.shape[-1], 1)  # nothing has mean 0
+    mean = grouped.sum(-1) / size
+    rstd = 1 / torch.sqrt((grouped - mean[:, :, None]).square().sum(-1) / size + eps)
     x_hat = _normalise(x, mean, rstd)
     v = _modulate(x_hat, weight, bias, scale, shift)
     y = F.silu(v) if silu else v
@@ -132,7 +133,7 @@ def reference_group_norm_silu_backward(
         dv = dv * s * (1 + v * (1 - s))
     du = dv if scale is None else dv * (1 + _row(scale))
     g = du if weight is None else du * _column(weight)
-    grouped = lambda t: t.reshape(x.shape[0], num_groups, -1)  # noqa: E731
+    grouped = lambda t: _grouped(t, num_groups)  # noqa: E731
     mean_g = grouped(g).mean(-1, keepdim=True)
     mean_gx = grouped(g * x_hat).mean(-1, keepdim=True)
     dx = (rstd[:, :, None] * (grouped(g) - mean_g - grouped(x_hat) * mean_gx)).view(x.shape)
@@ -147,8 +148,13 @@ def reference_group_norm_silu_backward(
     )
 
 
+def _grouped(x, num_groups):
+    batch, channels, size = x.shape
+    return x.reshape(batch, num_groups, channels // num_groups * size)
+
+
 def _normalise(x, mean, rstd):
-    grouped = _wide(x).reshape(*mean.shape, -1)
+    grouped = _grouped(_wide(x), mean.shape[1])
     return ((grouped - mean[:, :, None]) * rstd[:, :, None]).view(x.shape)
 
 
@@ -201,7 +207,9 @@ def _save(ctx, inputs, output):
 
 def _grads(ops, ctx, grad_y, grad_mean, grad_rstd):
     saved = ctx.saved_tensors
-    _check.no_grad_needed("group_norm_silu_backward", (grad_y, *saved), "it is differentiable once: drop create_graph=True")
+    _check.no_grad_needed(
+        "group_norm_silu_backward", (grad_y, *saved), "it is differentiable once: drop create_graph=True"
+    )
     flags = (ctx.num_groups, ctx.silu, ctx.channels_last)
     dx, *rest = ops.group_norm_silu_backward(grad_y, *saved, *flags)
     given = (None if tensor is None else grad for tensor, grad in zip(saved[1:5], rest, strict=True))

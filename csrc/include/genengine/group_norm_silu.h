@@ -28,11 +28,20 @@ GENENGINE_HD float group_norm_v(float x, float mean, const GroupNormFold& fold) 
   return multiply_add(x - mean, fold.gain, fold.offset);
 }
 
-GENENGINE_HD float silu(float v) { return v * sigmoid(v); }
+// On the device two roundings instead of a division's subroutine, whose calls spill.
+GENENGINE_HD float fast_sigmoid(float v) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.f, 1.f + exponential(-v));
+#else
+  return sigmoid(v);
+#endif
+}
+
+GENENGINE_HD float silu(float v) { return v * fast_sigmoid(v); }
 
 // d silu(v) / dv
 GENENGINE_HD float silu_slope(float v) {
-  const float s = sigmoid(v);
+  const float s = fast_sigmoid(v);
   return s * multiply_add(v, 1.f - s, 1.f);
 }
 
