@@ -5,7 +5,7 @@
 namespace genengine {
 namespace {
 
-constexpr int64_t kGroupThreads = 512, kGroupElements = 32;  // the largest group that a block holds
+constexpr int64_t kGroupThreads = 512, kGroupElements = 16;  // the largest group that a block holds
 
 // One call: its arguments but for the outputs, and whether 16-byte accesses are possible.
 struct Call {
@@ -31,7 +31,8 @@ struct Call {
     }
     a.rows = rows.mutable_data_ptr<float>();
     a.batch = in.batch, a.channels = in.channels, a.pixels = in.pixels;
-    a.groups = in.groups, a.group_channels = in.channels / in.groups;
+    a.groups = static_cast<int>(in.groups), a.group_channels = static_cast<int>(in.channels / in.groups);
+    STD_TORCH_CHECK(in.channels < (int64_t{1} << 31), in.op, ": C must be below 2^31");
   }
 
   void require_here() const {
@@ -43,7 +44,10 @@ struct Call {
 
   void divide() {
     a.chunk_pixels = in.by_pixel ? kChunkPixels : kChunkLine;
-    a.chunks = (in.pixels + a.chunk_pixels - 1) / a.chunk_pixels;
+    const int64_t chunks = (in.pixels + a.chunk_pixels - 1) / a.chunk_pixels;
+    STD_TORCH_CHECK(chunks * (in.batch > a.group_channels ? in.batch : a.group_channels) < (int64_t{1} << 31), in.op,
+                    ": too many pixels for one launch");
+    a.chunks = static_cast<int>(chunks);
     partial = torch::stable::new_empty(in.x, {in.batch, a.chunks, 2, in.channels}, ScalarType::Float);
     a.partial = partial.mutable_data_ptr<float>();
   }
@@ -161,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   call.a.dshift = out.dshift.mutable_data_ptr();
   call.a.silu = silu;
   call.divide();
-  launcher.run<group_norm_rows_kernel>(grid_over(in.batch * in.channels), call.a);
+  launcher.run<group_norm_rows_kernel>(call.blocks((in.batch * in.channels + kThreads - 1) / kThreads), call.a);
   call.sums<true>();
   launcher.run<group_norm_backward_groups_kernel>(call.blocks(in.batch * in.groups), call.a);
   if (in.weight) launcher.run<group_norm_backward_parameters_kernel>(grid_over(in.channels), call.a);

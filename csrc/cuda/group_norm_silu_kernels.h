@@ -27,7 +27,8 @@ struct GroupNormArguments {
   float* rows;         // (B, 5, C): mean, gain, offset, and of the backward rstd mean(g), rstd^2 mean(g x^)
   float* sums;         // (B, 2, C): sum(dv), sum(dv x^)
   void *dweight, *dbias, *dscale, *dshift;
-  int64_t batch, channels, pixels, groups, group_channels, chunks, chunk_pixels;
+  int64_t batch, channels, pixels;
+  int groups, group_channels, chunks, chunk_pixels;  // 32 bits: a division of 64 is a call, and calls spill
   float eps;
   bool silu;
 };
@@ -41,6 +42,11 @@ __device__ __forceinline__ void set_element(Type type, void* to, int64_t i, floa
   if (type == Type::f32) static_cast<float*>(to)[i] = value;
   if (type == Type::f16) static_cast<__half*>(to)[i] = narrow<__half>(value);
   if (type == Type::bf16) static_cast<__nv_bfloat16*>(to)[i] = narrow<__nv_bfloat16>(value);
+}
+
+// Within two units in the last place, and without the calls of an exact root and division.
+__device__ __forceinline__ float group_norm_rstd(float squares, int64_t size, float eps) {
+  return rsqrtf(__fdividef(squares, static_cast<float>(size)) + eps);
 }
 
 __device__ __forceinline__ GroupNormFold fold(const GroupNormArguments& a, int64_t b, int64_t c, float rstd) {
@@ -128,8 +134,9 @@ __device__ __forceinline__ void column_sums(const GroupNormArguments& a) {
   using Sum = std::conditional_t<Backward, GradientSum, MomentSum>;
   __shared__ float shared[3][8][32 * V];
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x) * V;
-  for (int64_t task = blockIdx.y; task < a.batch * a.chunks; task += gridDim.y) {
-    const int64_t b = task / a.chunks, chunk = task - b * a.chunks, first = chunk * kChunkPixels;
+  const int tasks = static_cast<int>(a.batch) * a.chunks;
+  for (int task = blockIdx.y; task < tasks; task += gridDim.y) {
+    const int64_t b = task / a.chunks, chunk = task % a.chunks, first = chunk * kChunkPixels;
     const int64_t last = first + kChunkPixels < a.pixels ? first + kChunkPixels : a.pixels;
     Sum sums[V];
     if (column < a.channels) {
@@ -175,7 +182,7 @@ __device__ __forceinline__ void column_sums(const GroupNormArguments& a) {
           total = merged(total, {shared[0][y][at], shared[1][y][at], shared[2][y][at]});
         }
       }
-      finish(a, b, chunk, c, total.mean, Backward ? total.squares * a.rstd[b * a.groups + c / a.group_channels] : total.squares);
+      finish(a, b, chunk, c, total.mean, Backward ? total.squares * a.rstd[b * a.groups + static_cast<int>(c) / a.group_channels] : total.squares);
     }
     __syncthreads();
   }
@@ -189,7 +196,7 @@ __device__ __forceinline__ void line_sums(const GroupNormArguments& a) {
   if (task >= a.batch * a.chunks * a.channels) return;  // a whole warp
   const int64_t c = task % a.channels, chunk = task / a.channels % a.chunks, b = task / a.channels / a.chunks;
   const int64_t first = chunk * a.chunk_pixels, end = first + a.chunk_pixels;
-  const int64_t last = end < a.pixels ? end : a.pixels, group = b * a.groups + c / a.group_channels;
+  const int64_t last = end < a.pixels ? end : a.pixels, group = b * a.groups + static_cast<int>(c) / a.group_channels;
   float mean = 0.f;
   GroupNormFold folded{};
   if constexpr (Backward) {
@@ -238,10 +245,11 @@ __global__ void __launch_bounds__(kThreads) group_norm_sums_single(const __grid_
 
 static __global__ void __launch_bounds__(kThreads) group_norm_statistics_kernel(const __grid_constant__ GroupNormArguments a) {
   __shared__ Moments warps[kThreads / 32];
-  const int64_t group = blockIdx.x, b = group / a.groups, begin = group % a.groups * a.group_channels;
-  const int64_t entries = a.chunks * a.group_channels;
+  const int group = static_cast<int>(blockIdx.x);
+  const int64_t b = group / a.groups, begin = static_cast<int64_t>(group % a.groups) * a.group_channels;
+  const int entries = a.chunks * a.group_channels;
   Moments total{0.f, 0.f, 0.f};
-  for (int64_t i = threadIdx.x; i < entries; i += kThreads) {
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
     const int64_t chunk = i / a.group_channels, c = begin + i % a.group_channels;
     const float* at = a.partial + (b * a.chunks + chunk) * 2 * a.channels + c;
     const int64_t left = a.pixels - chunk * a.chunk_pixels;
@@ -252,7 +260,7 @@ static __global__ void __launch_bounds__(kThreads) group_norm_statistics_kernel(
   __syncthreads();
   total = warps[0];
   for (int warp = 1; warp < kThreads / 32; ++warp) total = merged(total, warps[warp]);
-  const float rstd = adaln_rstd(total.squares, a.group_channels * a.pixels, a.eps);
+  const float rstd = group_norm_rstd(total.squares, a.group_channels * a.pixels, a.eps);
   if (threadIdx.x == 0) {
     a.mean[group] = total.mean;
     a.rstd[group] = rstd;
@@ -264,14 +272,15 @@ static __global__ void __launch_bounds__(kThreads) group_norm_statistics_kernel(
 static __global__ void __launch_bounds__(kThreads) group_norm_rows_kernel(const __grid_constant__ GroupNormArguments a) {
   const int64_t i = item_index();
   if (i >= a.batch * a.channels) return;
-  const int64_t b = i / a.channels, c = i % a.channels, group = b * a.groups + c / a.group_channels;
+  const int64_t b = i / a.channels, c = i % a.channels, group = b * a.groups + static_cast<int>(c) / a.group_channels;
   write_rows(a, b, c, a.mean[group], a.rstd[group]);
 }
 
 // A warp adds up the chunks of one channel at a time.
 static __global__ void __launch_bounds__(kThreads) group_norm_backward_groups_kernel(const __grid_constant__ GroupNormArguments a) {
   __shared__ float slots[kMaxWarps][2];
-  const int64_t group = blockIdx.x, b = group / a.groups, begin = group % a.groups * a.group_channels;
+  const int group = static_cast<int>(blockIdx.x);
+  const int64_t b = group / a.groups, begin = static_cast<int64_t>(group % a.groups) * a.group_channels;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float means[2] = {0.f, 0.f};
   for (int64_t c = begin + warp; c < begin + a.group_channels; c += kThreads / 32) {
@@ -401,7 +410,8 @@ __global__ void GENENGINE_BOUNDS group_norm_apply_single(const __grid_constant__
 template <class T, int V, int Items>
 __global__ void __launch_bounds__(512) group_norm_group_vectorised(const __grid_constant__ GroupNormArguments a) {
   __shared__ float slots[2][kMaxWarps][1];
-  const int64_t group = blockIdx.x, b = group / a.groups, begin = group % a.groups * a.group_channels;
+  const int group = static_cast<int>(blockIdx.x);
+  const int64_t b = group / a.groups, begin = static_cast<int64_t>(group % a.groups) * a.group_channels;
   const int size = static_cast<int>(a.group_channels * a.pixels), pixels = static_cast<int>(a.pixels);
   const T* from = static_cast<const T*>(a.x) + b * a.x_batch + begin * a.pixels;
   float x[V * Items], sum[1] = {0.f}, squares[1] = {0.f};
@@ -420,7 +430,7 @@ __global__ void __launch_bounds__(512) group_norm_group_vectorised(const __grid_
     }
   });
   team_sum(squares, slots[1]);
-  const float rstd = adaln_rstd(squares[0], size, a.eps);
+  const float rstd = group_norm_rstd(squares[0], size, a.eps);
   if (threadIdx.x == 0) {
     a.mean[group] = mean;
     a.rstd[group] = rstd;

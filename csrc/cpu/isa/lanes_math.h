@@ -74,7 +74,8 @@ GENENGINE_INLINE Lanes held(float value) {
 }
 
 // sigmoid(v) and v sigmoid(v) by e^-v = 2^n 2^f, |f| <= 1/2, with a minimax polynomial for 2^f: of degree 6 (relative error
-// 2e-9, its rounding, and 1e-8 |v|: in a sum of many terms a bias would add up), Rough of degree 3 (8e-5). To be made outside of the loop that uses it.
+// 2e-9, its rounding, and 1e-8 |v|: in a sum of many terms a bias would add up), Rough of degree 3 (8e-5).
+// To be made outside of the loop that uses it.
 template <bool Rough>
 struct Sigmoid {
   static constexpr int kDegree = Rough ? 3 : 6;
