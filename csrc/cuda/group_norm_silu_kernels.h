@@ -233,11 +233,11 @@ __device__ __forceinline__ void chunk_sums(const GroupNormArguments& a) {
 }
 
 template <class T, int V, bool Last, bool Backward>
-__global__ void __launch_bounds__(kThreads) group_norm_sums_vectorised(const __grid_constant__ GroupNormArguments a) {
+__global__ void GENENGINE_BOUNDS group_norm_sums_vectorised(const __grid_constant__ GroupNormArguments a) {
   chunk_sums<T, V, Last, Backward>(a);
 }
 template <class T, bool Last, bool Backward>
-__global__ void __launch_bounds__(kThreads) group_norm_sums_single(const __grid_constant__ GroupNormArguments a) {
+__global__ void GENENGINE_BOUNDS group_norm_sums_single(const __grid_constant__ GroupNormArguments a) {
   chunk_sums<T, 1, Last, Backward>(a);
 }
 
