@@ -1,5 +1,6 @@
-// genengine/functions.h on sixteen elements: with AVX-512's own instructions where they are shorter, else lane by lane in a
-// loop that the compiler vectorises.
+// Elementary functions of sixteen floats at once: genengine/functions.h with AVX-512's own instructions where they are
+// shorter (else lane by lane, in a loop that the compiler vectorises), and sigmoids for loops that are bound by them.
+// Results may differ in the last places between instruction sets.
 #pragma once
 #include "genengine/functions.h"
 
@@ -11,15 +12,28 @@ namespace GENENGINE_ISA {
 GENENGINE_INLINE Lanes splat(float value) { return zero_lanes() + value; }
 
 GENENGINE_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+  for (int i = 0; i < kParts; ++i) {
 #if defined(__AVX512F__)
-  return {{(Native)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0])}};
+    a.part[i] = (Native)_mm512_fmadd_ps((__m512)a.part[i], (__m512)b.part[i], (__m512)c.part[i]);
+#elif defined(__FMA__)
+    a.part[i] = (Native)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
 #else
-  for (int i = 0; i < kParts; ++i)
-    for (int j = 0; j < kNative; ++j) a.part[i][j] = genengine::multiply_add(a.part[i][j], b.part[i][j], c.part[i][j]);
+    a.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+  }
   return a;
+}
+
+GENENGINE_INLINE Lanes multiply_add(float a, Lanes b, Lanes c) { return multiply_add(splat(a), b, c); }
+
+// a b - c
+GENENGINE_INLINE Lanes multiply_subtract(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return {{(Native)_mm512_fmsub_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0])}};
+#else
+  return multiply_add(a, b, zero_lanes() - c);
 #endif
 }
-GENENGINE_INLINE Lanes multiply_add(float a, Lanes b, Lanes c) { return multiply_add(splat(a), b, c); }
 
 GENENGINE_INLINE Lanes at_least(Lanes a, float bound) {
   for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] < bound ? Native{} + bound : a.part[i];
@@ -51,6 +65,77 @@ GENENGINE_INLINE Lanes exponential(Lanes x) {
   return load(v);
 #endif
 }
+
+// 2^n p for whole n; n is held as the low bits of `shifted` = n + 1.5 2^23.
+GENENGINE_INLINE Lanes scale_by_power(Lanes p, [[maybe_unused]] Lanes shifted, [[maybe_unused]] Lanes n) {
+#if defined(__AVX512F__)
+  p.part[0] = (Native)_mm512_maskz_scalef_ps(0xffff, (__m512)p.part[0], (__m512)n.part[0]);
+#else
+  for (int i = 0; i < kParts; ++i) p.part[i] = (Native)((NativeBits)p.part[i] + ((NativeBits)shifted.part[i] << 23));
+#endif
+  return p;
+}
+
+// Bounded to +-limit where the instruction set has no scaling that saturates; NaN may become anything.
+GENENGINE_INLINE Lanes bounded(Lanes v, [[maybe_unused]] float limit) {
+#if !defined(__AVX512F__)
+  for (int i = 0; i < kParts; ++i) {
+    const Native low = Native{} - limit, high = Native{} + limit;
+    const NativeBits above = (NativeBits)(v.part[i] > high), below = (NativeBits)(v.part[i] < low);
+    const NativeBits kept = (NativeBits)v.part[i] & ~above & ~below;
+    v.part[i] = (Native)(kept | ((NativeBits)high & above) | ((NativeBits)low & below));
+  }
+#endif
+  return v;
+}
+
+// a / d for d >= 1. Rough: 14 bits where the instruction set has them, enough for a result that is rounded to 16.
+template <bool Rough>
+GENENGINE_INLINE Lanes over(Lanes a, Lanes d) {
+#if defined(__AVX512F__)
+  if (Rough) return a * Lanes{{(Native)_mm512_maskz_rcp14_ps(0xffff, (__m512)d.part[0])}};
+#endif
+  for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] / d.part[i];
+  return a;
+}
+
+// A constant that the compiler keeps in a register across a loop, where there are registers enough: left to itself g++
+// reads it from memory each time, and a core with one 64-byte load per cycle then waits for its loads.
+GENENGINE_INLINE Lanes held(float value) {
+  Lanes lanes = splat(value);
+#if defined(__AVX512F__)
+  asm("" : "+v"(lanes.part[0]));
+#endif
+  return lanes;
+}
+
+// sigmoid(v) and v sigmoid(v) by e^-v = 2^n 2^f, |f| <= 1/2, with a minimax polynomial for 2^f: of degree 6 (relative error
+// 2e-9, its rounding, and 1e-8 |v|: in a sum of many terms a bias would add up), Rough of degree 3 (8e-5).
+// To be made outside of the loop that uses it.
+template <bool Rough>
+struct Sigmoid {
+  static constexpr int kDegree = Rough ? 3 : 6;
+  Lanes magic = held(12582912.f), minus_log2e = held(-1.44269504f), one = held(1.f), polynomial[kDegree + 1];
+
+  GENENGINE_INLINE Sigmoid() {
+    constexpr float rough[] = {9.99928057e-1f, 6.93260968e-1f, 2.42611125e-1f, 5.51716685e-2f};
+    constexpr float fine[] = {1.f,            6.93147182e-1f, 2.40226462e-1f, 5.55032864e-2f,
+                              9.61848907e-3f, 1.33999309e-3f, 1.53458124e-4f};
+#pragma GCC unroll 7
+    for (int i = 0; i <= kDegree; ++i) polynomial[i] = held(Rough ? rough[i] : fine[i]);
+  }
+
+  GENENGINE_INLINE Lanes one_plus_exp_minus(Lanes v) const {
+    const Lanes x = bounded(v, 87.f), shifted = multiply_add(x, minus_log2e, magic), n = shifted - magic;
+    const Lanes f = multiply_subtract(x, minus_log2e, n);
+    Lanes p = polynomial[kDegree];
+#pragma GCC unroll 6
+    for (int i = kDegree - 1; i >= 0; --i) p = multiply_add(f, p, polynomial[i]);
+    return scale_by_power(p, shifted, n) + one;
+  }
+  GENENGINE_INLINE Lanes silu(Lanes v) const { return over<Rough>(v, one_plus_exp_minus(v)); }
+  GENENGINE_INLINE Lanes operator()(Lanes v) const { return over<Rough>(one, one_plus_exp_minus(v)); }
+};
 
 }  // namespace GENENGINE_ISA
 }  // namespace genengine
