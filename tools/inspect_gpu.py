@@ -171,7 +171,7 @@ def run(command: list[str]) -> str:
 
 
 def binary(name: str) -> str:
-    """cuobjdump, nvdisasm or ptxas: those that Triton ships, else the CUDA toolkit's."""
+    """cuobjdump or nvdisasm: those that Triton ships, else the CUDA toolkit's."""
     spec = importlib.util.find_spec("triton")
     shipped = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec else Path(name)
     path = str(shipped) if shipped.exists() else shutil.which(name)
@@ -235,11 +235,13 @@ def wgmma_log(ptx: str, arch: int) -> str:
     """What ptxas says of a kernel with wgmma: Triton discards its warnings."""
     if "wgmma" not in ptx:
         return ""
+    from triton.backends.nvidia.compiler import get_ptxas  # Triton ships two: the one that reads this PTX
+
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         output = str(source.with_suffix(".cubin"))
-        return run([binary("ptxas"), "-v", f"-arch=sm_{arch}a", str(source), "-o", output])
+        return run([get_ptxas(arch).path, "-v", f"-arch=sm_{arch}a", str(source), "-o", output])
 
 
 def check_triton(module: str, index: int, arch: int) -> list[Check]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,7 +11,8 @@ import torch
 class Case:
     """One call of a dispatcher op: `args`, and which of them the op writes; exact: bits must equal the reference's.
 
-    large: slow where kernels are interpreted. dtypes: of the state and of the rest.
+    large: slow where kernels are interpreted. dtypes: of the state and of the rest. slack: {output: error allowed
+    beyond the rule}.
     """
 
     label: str
@@ -20,6 +21,7 @@ class Case:
     exact: bool = False
     large: bool = False
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    slack: dict[int, float] = field(default_factory=dict)
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
