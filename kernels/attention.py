@@ -25,29 +25,38 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # it would multiply
 
 
 @triton.jit
-def _tile(base, row, token, limit, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
-    """Columns FIRST .. FIRST + WIDTH of some rows, zero from DIM on and, if CHECK, from row `limit` on."""
-    column = FIRST + tl.arange(0, WIDTH)
-    at = base + row.to(tl.int64)[:, None] * token + column[None, :]
+def _tile(
+    base, first, token, limit, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST .. FIRST + WIDTH of BLOCK rows, zero from DIM on and, if CHECK, from row `limit` on.
+
+    The tile's own offsets are 32-bit, for registers' sake; where it begins is 64-bit.
+    """
+    row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
+    at = base + tl.cast(first, tl.int64) * token + (row * token + column)
     if CHECK:
         if FIRST + WIDTH > DIM:
-            return tl.load(at, mask=(row[:, None] < limit) & (column[None, :] < DIM), other=0.0)
+            return tl.load(at, mask=(first + row < limit) & (column < DIM), other=0.0)
         else:
-            return tl.load(at, mask=row[:, None] < limit, other=0.0)
+            return tl.load(at, mask=first + row < limit, other=0.0)
     else:
         if FIRST + WIDTH > DIM:
-            return tl.load(at, mask=column[None, :] < DIM, other=0.0)
+            return tl.load(at, mask=column < DIM, other=0.0)
         else:
             return tl.load(at)
 
 
 @triton.jit
-def _rows(base, row, token, limit, DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHECK: tl.constexpr):
-    """The two parts of some rows; without a TAIL the second is the first, and unused."""
-    head = _tile(base, row, token, limit, DIM, 0, HEAD, CHECK)
+def _rows(
+    base, first, token, limit, DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """The two parts of BLOCK rows; without a TAIL the second is the first, and unused."""
+    head = _tile(base, first, token, limit, DIM, 0, HEAD, BLOCK, CHECK)
     tail = head
     if TAIL > 0:
-        tail = _tile(base, row, token, limit, DIM, HEAD, TAIL, CHECK)
+        tail = _tile(base, first, token, limit, DIM, HEAD, TAIL, BLOCK, CHECK)
     return head, tail
 
 
@@ -101,7 +110,7 @@ def _attend(
     """The online softmax over the keys first .. last: unnormalised o, the sum and the largest exponent (base 2)."""
     for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_M)
-        k, k_tail = _rows(k_at, key, k_token, keys, DIM, HEAD, TAIL, MASKED)
+        k, k_tail = _rows(k_at, start, k_token, keys, DIM, HEAD, TAIL, BLOCK_M, MASKED)
         s = _products(q, q_tail, k, k_tail, TAIL)
         if MASKED:
             seen = key[None, :] < keys
@@ -116,7 +125,7 @@ def _attend(
         o = o * shrink[:, None]
         if TAIL > 0:
             o_tail = o_tail * shrink[:, None]
-        v, v_tail = _rows(v_at, key, v_token, keys, DIM, HEAD, TAIL, MASKED)
+        v, v_tail = _rows(v_at, start, v_token, keys, DIM, HEAD, TAIL, BLOCK_M, MASKED)
         o, o_tail = _accumulate(o, o_tail, p, v, v_tail, TAIL)
     return o, o_tail, total, largest
 
@@ -141,8 +150,8 @@ def attention_kernel(
     q_at = q_ptr + (b * q_batch + h * q_head) * UNIT
     k_at = k_ptr + (b * k_batch + h * k_head) * UNIT
     v_at = v_ptr + (b * v_batch + h * v_head) * UNIT
-    q, q_tail = _rows(q_at, row, q_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, True)
-    k_row, v_row = k_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
+    q, q_tail = _rows(q_at, block * BLOCK_N, q_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    k_row, v_row = k_token * UNIT, v_token * UNIT
     o = tl.zeros([BLOCK_N, HEAD], tl.float32)
     o_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -179,11 +188,12 @@ def attention_delta_kernel(
     """delta = sum over D of grad_o o, of BLOCK_N queries of one head."""
     index = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = index // heads, index % heads
-    row = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     grad_at = grad_ptr + (b * grad_batch + h * grad_head) * UNIT
     o_at = o_ptr + (b * o_batch + h * o_head) * UNIT
-    grad, grad_tail = _rows(grad_at, row, grad_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, True)
-    o, o_tail = _rows(o_at, row, o_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, True)
+    grad, grad_tail = _rows(grad_at, block * BLOCK_N, grad_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    o, o_tail = _rows(o_at, block * BLOCK_N, o_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
     delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     if TAIL > 0:
         delta += tl.sum(grad_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
@@ -192,7 +202,7 @@ def attention_delta_kernel(
 
 @triton.jit
 def _over_queries(
-    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_at, grad_at, lse_at, delta_at, key, first, last, queries, keys,
+    dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_at, grad_at, lse_at, delta_at, key, first, last, queries,
     q_token, grad_token, scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -201,13 +211,13 @@ def _over_queries(
     for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_N)
         inside = row < queries
-        q, q_tail = _rows(q_at, row, q_token, queries, DIM, HEAD, TAIL, MASKED)
-        grad, grad_tail = _rows(grad_at, row, grad_token, queries, DIM, HEAD, TAIL, MASKED)
+        q, q_tail = _rows(q_at, start, q_token, queries, DIM, HEAD, TAIL, BLOCK_N, MASKED)
+        grad, grad_tail = _rows(grad_at, start, grad_token, queries, DIM, HEAD, TAIL, BLOCK_N, MASKED)
         lse = tl.load(lse_at + row, mask=inside, other=0.0) if MASKED else tl.load(lse_at + row)
         delta = tl.load(delta_at + row, mask=inside, other=0.0) if MASKED else tl.load(delta_at + row)
         p = tl.exp2(_products(k, k_tail, q, q_tail, TAIL) * scale - (lse * _LOG2_E)[None, :])
         if MASKED:
-            seen = inside[None, :] & (key < keys)[:, None]
+            seen = inside[None, :]
             if CAUSAL:
                 seen = seen & (key[:, None] <= row[None, :])
             p = tl.where(seen, p, 0.0)
@@ -238,14 +248,14 @@ def attention_dkdv_kernel(
     k_at = k_ptr + (b * k_batch + h * k_head) * UNIT
     v_at = v_ptr + (b * v_batch + h * v_head) * UNIT
     lse_at, delta_at = lse_ptr + index * queries, delta_ptr + index * queries
-    q_row, grad_row = q_token.to(tl.int64) * UNIT, grad_token.to(tl.int64) * UNIT
-    k, k_tail = _rows(k_at, key, k_token.to(tl.int64) * UNIT, keys, DIM, HEAD, TAIL, True)
-    v, v_tail = _rows(v_at, key, v_token.to(tl.int64) * UNIT, keys, DIM, HEAD, TAIL, True)
+    q_row, grad_row = q_token * UNIT, grad_token * UNIT
+    k, k_tail = _rows(k_at, block * BLOCK_M, k_token * UNIT, keys, DIM, HEAD, TAIL, BLOCK_M, True)
+    v, v_tail = _rows(v_at, block * BLOCK_M, v_token * UNIT, keys, DIM, HEAD, TAIL, BLOCK_M, True)
     dk = tl.zeros([BLOCK_M, HEAD], tl.float32)
     dv = tl.zeros([BLOCK_M, HEAD], tl.float32)
     dk_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
     dv_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
-    # Rows of keys that do not exist are computed, and not written: only queries need masks.
+    # A key that does not exist makes a row that is not written: only queries need masks.
     first = block * BLOCK_M // BLOCK_N * BLOCK_N if CAUSAL else 0
     free = tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N if CAUSAL else 0  # from here on no mask ...
     end = queries // BLOCK_N * BLOCK_N  # ... up to here
@@ -253,15 +263,15 @@ def attention_dkdv_kernel(
     if CAUSAL:
         dk, dk_tail, dv, dv_tail = _over_queries(
             dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_at, grad_at, lse_at, delta_at, key, first, free, queries,
-            keys, q_row, grad_row, scale, CAUSAL, True, DIM, HEAD, TAIL, BLOCK_N, 1,
+            q_row, grad_row, scale, CAUSAL, True, DIM, HEAD, TAIL, BLOCK_N, 1,
         )  # fmt: skip
     dk, dk_tail, dv, dv_tail = _over_queries(
         dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_at, grad_at, lse_at, delta_at, key, free, end, queries,
-        keys, q_row, grad_row, scale, CAUSAL, False, DIM, HEAD, TAIL, BLOCK_N, STAGES,
+        q_row, grad_row, scale, CAUSAL, False, DIM, HEAD, TAIL, BLOCK_N, STAGES,
     )  # fmt: skip
     dk, dk_tail, dv, dv_tail = _over_queries(
         dk, dk_tail, dv, dv_tail, k, k_tail, v, v_tail, q_at, grad_at, lse_at, delta_at, key, tl.maximum(end, first),
-        queries, queries, keys, q_row, grad_row, scale, CAUSAL, True, DIM, HEAD, TAIL, BLOCK_N, 1,
+        queries, queries, q_row, grad_row, scale, CAUSAL, True, DIM, HEAD, TAIL, BLOCK_N, 1,
     )  # fmt: skip
     token = heads.to(tl.int64) * DIM
     offset = b * keys * token + h * DIM
@@ -278,8 +288,8 @@ def _over_keys(
     """dq / scale of a block of queries, summed over the keys first .. last."""
     for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_M)
-        k, k_tail = _rows(k_at, key, k_token, keys, DIM, HEAD, TAIL, MASKED)
-        v, v_tail = _rows(v_at, key, v_token, keys, DIM, HEAD, TAIL, MASKED)
+        k, k_tail = _rows(k_at, start, k_token, keys, DIM, HEAD, TAIL, BLOCK_M, MASKED)
+        v, v_tail = _rows(v_at, start, v_token, keys, DIM, HEAD, TAIL, BLOCK_M, MASKED)
         p = tl.exp2(_products(q, q_tail, k, k_tail, TAIL) * scale - lse[:, None])
         if MASKED:
             seen = key[None, :] < keys
@@ -313,9 +323,9 @@ def attention_dq_kernel(
     q_at = q_ptr + (b * q_batch + h * q_head) * UNIT
     k_at = k_ptr + (b * k_batch + h * k_head) * UNIT
     v_at = v_ptr + (b * v_batch + h * v_head) * UNIT
-    k_row, v_row = k_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
-    q, q_tail = _rows(q_at, row, q_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, True)
-    grad, grad_tail = _rows(grad_at, row, grad_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, True)
+    k_row, v_row = k_token * UNIT, v_token * UNIT
+    q, q_tail = _rows(q_at, block * BLOCK_N, q_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    grad, grad_tail = _rows(grad_at, block * BLOCK_N, grad_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
     inside = row < queries
     lse = tl.load(lse_ptr + index * queries + row, mask=inside, other=0.0) * _LOG2_E
     delta = tl.load(delta_ptr + index * queries + row, mask=inside, other=0.0)
@@ -339,20 +349,27 @@ def attention_dq_kernel(
 
 # ---- launch configurations -----------------------------------------------------------------------------------------
 
-# (BLOCK_N queries, BLOCK_M keys, warps, stages) by HEAD + TAIL columns (at most that many), in 16 and 32 bits.
+# (BLOCK_N queries, BLOCK_M keys, warps, stages) by the HEAD + TAIL columns they serve (at most that many), for 16-bit
+# inputs on GPUs whose products run asynchronously on whole tiles (Hopper, data-centre Blackwell), on all others (whose
+# programs may have 99 KB of shared memory), and for 32-bit inputs. The largest tiles that compile without spills and
+# whose products are not serialised, as `tools/inspect_gpu.py` sees it; none was timed.
 FORWARD = {
-    16: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    32: {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "wgmma": {128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
+    "mma": {64: (128, 64, 8, 3), 96: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "fp32": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
+# At 256 columns dk and dv of 64 keys, the fewest that Hopper's products take, fill the registers: mma there, too.
 DKDV = {
-    16: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-    32: {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    "wgmma": {64: (64, 128, 8, 2), 80: (64, 64, 8, 2), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
+    "mma": {80: (32, 128, 8, 2), 96: (32, 64, 8, 1), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "fp32": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 DQ = {
-    16: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-    32: {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "wgmma": {128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "mma": {80: (64, 64, 8, 2), 96: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "fp32": {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
-DELTA_ROWS, DELTA_WARPS = 64, 4
+DELTA_ROWS, DELTA_WARPS = 32, 4
 
 
 def split(dim):
@@ -365,11 +382,18 @@ def split(dim):
     return (head, tail) if tail < head else (whole, 0)
 
 
-def config(table, dtype, dim):
-    """The launch of one kernel for one head dim."""
+def family(q):
+    """Which of a table's columns the launches of q take."""
+    if q.dtype == torch.float32:
+        return "fp32"
+    hopper = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return "wgmma" if hopper else "mma"
+
+
+def config(table, kind, dim):
+    """(BLOCK_N, BLOCK_M, warps, stages) of one kernel for one head dim."""
     columns = sum(split(dim))
-    by_columns = table[16 if dtype.itemsize == 2 else 32]
-    return by_columns[min(size for size in by_columns if size >= columns)]
+    return table[kind][min(size for size in table[kind] if size >= columns)]
 
 
 # ---- launchers: the ops' own signatures ----------------------------------------------------------------------------
@@ -382,7 +406,7 @@ def attention(q, k, v, causal, scale):
     if q.numel() == 0:
         return o, lse
     unit, (q, k, v), strides = _in_units(q, k, v)
-    block_n, block_m, num_warps, stages = config(FORWARD, q.dtype, dim)
+    block_n, block_m, num_warps, stages = config(FORWARD, family(q), dim)
     head, tail = split(dim)
     blocks = triton.cdiv(queries, block_n)
     with torch.cuda.device_of(q):
@@ -418,7 +442,7 @@ def attention_backward(grad_o, q, k, v, o, lse, causal, scale):
             (DKDV, attention_dkdv_kernel, keys, (dk, dv)),
             (DQ, attention_dq_kernel, queries, (dq,)),
         ):
-            block_n, block_m, num_warps, stages = config(table, q.dtype, dim)
+            block_n, block_m, num_warps, stages = config(table, family(q), dim)
             blocks = triton.cdiv(count, block_m if table is DKDV else block_n)
             kernel[(batch * heads * blocks,)](
                 *inputs, *outputs, blocks, *sizes, CAUSAL=causal, **shared, BLOCK_N=block_n, BLOCK_M=block_m,
@@ -429,42 +453,55 @@ def attention_backward(grad_o, q, k, v, o, lse, causal, scale):
 
 def _in_units(*tensors):
     """(UNIT, tensors, strides): batch, token and head strides in units of at most 16 bytes that divide them all."""
-    tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
+    tensors = [t if _readable(t) else t.contiguous() for t in tensors]
     strides = [0 if t.shape[i] == 1 else t.stride(i) for t in tensors for i in range(3)]
     unit = math.gcd(16 // tensors[0].element_size(), *strides)
     return unit, tensors, [stride // unit for stride in strides]
 
 
+def _readable(tensor):
+    """Rows in one piece, and a tile of at most 128 of them within 32-bit offsets."""
+    return (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) and tensor.stride(1) < 2**24
+
+
 # ---- what `make inspect` compiles ahead of time --------------------------------------------------------------------
 
-_HALF_DIMS, _OTHERS = (64, 72, 128), ((torch.bfloat16, 96), (torch.bfloat16, 256), (torch.float32, 64))
+_ARCHS = {"wgmma": (90, 100), "mma": (80,), "fp32": (80, 90, 100)}
+_DIMS = {"wgmma": (64, 72, 96, 128, 256), "mma": (64, 72, 96, 128, 256), "fp32": (64, 128, 256)}
 
 
 def variants():
-    half = [(torch.bfloat16, dim, causal) for dim in _HALF_DIMS for causal in (False, True)]
-    others = [(dtype, dim, False) for dtype, dim in (*_OTHERS, (torch.float32, 256))]
-    return [variant for case in (*half, *others) for variant in _variants(*case)]
+    found = []
+    for kind, dims in _DIMS.items():
+        for dim in dims:
+            for causal in (False, True) if kind != "fp32" and dim != 256 else (False,):
+                found += _variants(kind, dim, causal)
+    return found
 
 
-def _variants(dtype, dim, causal):
+def _variants(kind, dim, causal):
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     head, tail = split(dim)
     shared = {"UNIT": 16 // dtype.itemsize, "DIM": dim, "HEAD": head, "TAIL": tail}
-    label = f"{DTYPE_NAMES[dtype]}_{dim}{'_causal' if causal else ''}"
+    label = f"{kind}_{dim}{'_causal' if causal else ''}"
     for name, kernel, table in (
         ("attention", attention_kernel, FORWARD),
         ("attention_dkdv", attention_dkdv_kernel, DKDV),
         ("attention_dq", attention_dq_kernel, DQ),
     ):
-        block_n, block_m, num_warps, stages = config(table, dtype, dim)
+        block_n, block_m, num_warps, stages = config(table, kind, dim)
         constexprs = {**shared, "CAUSAL": causal, "BLOCK_N": block_n, "BLOCK_M": block_m, "STAGES": stages}
-        needs = ("HGMMA",) if dtype.itemsize == 2 else ()
-        yield _variant(f"{name}_{label}", kernel, dtype, constexprs, num_warps, stages, False, needs)
+        found = _variant(f"{name}_{label}", kernel, dtype, constexprs, num_warps, stages)
+        wgmma = kind == "wgmma" and (dim <= 128 or table is FORWARD)
+        yield found | {"streaming": False, "needs": ("HGMMA",) if wgmma else (), "archs": _ARCHS[kind]}
     if not causal:
         constexprs = {**shared, "BLOCK_N": DELTA_ROWS}
-        yield _variant(f"attention_delta_{label}", attention_delta_kernel, dtype, constexprs, DELTA_WARPS, 1, True, ())
+        yield _variant(f"attention_delta_{label}", attention_delta_kernel, dtype, constexprs, DELTA_WARPS, 1) | {
+            "archs": _ARCHS[kind]
+        }
 
 
-def _variant(name, kernel, dtype, constexprs, num_warps, num_stages, streaming, needs):
+def _variant(name, kernel, dtype, constexprs, num_warps, num_stages):
     kind = lambda argument: (  # noqa: E731
         "constexpr" if argument in constexprs
         else "*fp32" if argument in ("lse_ptr", "delta_ptr")
@@ -482,6 +519,4 @@ def _variant(name, kernel, dtype, constexprs, num_warps, num_stages, streaming, 
         "num_warps": num_warps,
         "num_stages": num_stages,
         "enable_fp_fusion": True,
-        "streaming": streaming,
-        "needs": needs,
     }

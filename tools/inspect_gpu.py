@@ -10,8 +10,8 @@ kernel. Registers, shared memory, DEPBAR per HGMMA (above 0.25 the products are 
 per element (static: rare paths count too) are recorded, not judged.
 
 What a Triton variant may say beside what its compilation needs: "streaming": False, "needs": ["HGMMA", ...],
-"elements": elements per program. What a CUDA unit may say, in a comment line, of the kernels whose name
-contains NAME:
+"elements": elements per program, "archs": [90, ...] where its launch configuration is used. What a CUDA unit
+may say, in a comment line, of the kernels whose name contains NAME:
     // inspect: NAME [streaming] [needs=HGMMA,UTMALDG] [elements=4]          elements per thread
 A CUDA kernel with "vectorised" in its name is streaming. Exit status: 0 if all checks passed, else 1.
 """
@@ -347,7 +347,8 @@ def plan(arguments) -> tuple[list[tuple], list[Check]]:
             failed.append(Check("triton", module, "any", [("variants", "no variants()")]))
         for index, variant in enumerate(variants):
             if chosen(module, variant["name"]):
-                jobs += [(check_triton, module, index, arch) for arch in wanted or TRITON_ARCHS]
+                archs = [arch for arch in wanted or TRITON_ARCHS if arch in variant.get("archs", (arch,))]
+                jobs += [(check_triton, module, index, arch) for arch in archs]
     return jobs, failed
 
 

@@ -37,7 +37,7 @@ def attention(
     (only an innermost stride other than 1 costs a copy). D in 1..256.
     causal: query i sees keys 0..i (M = N needed). scale: in 1e-30 .. 1e30, default 1 / sqrt(D).
     return_lse: also return the log-sum-exp, which is not differentiable. backend: see `genengine.backend`; "cpu" is
-    torch's own kernel, "cuda" does not exist yet.
+    torch's own kernel (which takes a NaN in q for an o of zeros), "cuda" does not exist yet.
     dtypes: all float32, float16, bfloat16 or float64, alike. Sums are float32; 16-bit kernels round the weights to the
     inputs' dtype before the product with v. Differentiable once in q, k and v; the gradients are deterministic.
 

@@ -26,7 +26,7 @@ def tensors(generator, device, dtype, queries, keys, dim, batch=2, heads=3):
 
 
 def roundings(q, k, v, grad_o, causal, scale):
-    """What each output may err in float32 beyond a multiple of eager's error, which over a few keys is a matter of luck.
+    """What each output may err in float32 beyond a multiple of eager's error, over a few keys a matter of luck.
 
     A score errs by s_err = eps scale |q|.|k|, and so does lse; a weight by s_err times itself; ds = p (dp - delta) by
     eps |grad_o|.|v| where dp and delta cancel. Those errors, through the products that follow.

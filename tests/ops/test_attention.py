@@ -74,11 +74,18 @@ def test_against_float64(backend, dtype, dim):
             check(backend, *tensors, causal, [None, 0.3, 1.5][index % 3])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize(("queries", "keys", "causal"), [(150, 150, True), (130, 270, False), (270, 130, False)])
-def test_several_blocks_under_triton(dtype, queries, keys, causal):
+@pytest.mark.triton
+@pytest.mark.parametrize("blocks", [(16, 16), (16, 32), (32, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(33, 33, True), (64, 64, True), (17, 90, False), (90, 17, False), (48, 64, False)]
+)
+def test_any_blocks(blocks, queries, keys, causal, monkeypatch):
+    """Blocks of queries longer and shorter than those of keys, and sizes that they divide and do not."""
     device = skip_unless_available("attention", "triton")
-    check("triton", *make(1, queries, keys, 1, 72, dtype, device), causal)
+    from genengine.kernels import attention as kernels
+
+    monkeypatch.setattr(kernels, "config", lambda *where: (*blocks, 4, 1))
+    check("triton", *make(1, queries, keys, 1, 24, F32, device), causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -127,9 +134,13 @@ def test_large_scores_do_not_overflow(backend):
 def test_nan_stays_in_its_query(backend):
     device = skip_unless_available("attention", backend)
     q, k, v, _ = (t.clone() for t in make(1, 5, 5, 2, 8, F32, device))
+    whole = attention(q, k, v, backend=backend)
     q[0, 3, 1, 0] = float("nan")
     o = attention(q, k, v, backend=backend)
-    assert o[0, 3, 1].isnan().all() and o.isnan().sum() == 8
+    changed = o[0, 3, 1].clone()
+    assert (changed == 0).all() if backend == "cpu" else changed.isnan().all()  # torch's own kernel gives zeros
+    o[0, 3, 1] = whole[0, 3, 1]
+    assert torch.equal(o, whole)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:3])
