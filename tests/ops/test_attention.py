@@ -263,7 +263,7 @@ def test_opcheck(namespace, kind, name):
     skip_unless_available(name, BACKEND_OF[namespace])
     q, k, v, grad_o = (laid_out(t, kind) for t in make(0 if kind == "empty" else 2, 4, 6))
     if kind == "empty":  # opcheck cannot copy an empty view of an empty tensor
-        q, k, v = (t.contiguous() for t in (q, k, v))
+        q, k, v = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
     args = (q, k, v, False, 0.5)
     if name == "attention_backward":
         if kind == "requires_grad":
