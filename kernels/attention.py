@@ -29,17 +29,14 @@ def _tile(
     base, first, token, limit, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST .. FIRST + WIDTH of BLOCK rows, zero from DIM on and, if CHECK, from row `limit` on.
-
-    The tile's own offsets are 32-bit, for registers' sake; where it begins is 64-bit.
-    """
-    row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
-    at = base + tl.cast(first, tl.int64) * token + (row * token + column)
+    """Columns FIRST .. FIRST + WIDTH of BLOCK rows, zero from DIM on and, if CHECK, from row `limit` on."""
+    row, column = first + tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None, :]
+    at = base + row.to(tl.int64) * token + column
     if CHECK:
         if FIRST + WIDTH > DIM:
-            return tl.load(at, mask=(first + row < limit) & (column < DIM), other=0.0)
+            return tl.load(at, mask=(row < limit) & (column < DIM), other=0.0)
         else:
-            return tl.load(at, mask=first + row < limit, other=0.0)
+            return tl.load(at, mask=row < limit, other=0.0)
     else:
         if FIRST + WIDTH > DIM:
             return tl.load(at, mask=column < DIM, other=0.0)
@@ -150,8 +147,8 @@ def attention_kernel(
     q_at = q_ptr + (b * q_batch + h * q_head) * UNIT
     k_at = k_ptr + (b * k_batch + h * k_head) * UNIT
     v_at = v_ptr + (b * v_batch + h * v_head) * UNIT
-    q, q_tail = _rows(q_at, block * BLOCK_N, q_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
-    k_row, v_row = k_token * UNIT, v_token * UNIT
+    q, q_tail = _rows(q_at, block * BLOCK_N, q_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    k_row, v_row = k_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
     o = tl.zeros([BLOCK_N, HEAD], tl.float32)
     o_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -192,8 +189,10 @@ def attention_delta_kernel(
     row = block * BLOCK_N + tl.arange(0, BLOCK_N)
     grad_at = grad_ptr + (b * grad_batch + h * grad_head) * UNIT
     o_at = o_ptr + (b * o_batch + h * o_head) * UNIT
-    grad, grad_tail = _rows(grad_at, block * BLOCK_N, grad_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
-    o, o_tail = _rows(o_at, block * BLOCK_N, o_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    grad, grad_tail = _rows(
+        grad_at, block * BLOCK_N, grad_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True
+    )
+    o, o_tail = _rows(o_at, block * BLOCK_N, o_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
     delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     if TAIL > 0:
         delta += tl.sum(grad_tail.to(tl.float32) * o_tail.to(tl.float32), 1)
@@ -248,9 +247,9 @@ def attention_dkdv_kernel(
     k_at = k_ptr + (b * k_batch + h * k_head) * UNIT
     v_at = v_ptr + (b * v_batch + h * v_head) * UNIT
     lse_at, delta_at = lse_ptr + index * queries, delta_ptr + index * queries
-    q_row, grad_row = q_token * UNIT, grad_token * UNIT
-    k, k_tail = _rows(k_at, block * BLOCK_M, k_token * UNIT, keys, DIM, HEAD, TAIL, BLOCK_M, True)
-    v, v_tail = _rows(v_at, block * BLOCK_M, v_token * UNIT, keys, DIM, HEAD, TAIL, BLOCK_M, True)
+    q_row, grad_row = q_token.to(tl.int64) * UNIT, grad_token.to(tl.int64) * UNIT
+    k, k_tail = _rows(k_at, block * BLOCK_M, k_token.to(tl.int64) * UNIT, keys, DIM, HEAD, TAIL, BLOCK_M, True)
+    v, v_tail = _rows(v_at, block * BLOCK_M, v_token.to(tl.int64) * UNIT, keys, DIM, HEAD, TAIL, BLOCK_M, True)
     dk = tl.zeros([BLOCK_M, HEAD], tl.float32)
     dv = tl.zeros([BLOCK_M, HEAD], tl.float32)
     dk_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], tl.float32)
@@ -323,9 +322,11 @@ def attention_dq_kernel(
     q_at = q_ptr + (b * q_batch + h * q_head) * UNIT
     k_at = k_ptr + (b * k_batch + h * k_head) * UNIT
     v_at = v_ptr + (b * v_batch + h * v_head) * UNIT
-    k_row, v_row = k_token * UNIT, v_token * UNIT
-    q, q_tail = _rows(q_at, block * BLOCK_N, q_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
-    grad, grad_tail = _rows(grad_at, block * BLOCK_N, grad_token * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    k_row, v_row = k_token.to(tl.int64) * UNIT, v_token.to(tl.int64) * UNIT
+    q, q_tail = _rows(q_at, block * BLOCK_N, q_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True)
+    grad, grad_tail = _rows(
+        grad_at, block * BLOCK_N, grad_token.to(tl.int64) * UNIT, queries, DIM, HEAD, TAIL, BLOCK_N, True
+    )
     inside = row < queries
     lse = tl.load(lse_ptr + index * queries + row, mask=inside, other=0.0) * _LOG2_E
     delta = tl.load(delta_ptr + index * queries + row, mask=inside, other=0.0)
@@ -362,12 +363,12 @@ FORWARD = {
 DKDV = {
     "wgmma": {64: (64, 128, 8, 2), 80: (64, 64, 8, 2), 128: (32, 128, 8, 1), 256: (32, 32, 8, 1)},
     "mma": {80: (32, 128, 8, 2), 96: (32, 64, 8, 1), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-    "fp32": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "fp32": {64: (32, 64, 8, 1), 256: (16, 16, 8, 1)},
 }
 DQ = {
     "wgmma": {128: (128, 64, 8, 2), 256: (32, 32, 8, 2)},
     "mma": {80: (64, 64, 8, 2), 96: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "fp32": {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "fp32": {64: (64, 32, 8, 1), 256: (16, 16, 8, 1)},
 }
 DELTA_ROWS, DELTA_WARPS = 32, 4
 
@@ -453,15 +454,10 @@ def attention_backward(grad_o, q, k, v, o, lse, causal, scale):
 
 def _in_units(*tensors):
     """(UNIT, tensors, strides): batch, token and head strides in units of at most 16 bytes that divide them all."""
-    tensors = [t if _readable(t) else t.contiguous() for t in tensors]
+    tensors = [t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors]
     strides = [0 if t.shape[i] == 1 else t.stride(i) for t in tensors for i in range(3)]
     unit = math.gcd(16 // tensors[0].element_size(), *strides)
     return unit, tensors, [stride // unit for stride in strides]
-
-
-def _readable(tensor):
-    """Rows in one piece, and a tile of at most 128 of them within 32-bit offsets."""
-    return (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) and tensor.stride(1) < 2**24
 
 
 # ---- what `make inspect` compiles ahead of time --------------------------------------------------------------------
