@@ -69,7 +69,7 @@ DIMS = [1, 8, 16, 40, 64, 72, 80, 96, 128, 160, 192, 256]
 def test_against_float64(backend, dtype, dim):
     device = skip_unless_available("attention", backend)
     for index, (queries, keys, causal) in enumerate(SHAPES):
-        if backend == "cpu" or (index + DIMS.index(dim) + DTYPES.index(dtype)) % 3 == 0:  # each meets each in turn
+        if backend == "cpu" or (index + DIMS.index(dim) + 2 * DTYPES.index(dtype)) % 7 == 0:  # the interpreter is slow
             tensors = make(1, queries, keys, 2, dim, dtype, device)
             check(backend, *tensors, causal, [None, 0.3, 1.5][index % 3])
 
