@@ -37,10 +37,8 @@ def test_env(capsys):
     assert status == 0 and "sampler_step" in out and "runs on" in out
     status, out, _ = run("env", "--json", capsys=capsys)
     report = json.loads(out)
-    assert report["ops"]["attention"]["cpu"] == {
-        "default": "reference",
-        "unavailable": {b: f"attention has no {b} kernel" for b in ("cpu", "triton", "cuda")},
-    }
+    attention = report["ops"]["attention"]["cpu"]
+    assert attention["default"] == "cpu" and attention["unavailable"]["cuda"] == "attention has no cuda kernel"
 
 
 def test_verify_writes_verdicts(tmp_path, monkeypatch, capsys):

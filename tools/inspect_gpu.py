@@ -10,8 +10,8 @@ kernel. Registers, shared memory, DEPBAR per HGMMA (above 0.25 the products are 
 per element (static: rare paths count too) are recorded, not judged.
 
 What a Triton variant may say beside what its compilation needs: "streaming": False, "needs": ["HGMMA", ...],
-"elements": elements per program. What a CUDA unit may say, in a comment line, of the kernels whose name
-contains NAME:
+"elements": elements per program, "archs": [90, ...] where its launch configuration is used. What a CUDA unit
+may say, in a comment line, of the kernels whose name contains NAME:
     // inspect: NAME [streaming] [needs=HGMMA,UTMALDG] [elements=4]          elements per thread
 A CUDA kernel with "vectorised" in its name is streaming. Exit status: 0 if all checks passed, else 1.
 """
@@ -171,7 +171,7 @@ def run(command: list[str]) -> str:
 
 
 def binary(name: str) -> str:
-    """cuobjdump, nvdisasm or ptxas: those that Triton ships, else the CUDA toolkit's."""
+    """cuobjdump or nvdisasm: those that Triton ships, else the CUDA toolkit's."""
     spec = importlib.util.find_spec("triton")
     shipped = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec else Path(name)
     path = str(shipped) if shipped.exists() else shutil.which(name)
@@ -235,11 +235,13 @@ def wgmma_log(ptx: str, arch: int) -> str:
     """What ptxas says of a kernel with wgmma: Triton discards its warnings."""
     if "wgmma" not in ptx:
         return ""
+    from triton.backends.nvidia.compiler import get_ptxas  # Triton ships two: the one that reads this PTX
+
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         output = str(source.with_suffix(".cubin"))
-        return run([binary("ptxas"), "-v", f"-arch=sm_{arch}a", str(source), "-o", output])
+        return run([get_ptxas(arch).path, "-v", f"-arch=sm_{arch}a", str(source), "-o", output])
 
 
 def check_triton(module: str, index: int, arch: int) -> list[Check]:
@@ -345,7 +347,8 @@ def plan(arguments) -> tuple[list[tuple], list[Check]]:
             failed.append(Check("triton", module, "any", [("variants", "no variants()")]))
         for index, variant in enumerate(variants):
             if chosen(module, variant["name"]):
-                jobs += [(check_triton, module, index, arch) for arch in wanted or TRITON_ARCHS]
+                archs = [arch for arch in wanted or TRITON_ARCHS if arch in variant.get("archs", (arch,))]
+                jobs += [(check_triton, module, index, arch) for arch in archs]
     return jobs, failed
 
 

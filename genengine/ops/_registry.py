@@ -68,12 +68,14 @@ def define(
     setup_context: Callable | None = None,
     module: str,
     kernels: tuple[str, ...] = ("cpu", "triton", "cuda"),
+    cpu: Callable | None = None,
 ) -> Op:
     """Define one op in all three namespaces.
 
     schema: "name(Tensor x, ...) -> Tensor". reference: the eager specification. fake: shapes and dtypes only.
     backward(ops, ctx, *grads): gradients, calling other ops through `ops`, the namespace the forward ran in.
     module: the op file this belongs to; its Triton kernels are looked up in `genengine.kernels.<module>`.
+    kernels: the backends it is to have kernels for. cpu: the CPU kernel, where that is torch's own and not C++ of ours.
     """
     name = schema[: schema.index("(")]
     for namespace, library in _LIBRARIES.items():
@@ -87,6 +89,8 @@ def define(
             torch.library.register_autograd(
                 qualified, _bind_namespace(name, backward, ops), setup_context=setup_context, lib=library
             )
+    if cpu is not None:
+        _LIBRARIES["genengine"].impl(name, cpu, "CPU")
     op = Op(name, module, kernels)
     for backend, namespace in NAMESPACES.items():
         op.overloads[backend] = getattr(getattr(torch.ops, namespace), name).default
@@ -155,9 +159,9 @@ def _build_reason(path: Path) -> str:
 def backend(name: str | None) -> Iterator[None]:
     """Run every op of the block on one backend: "reference", "cpu", "triton" or "cuda" (None: the automatic choice).
 
-    A named backend never falls back: an op that it cannot run raises RuntimeError, saying what is missing. Only ops
-    that have no kernels of any kind (attention) run as they do without the context, so that whole models can run in it.
-    Process-wide, not per thread.
+    A named backend never falls back: an op that it cannot run raises RuntimeError, saying what is missing. Only an op
+    that by design has no kernel of that kind (attention has none in CUDA C++) runs as it does without the context, so
+    that whole models can run in it. Process-wide, not per thread.
     """
     global _forced
     _check_name("backend", name)
@@ -201,10 +205,10 @@ _kernel_reasons: dict[tuple[str, str], str | None] = {}
 def _look_for_kernel(op_name, name):
     from genengine.ops import EXTENSION
 
-    if not EXTENSION.loaded:
-        return EXTENSION.reason
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"genengine::{op_name}", name.upper()):
         return None
+    if not EXTENSION.loaded:
+        return EXTENSION.reason
     return f"the extension {EXTENSION.path} was built without {name.upper()} kernels (GENENGINE_CUDA=ON adds them)"
 
 
@@ -231,21 +235,31 @@ def _look_for_triton(device_type):
 
 
 def resolve(op: Op, device: torch.device, dtype: torch.dtype, name: str | None = None):
-    """The overload that will run `op` for tensors of this device and dtype.
+    """The overload that will run `op` for tensors of this device and dtype, on the backend that `choose` names.
 
-    name: a backend asked for by the caller; None takes the enclosing `backend(...)` block's if the op has kernels, else
-    the fastest that is verified on the device. Raises RuntimeError if a named backend cannot run, and so does what is
-    returned where forward-mode AD hands it a tangent.
+    It raises RuntimeError where forward-mode AD hands it a tangent.
     """
-    if name is None and op.kernels:
-        name = _forced
+    return overload(op, choose(op, device, dtype, name))
+
+
+def choose(op: Op, device: torch.device, dtype: torch.dtype, name: str | None = None) -> str:
+    """The name of the backend that will run `op` for tensors of this device and dtype.
+
+    name: a backend asked for by the caller; None takes the enclosing `backend(...)` block's if the op is to have such a
+    kernel, else the fastest that is verified on the device. Raises RuntimeError if a named backend cannot run.
+    """
+    name = name or named(op)
     if name is None:
-        name = automatic(op, device, dtype)
-    else:
-        _check_name(op.name, name)
-        if reason := why_not(op, name, device.type, dtype):
-            raise RuntimeError(f"{op.public}: backend {name!r} cannot run here: {reason}")
-    return overload(op, name)
+        return automatic(op, device, dtype)
+    _check_name(op.name, name)
+    if reason := why_not(op, name, device.type, dtype):
+        raise RuntimeError(f"{op.public}: backend {name!r} cannot run here: {reason}")
+    return name
+
+
+def named(op: Op) -> str | None:
+    """The backend that the enclosing `backend(...)` block names for this op."""
+    return _forced if _forced in ("reference", *op.kernels) else None
 
 
 def overload(op: Op, name: str):
