@@ -275,9 +275,9 @@ def _refuse_tangents(op_name, args):
 
 
 def with_backward(op: Op) -> tuple[Op, ...]:
-    """The op, and the backward op if it has one: its gradients run on the forward's backend, so both must be right."""
+    """The op, its backward op, and that one's: gradients run on the forward's backend, so all must be right."""
     backward = OPS.get(f"{op.name}_backward")
-    return (op,) if backward is None else (op, backward)
+    return (op,) if backward is None else (op, *with_backward(backward))
 
 
 def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:
