@@ -7,7 +7,12 @@ namespace genengine {
 namespace GENENGINE_ISA {
 namespace {
 
-// body(task, first, count, column) for the tiles of a task, column being the first element's in its row. Tiles of a row
+template <class T>
+constexpr bool kIsBFloat = false;
+template <>
+constexpr bool kIsBFloat<BFloat> = true;
+
+// body(first, count, column) for the tiles of a task, column being the first element's in its row. Tiles of a row
 // are of one size but for the last.
 template <class Body>
 GENENGINE_INLINE void each_tile(const BiasedRows& rows, int64_t task, Body body) {
@@ -44,26 +49,45 @@ struct Along {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// Scaled: gain or clamp do something.
-template <Activation A, bool Rounded, bool Scaled>
-void value_tile(float* y, const float* x, const float* bias, int64_t count, BiasActOptions o) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float u = x[i] + bias[i];
-    y[i] = Scaled ? bias_act_value<A, Rounded>(u, o) : activate<A, Rounded>(u, o.alpha);
-  }
+// f of sixteen elements in registers: the compiler turns the loop into vector instructions, and v into none.
+template <class F>
+GENENGINE_INLINE Lanes lanewise(Lanes x, const float* bias, F f) {
+  float v[kLanes];
+  store(v, x);
+  for (int i = 0; i < kLanes; ++i) v[i] = f(v[i] + bias[i]);
+  return load(v);
 }
 
-template <Activation A, bool Rounded, bool Scaled>
+// Scaled: gain or clamp do something. Stream: y is aligned for it.
+template <Activation A, bool Scaled, bool Stream, class T>
+void value_tile(T* y, const T* x, const float* bias, int64_t count, BiasActOptions o) {
+  constexpr bool kRounded = kIsBFloat<T>;
+  const auto f = [o](float u) __attribute__((always_inline)) {
+    return Scaled ? bias_act_value<A, kRounded>(u, o) : activate<A, kRounded>(u, o.alpha);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Lanes v = lanewise(load(x + i), bias + i, f);
+    if constexpr (Stream)
+      stream(y + i, v);
+    else
+      store(y + i, v);
+  }
+  for (int64_t end = i + tail(count); i < end; ++i) from_float(y[i], f(to_float(x[i]) + bias[i]));
+}
+
+template <Activation A, bool Scaled, class T>
 void forward(const BiasActForward& op, int64_t begin, int64_t end) {
-  alignas(64) float x[kTile], y[kTile];
-  const bool in_place = op.type == Type::f32 && !op.stream;
+  T* y = static_cast<T*>(op.y);
   for (int64_t task = begin; task < end; ++task) {
     const Along bias(op.rows, op.rows.bias, task);
     each_tile(op.rows, task, [&](int64_t first, int64_t count, int64_t column) __attribute__((always_inline)) {
-      const float* from = load_tile(op.x, op.type, first, count, x);
-      float* to = in_place ? static_cast<float*>(op.y) + first : y;
-      value_tile<A, Rounded, Scaled>(to, from, bias.at(column), count, op.options);
-      if (!in_place) store_tile(op.y, op.type, first, count, y, op.stream);
+      const T* x = static_cast<const T*>(op.x) + first;
+      const bool aligned = reinterpret_cast<uintptr_t>(y + first) % (kLanes * sizeof(T)) == 0;
+      if (op.stream && aligned)
+        value_tile<A, Scaled, true>(y + first, x, bias.at(column), count, op.options);
+      else
+        value_tile<A, Scaled, false>(y + first, x, bias.at(column), count, op.options);
     });
   }
   if (op.stream) fence();
@@ -150,12 +174,12 @@ GENENGINE_INLINE void with_activation(Activation activation, Body body) {
 void bias_act_forward(const BiasActForward& op, int64_t begin, int64_t end) {
   with_activation(op.activation, [&](auto tag) {
     constexpr Activation A = decltype(tag)::kActivation;
-    constexpr bool kShorter = A == Activation::gelu || A == Activation::gelu_tanh;  // has a form of its own for 16 bits
-    const bool rounded = op.type != Type::f32, scaled = op.options.gain != 1.f || op.options.clamp == op.options.clamp;
-    if (rounded && kShorter)
-      scaled ? forward<A, kShorter, true>(op, begin, end) : forward<A, kShorter, false>(op, begin, end);
-    else
-      scaled ? forward<A, false, true>(op, begin, end) : forward<A, false, false>(op, begin, end);
+    const bool scaled = op.options.gain != 1.f || op.options.clamp == op.options.clamp;
+    switch (op.type) {
+      case Type::f32: return scaled ? forward<A, true, float>(op, begin, end) : forward<A, false, float>(op, begin, end);
+      case Type::f16: return scaled ? forward<A, true, Half>(op, begin, end) : forward<A, false, Half>(op, begin, end);
+      case Type::bf16: return scaled ? forward<A, true, BFloat>(op, begin, end) : forward<A, false, BFloat>(op, begin, end);
+    }
   });
 }
 

@@ -1,16 +1,17 @@
 // Activation functions of one float with their first and second derivatives, for host and device: of bias_act and glu.
 //
-//   activate<A, Rounded>(u, alpha)    act(u); Rounded: for a result that is then rounded to 16 bits
-//   activate_slope<A>(u, alpha)       act'(u): 0 at the kink of relu, alpha at that of lrelu
+//   activate<A, Rounded>(u, alpha)    act(u); Rounded: for a result that is then rounded to bfloat16
+//   activate_slope<A>(u, alpha)       act'(u): at the kinks of relu and lrelu the derivative from below
 //   activate_curvature<A>(u, alpha)   act''(u)
 //
 // Branch-free, so that a loop over a tile vectorises; NaN stays NaN. FLOPs of act and act', a fused multiply-add counted as
-// two: relu 1, 1; silu 25, 29; gelu 40 (Rounded 32), 43; gelu_tanh 38 (Rounded 32), 43; tanh 30, 32; sigmoid 24, 26.
+// two: relu 1, 1; silu 22, 27; gelu 43 (Rounded 29), 46; gelu_tanh 41 (Rounded 29), 46; tanh 38, 40; sigmoid 21, 23.
 //
 // Both GELUs are u Phi(u) with Phi(-u) = 1 - Phi(u), so gelu(u) = relu(u) - a Q(a) with a = |u| and Q = 1 - Phi, and
-// gelu'(u) = 1 - D(a) above 0, D(a) below, with D = Q - a phi. Q and D fall from 1/2 to nothing within a few units: they
-// are (cut - a) times a minimax polynomial in a - centre, exactly 0 from `cut` on, without exponential or division.
-// Errors of Q: 1.4e-7, of D 2.7e-7; Rounded 1.4e-6.
+// gelu'(u) = 1 - D(a) above 0, D(a) below, with D = Q - a phi. Q and D fall from 1/2 to nothing within a few units: a
+// polynomial of minimax error gives them, made so that they are 1/2 at 0 and exactly 0 from `cut` on, without exponential
+// or division. Errors with float32 arithmetic: Q 1.2e-7, D 1.2e-7; Rounded: a Q errs by at most 0.2 units in the last place
+// of bfloat16, or 2e-6.
 #pragma once
 #include "genengine/functions.h"
 
@@ -32,62 +33,71 @@ GENENGINE_HD float polynomial(float t, float c, Rest... rest) {
 
 GENENGINE_HD float at_most(float x, float limit) { return limit < x ? limit : x; }
 GENENGINE_HD float within(float x, float limit) { return at_most(-limit > x ? -limit : x, limit); }
+// |x| up to the limit, also where x is NaN: compared as integers, for which there is one instruction.
+GENENGINE_HD float magnitude(float x, float limit) {
+  const int32_t bits = as_int(x) & 0x7fffffff, bound = as_int(limit);
+  return as_float(bits < bound ? bits : bound);
+}
 GENENGINE_HD float rectified(float u) { return u < 0.f ? 0.f : u; }
 
-// ---- GELU: the upper tail of its distribution function, times a ------------------------------------------------------
+// ---- GELU ------------------------------------------------------------------------------------------------------------
 
-GENENGINE_HD float gelu_tail(float a) {
-  const float b = at_most(a, 5.5f);
-  const float r = polynomial(b - 2.f, 0.00650002295f, -0.01356884f, 0.0115494644f, -0.00441322522f, 2.36288924e-05f,
-                             0.000649873225f, -0.000198790309f, -2.37406202e-05f, 2.54522802e-05f, -2.85366104e-06f,
-                             -1.46441641e-06f, 4.20859209e-07f, 1.32443665e-08f, -1.89826928e-08f, 2.5162179e-09f,
-                             -9.16549059e-11f, 5.90420508e-13f);
-  return b * ((5.5f - b) * r);
+// (cut - b) (1 / (2 cut) + b p(b - centre)): 1/2 at 0, nothing at cut
+template <class... Coefficients>
+GENENGINE_HD float falling(float b, float cut, float centre, Coefficients... coefficients) {
+  return (cut - b) * multiply_add(b, polynomial(b - centre, coefficients...), 0.5f / cut);
 }
 
-GENENGINE_HD float gelu_tail_rounded(float a) {
-  const float b = at_most(a, 5.f);
-  const float r = polynomial(b - 2.f, 0.00758316461f, -0.0154691739f, 0.0128441798f, -0.004718896f, -8.25454335e-05f,
-                             0.000727613573f, -0.000198908834f, -3.25862238e-05f, 2.43497871e-05f, -1.52962082e-06f,
-                             -1.09546863e-06f, 1.83485028e-07f, -1.24595889e-09f);
-  return b * ((5.f - b) * r);
+GENENGINE_HD float gelu(float u) {
+  const float b = magnitude(u, 5.5f);
+  const float tail = falling(b, 5.5f, 2.5f, -0.0355356745f, 0.0121531496f, -0.00262702489f, -0.000249378296f, 0.000457902846f,
+                             -0.000152756751f, 2.36198161e-06f, 1.46639295e-05f, -4.03776676e-06f, -2.80173879e-07f,
+                             3.28923534e-07f, -3.54615111e-08f, -9.32456601e-09f, 2.08842499e-09f, -6.17801713e-11f,
+                             -3.55134563e-12f);
+  return multiply_add(-b, tail, rectified(u));
 }
 
-GENENGINE_HD float gelu_tanh_tail(float a) {
-  const float b = at_most(a, 5.25f);
-  const float r = polynomial(b - 2.f, 0.00698497007f, -0.0145892454f, 0.0121783279f, -0.00443993974f, -4.28180465e-05f,
-                             0.000633590389f, -0.000188954727f, -1.43194111e-05f, 2.20137335e-05f, -4.4517592e-06f,
-                             -7.52872438e-07f, 5.30607281e-07f, -6.19665528e-08f, -1.80457427e-08f, 5.81236481e-09f,
-                             -4.752021e-10f);
-  return b * ((5.25f - b) * r);
+GENENGINE_HD float gelu_rounded(float u) {
+  const float b = magnitude(u, 5.f);
+  const float tail = falling(b, 5.f, 2.f, -0.0462056436f, 0.0153595442f, -0.00127125648f, -0.00168209628f, 0.000793649349f,
+                             -6.68588327e-05f, -5.0510349e-05f, 1.65157708e-05f, -1.57778254e-06f);
+  return multiply_add(-b, tail, rectified(u));
 }
 
-GENENGINE_HD float gelu_tanh_tail_rounded(float a) {
-  const float b = at_most(a, 5.f);
-  const float r = polynomial(b - 2.f, 0.00756695634f, -0.0156106651f, 0.0128542669f, -0.00458733877f, -9.9179415e-05f,
-                             0.000673290982f, -0.000188959311f, -2.04130556e-05f, 2.16587559e-05f, -3.00079955e-06f,
-                             -7.32889248e-07f, 2.60144304e-07f, -2.17995879e-08f);
-  return b * ((5.f - b) * r);
+GENENGINE_HD float gelu_tanh(float u) {
+  const float b = magnitude(u, 5.25f);
+  const float tail = falling(b, 5.25f, 2.5f, -0.0372176096f, 0.0126470141f, -0.00263163145f, -0.000312546792f, 0.000464007288f,
+                             -0.000142406905f, 2.95579457e-06f, 1.14110471e-05f, -3.73908824e-06f, 2.48040209e-07f,
+                             2.27214628e-07f, -7.73002498e-08f, 1.34761147e-09f, 3.39301831e-09f, -4.60772615e-10f);
+  return multiply_add(-b, tail, rectified(u));
 }
+
+GENENGINE_HD float gelu_tanh_rounded(float u) {
+  const float b = magnitude(u, 4.75f);
+  const float tail = falling(b, 4.75f, 2.f, -0.0485020913f, 0.0158515535f, -0.00113081117f, -0.00176616933f, 0.000784514588f,
+                             -5.9220667e-05f, -4.78028232e-05f, 1.47301662e-05f, -1.33399953e-06f);
+  return multiply_add(-b, tail, rectified(u));
+}
+
+// gelu'(u) from gelu'(-|u|)
+GENENGINE_HD float mirrored(float u, float below) { return u > 0.f ? 1.f - below : u <= 0.f ? below : u; }
 
 GENENGINE_HD float gelu_slope(float u) {
-  const float b = at_most(absolute(u), 6.f);
-  const float r = polynomial(b - 2.25f, -0.0157839265f, 0.0217117108f, -0.00432738103f, -0.00934821274f, 0.00707624527f,
-                             -0.000942602463f, -0.000995853334f, 0.000450211723f, 1.65202564e-05f, -5.67582319e-05f,
-                             9.8405726e-06f, 3.37485744e-06f, -1.3377736e-06f, -3.04454666e-08f, 8.20497945e-08f,
-                             -9.56251611e-09f, -1.82492543e-09f, 5.00224639e-10f, -3.27513849e-11f);
-  const float below = (6.f - b) * r;
-  return u > 0.f ? 1.f - below : below;
+  const float b = magnitude(u, 6.f);
+  const float below = falling(b, 6.f, 2.5f, -0.0376317427f, 0.0223383028f, -0.0124878641f, 0.00375078409f, 0.000583166489f,
+                              -0.000975775591f, 0.00029259242f, 3.39089747e-05f, -4.4509623e-05f, 7.75710487e-06f,
+                              2.39858582e-06f, -1.10745702e-06f, 2.38248852e-08f, 6.29080716e-08f, -1.01691171e-08f,
+                              -1.0960215e-09f, 4.28352159e-10f, -3.20206778e-11f);
+  return mirrored(u, below);
 }
 
 GENENGINE_HD float gelu_tanh_slope(float u) {
-  const float b = at_most(absolute(u), 5.5f);
-  const float r = polynomial(b - 2.f, -0.0245997794f, 0.0237929095f, 0.00761675742f, -0.0184020791f, 0.0068828119f,
-                             0.00129118748f, -0.00154280418f, 0.0002767595f, 0.000101453414f, -6.21012441e-05f,
-                             8.64807407e-06f, 4.70599798e-06f, -2.34796312e-06f, 5.05513569e-08f, 1.99145873e-07f,
-                             -3.73058135e-08f, -5.11144371e-09f, 2.1943154e-09f, -1.83954671e-10f);
-  const float below = (5.5f - b) * r;
-  return u > 0.f ? 1.f - below : below;
+  const float b = magnitude(u, 5.5f);
+  const float below = falling(b, 5.5f, 2.5f, -0.0414238498f, 0.0250488892f, -0.0137331998f, 0.00367170852f, 0.000839962449f,
+                              -0.000965792686f, 0.000239977264f, 2.316063e-05f, -2.8043858e-05f, 8.37231983e-06f,
+                              -8.64110916e-07f, -7.98321423e-07f, 3.92075151e-07f, -1.32907396e-09f, -3.28033849e-08f,
+                              4.02618117e-09f, 1.02165476e-09f, -1.87279525e-10f);
+  return mirrored(u, below);
 }
 
 // phi(u) (2 - u^2)
@@ -111,10 +121,8 @@ GENENGINE_HD float activate(float u, [[maybe_unused]] float alpha) {
   if constexpr (A == Activation::relu) return rectified(u);
   if constexpr (A == Activation::lrelu) return u < 0.f ? alpha * u : u;
   if constexpr (A == Activation::silu) return u / (1.f + exponential_within(-u));
-  if constexpr (A == Activation::gelu)
-    return rectified(u) - (Rounded ? gelu_tail_rounded(absolute(u)) : gelu_tail(absolute(u)));
-  if constexpr (A == Activation::gelu_tanh)
-    return rectified(u) - (Rounded ? gelu_tanh_tail_rounded(absolute(u)) : gelu_tanh_tail(absolute(u)));
+  if constexpr (A == Activation::gelu) return Rounded ? gelu_rounded(u) : gelu(u);
+  if constexpr (A == Activation::gelu_tanh) return Rounded ? gelu_tanh_rounded(u) : gelu_tanh(u);
   if constexpr (A == Activation::tanh) return hyperbolic_tangent(u);
   if constexpr (A == Activation::sigmoid) return sigmoid(u);
   return u;
