@@ -1,6 +1,7 @@
 // bias_act and its backwards, a tile at a time: elements enter L1 as float32, meet their tile of biases, and leave.
 #include "cpu/bias_act_loops.h"
 
+#include "cpu/isa/span.h"
 #include "cpu/isa/tile.h"
 
 namespace genengine {
@@ -11,6 +12,12 @@ template <class T>
 constexpr bool kIsBFloat = false;
 template <>
 constexpr bool kIsBFloat<BFloat> = true;
+
+// Streaming stores need every group of sixteen elements aligned to itself.
+template <class T>
+GENENGINE_INLINE bool aligned(const T* to) {
+  return reinterpret_cast<uintptr_t>(to) % (kLanes * sizeof(T)) == 0;
+}
 
 // body(first, count, column) for the tiles of a task, column being the first element's in its row. Tiles of a row
 // are of one size but for the last.
@@ -49,31 +56,16 @@ struct Along {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// f of sixteen elements in registers: the compiler turns the loop into vector instructions, and v into none.
-template <class F>
-GENENGINE_INLINE Lanes lanewise(Lanes x, const float* bias, F f) {
-  float v[kLanes];
-  store(v, x);
-  for (int i = 0; i < kLanes; ++i) v[i] = f(v[i] + bias[i]);
-  return load(v);
-}
-
 // Scaled: gain or clamp do something. Stream: y is aligned for it.
 template <Activation A, bool Scaled, bool Stream, class T>
 void value_tile(T* y, const T* x, const float* bias, int64_t count, BiasActOptions o) {
   constexpr bool kRounded = kIsBFloat<T>;
-  const auto f = [o](float u) __attribute__((always_inline)) {
-    return Scaled ? bias_act_value<A, kRounded>(u, o) : activate<A, kRounded>(u, o.alpha);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Lanes v = lanewise(load(x + i), bias + i, f);
-    if constexpr (Stream)
-      stream(y + i, v);
-    else
-      store(y + i, v);
-  }
-  for (int64_t end = i + tail(count); i < end; ++i) from_float(y[i], f(to_float(x[i]) + bias[i]));
+  each_span(count, [&](int64_t i, auto span) __attribute__((always_inline)) {
+    const Elements u(read(x + i, span) + read(bias + i, span));
+    emit<Stream>(y + i, lanewise([&](int k) __attribute__((always_inline)) {
+      return Scaled ? bias_act_value<A, kRounded>(u[k], o) : activate<A, kRounded>(u[k], o.alpha);
+    }), span);
+  });
 }
 
 template <Activation A, bool Scaled, class T>
@@ -83,8 +75,7 @@ void forward(const BiasActForward& op, int64_t begin, int64_t end) {
     const Along bias(op.rows, op.rows.bias, task);
     each_tile(op.rows, task, [&](int64_t first, int64_t count, int64_t column) __attribute__((always_inline)) {
       const T* x = static_cast<const T*>(op.x) + first;
-      const bool aligned = reinterpret_cast<uintptr_t>(y + first) % (kLanes * sizeof(T)) == 0;
-      if (op.stream && aligned)
+      if (op.stream && aligned(y + first))
         value_tile<A, Scaled, true>(y + first, x, bias.at(column), count, op.options);
       else
         value_tile<A, Scaled, false>(y + first, x, bias.at(column), count, op.options);
@@ -95,57 +86,61 @@ void forward(const BiasActForward& op, int64_t begin, int64_t end) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-template <Activation A, bool Clamped>
-void slope_tile(float* dx, const float* grad, const float* x, const float* bias, int64_t count, BiasActOptions o) {
-  for (int64_t i = 0; i < count; ++i) dx[i] = grad[i] * bias_act_slope<A, Clamped>(x[i] + bias[i], o);
+// One tile's addresses; sums: of the row's columns, or null.
+template <class T>
+struct GradTile {
+  const T *grad, *x, *grad_dx;
+  const float *bias, *grad_dbias;
+  T *dx, *d_grad;
+  float* sums;
+};
+
+// The sum of dx.
+template <Activation A, bool Clamped, bool Second, class T>
+float grad_tile(const GradTile<T>& at, int64_t count, BiasActOptions o, bool past_caches) {
+  const auto put = [past_caches](T* to, Lanes lanes, auto span) __attribute__((always_inline)) {
+    past_caches ? emit<true>(to, lanes, span) : emit<false>(to, lanes, span);
+  };
+  Lanes total = zero_lanes();
+  each_span(count, [&](int64_t i, auto span) __attribute__((always_inline)) {
+    const Elements u(read(at.x + i, span) + read(at.bias + i, span));
+    const auto slope = [&](int k) __attribute__((always_inline)) { return bias_act_slope<A, Clamped>(u[k], o); };
+    Lanes dx;
+    if constexpr (Second) {
+      const Lanes v = read(at.grad_dx + i, span) + read(at.grad_dbias + i, span);
+      put(at.d_grad + i, v * lanewise(slope), span);
+      if constexpr (!is_curved(A)) return;
+      dx = v * read(at.grad + i, span) *
+           lanewise([&](int k) __attribute__((always_inline)) { return bias_act_curvature<A, Clamped>(u[k], o); });
+    } else {
+      dx = read(at.grad + i, span) * lanewise(slope);
+    }
+    put(at.dx + i, dx, span);
+    if (at.sums)
+      write(at.sums + i, read(at.sums + i, span) + dx, span);
+    else
+      total = total + dx;  // zeros beyond the end, where grad is read as zeros
+  });
+  return sum(total);
 }
 
-template <Activation A, bool Clamped>
-void curvature_tile(float* dx, const float* v, const float* grad, const float* x, const float* bias, int64_t count,
-                    BiasActOptions o) {
-  for (int64_t i = 0; i < count; ++i) dx[i] = v[i] * grad[i] * bias_act_curvature<A, Clamped>(x[i] + bias[i], o);
-}
-
-void add_tile(float* to, const float* from, const float* other, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i] + other[i];
-}
-
-float tile_sum(const float* values, int64_t count) {
-  Lanes sums[4] = {zero_lanes(), zero_lanes(), zero_lanes(), zero_lanes()};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) sums[k] = sums[k] + load(values + i + k * kLanes);
-  float rest = 0.f;
-  for (; i < count; ++i) rest += values[i];
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
-}
-
-template <Activation A, bool Clamped>
+template <Activation A, bool Clamped, bool Second, class T>
 void backward(const BiasActBackward& op, int64_t begin, int64_t end) {
-  alignas(64) float x[kTile], grad[kTile], v[kTile], out[kTile];
-  const bool second = op.grad_dx != nullptr, by_row = op.rows.channels > 0;
+  const bool by_row = op.rows.channels > 0, summed = op.partial != nullptr;
+  const auto in = [](const void* base, int64_t first) { return static_cast<const T*>(base) + first; };
+  const auto out = [](void* base, int64_t first) { return static_cast<T*>(base) + first; };
   for (int64_t task = begin; task < end; ++task) {
-    const Along bias(op.rows, op.rows.bias, task), grad_dbias(op.rows, second ? op.grad_dbias : op.rows.bias, task);
-    float* sums = op.partial == nullptr ? nullptr : by_row ? op.partial + task : op.partial + task * op.rows.length;
-    if (sums) memset(sums, 0, sizeof(float) * static_cast<size_t>(by_row ? 1 : op.rows.length));
+    const Along bias(op.rows, op.rows.bias, task), grad_dbias(op.rows, Second ? op.grad_dbias : op.rows.bias, task);
+    float* sums = summed && !by_row ? op.partial + task * op.rows.length : nullptr;
+    if (sums) memset(sums, 0, sizeof(float) * static_cast<size_t>(op.rows.length));
+    float total = 0.f;
     each_tile(op.rows, task, [&](int64_t first, int64_t count, int64_t column) __attribute__((always_inline)) {
-      const float* at_x = load_tile(op.x, op.type, first, count, x);
-      const float* at_bias = bias.at(column);
-      if (second) {
-        add_tile(v, load_tile(op.grad_dx, op.type, first, count, v), grad_dbias.at(column), count);
-        slope_tile<A, Clamped>(out, v, at_x, at_bias, count, op.options);
-        store_tile(op.d_grad, op.type, first, count, out, op.stream);
-        if (op.dx == nullptr) return;
-      }
-      const float* at_grad = load_tile(op.grad, op.type, first, count, grad);
-      if (second)
-        curvature_tile<A, Clamped>(out, v, at_grad, at_x, at_bias, count, op.options);
-      else
-        slope_tile<A, Clamped>(out, at_grad, at_x, at_bias, count, op.options);
-      store_tile(op.dx, op.type, first, count, out, op.stream);
-      if (sums && by_row) *sums += tile_sum(out, count);
-      if (sums && !by_row) add_tile(sums + column, sums + column, out, count);
+      const GradTile<T> at{in(op.grad, first), in(op.x, first), in(op.grad_dx, first), bias.at(column), grad_dbias.at(column),
+                           out(op.dx, first), out(op.d_grad, first), sums ? sums + column : nullptr};
+      const bool past_caches = op.stream && aligned(at.dx) && aligned(at.d_grad);
+      total += grad_tile<A, Clamped, Second>(at, count, op.options, past_caches);
     });
+    if (summed && by_row) op.partial[task] = total;
   }
   if (op.stream) fence();
 }
@@ -186,7 +181,16 @@ void bias_act_forward(const BiasActForward& op, int64_t begin, int64_t end) {
 void bias_act_backward(const BiasActBackward& op, int64_t begin, int64_t end) {
   with_activation(op.activation, [&](auto tag) {
     constexpr Activation A = decltype(tag)::kActivation;
-    op.options.clamp == op.options.clamp ? backward<A, true>(op, begin, end) : backward<A, false>(op, begin, end);
+    const bool clamped = op.options.clamp == op.options.clamp, second = op.grad_dx != nullptr;
+    const auto run = [&]<class T>(T) {
+      if (second) return backward<A, true, true, T>(op, begin, end);  // rarer: one build, that also serves without a clamp
+      clamped ? backward<A, true, false, T>(op, begin, end) : backward<A, false, false, T>(op, begin, end);
+    };
+    switch (op.type) {
+      case Type::f32: return run(float{});
+      case Type::f16: return run(Half{});
+      case Type::bf16: return run(BFloat{});
+    }
   });
 }
 
