@@ -5,6 +5,7 @@ from genengine.ops.adaln import adaln, gated_adaln
 from genengine.ops.attention import attention
 from genengine.ops.bias_act import bias_act, bias_gelu
 from genengine.ops.diffuse import diffuse
+from genengine.ops.glu import geglu, swiglu
 from genengine.ops.normal import normal, uniform
 from genengine.ops.sampler_step import advance, sampler_step
 
@@ -13,6 +14,6 @@ EXTENSION = _registry.load_extension()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "adaln", "advance", "attention", "backend", "bias_act", "bias_gelu", "diffuse", "gated_adaln", "normal",
-    "sampler_step", "uniform",
+    "EXTENSION", "adaln", "advance", "attention", "backend", "bias_act", "bias_gelu", "diffuse", "gated_adaln", "geglu",
+    "normal", "sampler_step", "swiglu", "uniform",
 ]  # fmt: skip

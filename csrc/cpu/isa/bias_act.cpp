@@ -8,11 +8,6 @@ namespace genengine {
 namespace GENENGINE_ISA {
 namespace {
 
-template <class T>
-constexpr bool kIsBFloat = false;
-template <>
-constexpr bool kIsBFloat<BFloat> = true;
-
 // Streaming stores need every group of sixteen elements aligned to itself.
 template <class T>
 GENENGINE_INLINE bool aligned(const T* to) {
@@ -98,9 +93,6 @@ struct GradTile {
 // The sum of dx.
 template <Activation A, bool Clamped, bool Second, class T>
 float grad_tile(const GradTile<T>& at, int64_t count, BiasActOptions o, bool past_caches) {
-  const auto put = [past_caches](T* to, Lanes lanes, auto span) __attribute__((always_inline)) {
-    past_caches ? emit<true>(to, lanes, span) : emit<false>(to, lanes, span);
-  };
   Lanes total = zero_lanes();
   each_span(count, [&](int64_t i, auto span) __attribute__((always_inline)) {
     const Elements u(read(at.x + i, span) + read(at.bias + i, span));
@@ -108,14 +100,14 @@ float grad_tile(const GradTile<T>& at, int64_t count, BiasActOptions o, bool pas
     Lanes dx;
     if constexpr (Second) {
       const Lanes v = read(at.grad_dx + i, span) + read(at.grad_dbias + i, span);
-      put(at.d_grad + i, v * lanewise(slope), span);
+      put(past_caches, at.d_grad + i, v * lanewise(slope), span);
       if constexpr (!is_curved(A)) return;
       dx = v * read(at.grad + i, span) *
            lanewise([&](int k) __attribute__((always_inline)) { return bias_act_curvature<A, Clamped>(u[k], o); });
     } else {
       dx = read(at.grad + i, span) * lanewise(slope);
     }
-    put(at.dx + i, dx, span);
+    put(past_caches, at.dx + i, dx, span);
     if (at.sums)
       write(at.sums + i, read(at.sums + i, span) + dx, span);
     else
@@ -144,11 +136,6 @@ void backward(const BiasActBackward& op, int64_t begin, int64_t end) {
   }
   if (op.stream) fence();
 }
-
-template <Activation A>
-struct Tag {
-  static constexpr Activation kActivation = A;
-};
 
 template <class Body>
 GENENGINE_INLINE void with_activation(Activation activation, Body body) {

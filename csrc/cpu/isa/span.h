@@ -44,6 +44,17 @@ GENENGINE_INLINE void emit(T* to, Lanes lanes, Part part) {
   write(to, lanes, part);
 }
 
+// emit, chosen at run time.
+template <class T, class Span>
+GENENGINE_INLINE void put(bool past_caches, T* to, Lanes lanes, Span span) {
+  past_caches ? emit<true>(to, lanes, span) : emit<false>(to, lanes, span);
+}
+
+template <class T>
+constexpr bool kIsBFloat = false;
+template <>
+constexpr bool kIsBFloat<BFloat> = true;
+
 // f(i) for sixteen i: the compiler makes vector instructions of the loop, and keeps the lanes in registers; but not of a
 // loop that it has unrolled before.
 template <class F>

@@ -19,6 +19,12 @@ namespace genengine {
 
 enum class Activation : int { linear, relu, lrelu, silu, gelu, gelu_tanh, tanh, sigmoid };
 
+// An activation as an argument's type.
+template <Activation A>
+struct Tag {
+  static constexpr Activation kActivation = A;
+};
+
 // Whether the second derivative is anything but zero.
 constexpr bool is_curved(Activation a) {
   return a != Activation::linear && a != Activation::relu && a != Activation::lrelu;
