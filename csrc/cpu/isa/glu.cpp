@@ -42,7 +42,6 @@ GENENGINE_INLINE void add(float* sums, Lanes lanes, auto span) { write(sums, rea
 
 template <Activation A, class T>
 void backward(const Glu& op, int64_t begin, int64_t end) {
-  constexpr bool kRounded = kIsBFloat<T>;
   const bool past_caches = streams<T>(op);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kGluChunk, last = first + kGluChunk < op.rows ? first + kGluChunk : op.rows;
@@ -59,7 +58,7 @@ void backward(const Glu& op, int64_t begin, int64_t end) {
           return glu_gate_slope<A>(gate[k], value[k]);
         });
         const Lanes d_value = grad * lanewise([&](int k) __attribute__((always_inline)) {
-          return activate<A, kRounded>(gate[k], 0.f);
+          return activate<A>(gate[k], 0.f);  // in full: sums of it are not rounded
         });
         put(past_caches, dx + g, d_gate, span);
         put(past_caches, dx + v, d_value, span);
