@@ -14,7 +14,12 @@ GAIN = math.sqrt(2)
 
 
 def benchmarks(device):
-    for dtype, approximate in ((torch.bfloat16, "none"), (torch.bfloat16, "tanh"), (torch.float32, "none"), (torch.float32, "tanh")):
+    for dtype, approximate in (
+        (torch.bfloat16, "none"),
+        (torch.bfloat16, "tanh"),
+        (torch.float32, "none"),
+        (torch.float32, "tanh"),
+    ):
         yield gelu(dtype, approximate, device)
     for dtype, backward in ((torch.float32, True), (torch.float32, False), (torch.bfloat16, True)):
         yield lrelu(dtype, backward, device)

@@ -55,8 +55,9 @@ def activate_slope(u, alpha, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         y = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF)) + u * tl.exp(-0.5 * u * u) * _DENSITY_AT_0
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid((u + u * u * u * _CUBIC) * _SCALE)
-        y = s + u * s * (1.0 - s) * (1.0 + u * u * (3.0 * _CUBIC)) * _SCALE
+        v = (u + u * u * u * _CUBIC) * _SCALE
+        s = tl.sigmoid(v)
+        y = s + u * s * tl.sigmoid(-v) * (1.0 + u * u * (3.0 * _CUBIC)) * _SCALE
     elif ACTIVATION == "tanh":
         t = _tanh(u)
         y = 1.0 - t * t
@@ -76,9 +77,10 @@ def activate_curvature(u, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         y = tl.exp(-0.5 * u * u) * (2.0 - u * u) * _DENSITY_AT_0
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid((u + u * u * u * _CUBIC) * _SCALE)
+        v = (u + u * u * u * _CUBIC) * _SCALE
+        s = tl.sigmoid(v)
         dv = (1.0 + u * u * (3.0 * _CUBIC)) * _SCALE
-        y = s * (1.0 - s) * (2.0 * dv + u * (dv * dv * (1.0 - 2.0 * s) + u * (6.0 * _SCALE * _CUBIC)))
+        y = s * tl.sigmoid(-v) * (2.0 * dv + u * (dv * dv * (1.0 - 2.0 * s) + u * (6.0 * _SCALE * _CUBIC)))
     elif ACTIVATION == "tanh":
         t = _tanh(u)
         y = -2.0 * t * (1.0 - t * t)

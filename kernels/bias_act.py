@@ -120,7 +120,9 @@ class _Matrix:
         return (self.blocks * triton.cdiv(self.rows, self.tile_rows * steps),)
 
     def partial(self, x):
-        count = self.rows * self.blocks if self.by_row else triton.cdiv(self.rows, self.tile_rows * STEPS) * self.columns
+        count = (
+            self.rows * self.blocks if self.by_row else triton.cdiv(self.rows, self.tile_rows * STEPS) * self.columns
+        )
         return torch.empty(count, dtype=torch.float32, device=x.device)
 
     def sums(self, bias, partial):

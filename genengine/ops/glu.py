@@ -48,7 +48,9 @@ def swiglu(x: Tensor, bias: Tensor | None = None, *, gate_first: bool = True, ba
 
 def _run(op, x, bias, activation, gate_first, backend):
     if x.dim() < 1 or x.shape[-1] % 2:
-        raise ValueError(f"{op}: x must be (..., 2 D), got {tuple(x.shape)}; gate and value are packed along the last dim")
+        raise ValueError(
+            f"{op}: x must be (..., 2 D), got {tuple(x.shape)}; gate and value are packed along the last dim"
+        )
     if not isinstance(gate_first, bool):
         raise TypeError(f"{op}: gate_first must be a bool, got {type(gate_first).__name__}")
     if bias is not None:
