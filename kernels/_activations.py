@@ -1,7 +1,7 @@
 """Activation functions of float32 blocks with their first and second derivatives: act(u), act'(u), act''(u).
 
-ACTIVATION is the name that the ops take. At a kink the derivative is the one from below. csrc's activations.h computes the
-same functions.
+ACTIVATION is the name that the ops take. At a kink the derivative is the one from below. csrc's activations.h computes
+the same functions.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""Triton kernels of bias_act and its backwards: tiles of a matrix with one bias per column or per row. float32 arithmetic.
+"""Triton kernels of bias_act and its backwards: tiles of a matrix with one bias per column or per row, in float32.
 
-Bytes per element (e each): forward 2 e, backward 3 e, its own backward 5 e. Sums of dx over a tile in registers, then over
-tiles in a fixed order, no atomics.
+Bytes per element (e each): forward 2 e, backward 3 e, its own backward 5 e. Sums of dx over a tile in registers, then
+over tiles in a fixed order, no atomics.
 """
 
 import torch

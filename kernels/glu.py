@@ -1,7 +1,7 @@
 """Triton kernels of glu and its backward: tiles of rows, both halves of a row at once. float32 arithmetic.
 
-Bytes per output element (e each): forward 3 e, backward 5 e. The bias gradient in registers over STEPS tiles, then over those
-in a fixed order, no atomics.
+Bytes per output element (e each): forward 3 e, backward 5 e. The bias gradient in registers over STEPS tiles, then over
+those in a fixed order, no atomics.
 """
 
 import torch
@@ -32,7 +32,7 @@ def glu_kernel(
     if BIASED:
         first += tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
         second += tl.load(bias_ptr + dim + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if GATE_FIRST:
+    if GATE_FIRST:  # noqa: SIM108
         y = activate(first, 0.0, ACTIVATION) * second
     else:
         y = activate(second, 0.0, ACTIVATION) * first

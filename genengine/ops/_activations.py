@@ -1,4 +1,4 @@
-"""Activation functions with their first and second derivatives, eager: what the references of bias_act and glu are made of."""
+"""Activation functions with their first and second derivatives, eager: the references of bias_act and glu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Activation:
-    """act(u, alpha), act'(u, alpha), and act''(u, alpha), None where it is zero; at a kink the derivative from below."""
+    """act, act' and act'' of (u, alpha), act'' None where it is zero; at a kink the derivative from below."""
 
     value: Callable
     slope: Callable

@@ -24,9 +24,10 @@ def bias_act(
 
         y = clamp(gain * act(x + bias[channel]), -clamp, clamp)
 
-    x: any shape. Dense memory in any order of its dimensions (contiguous, channels_last) is taken as it lies and y keeps
-    the order; anything else is copied once. bias: (C,), C = x.shape[dim], in x's dtype or float32 beside a 16-bit x; or
-    None. dim: the channels' dimension, may be negative; unused without bias.
+    x: any shape. Dense memory in any order of its dimensions (contiguous, channels_last) is taken as it lies, and y
+    keeps the order; anything else is copied once.
+    bias: (C,), C = x.shape[dim], in x's dtype or float32 beside a 16-bit x; or None.
+    dim: the channels' dimension, may be negative; unused without bias.
     activation: linear, relu, lrelu (alpha u below 0), silu, gelu (erf), gelu_tanh, tanh or sigmoid.
     gain: any number. clamp: at least 0, or None for no clamp.
     dtypes: float32, float16, bfloat16, float64 (reference only); arithmetic and sums in float32 (float64 for float64).
@@ -55,7 +56,7 @@ def bias_act(
 def bias_gelu(
     x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str | None = None
 ) -> Tensor:
-    """Bias along the last dimension, and the Gaussian error linear unit: what stands between the two products of an MLP.
+    """Bias along the last dimension, and the Gaussian error linear unit: the middle of an MLP.
 
         y = u Phi(u),  u = x + bias            Phi: the normal distribution function ("none") or its tanh form ("tanh")
 
@@ -115,7 +116,7 @@ def _memory_order(x):
     return order if x.permute(order).is_contiguous() else None
 
 
-# ---- reference: x (outer, C, inner), bias (C,) or None -----------------------------------------------------------------
+# ---- reference: x (outer, C, inner), bias (C,) or None -------------------------------------------------------------
 
 
 def reference_bias_act(x, bias, activation, alpha, gain, clamp):

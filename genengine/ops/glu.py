@@ -24,8 +24,8 @@ def geglu(
 
     x: (..., 2 D), rows may be views with gaps. bias: (2 D,), packed as x, in x's dtype or float32 beside a 16-bit x; or
     None. approximate: "none" (erf) or "tanh". gate_first: False for [value | gate], the packing of diffusers' GEGLU.
-    dtypes: float32, float16, bfloat16, float64 (reference only); arithmetic in float32 (float64 for float64). Nothing is
-    cast, under autocast neither. Differentiable once, in x and bias, in reverse mode; dx is one packed tensor.
+    dtypes: float32, float16, bfloat16, float64 (reference only); arithmetic in float32 (float64 for float64). Nothing
+    is cast, under autocast neither. Differentiable once, in x and bias, in reverse mode; dx is one packed tensor.
 
     Returns y (..., D) in x's dtype, contiguous.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
@@ -68,7 +68,7 @@ def _rows(x):
     return x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
 
 
-# ---- reference: x (B, N, 2 D), bias (2 D) or None ----------------------------------------------------------------------
+# ---- reference: x (B, N, 2 D), bias (2 D) or None ------------------------------------------------------------------
 
 
 def reference_glu(x, bias, activation, gate_first):

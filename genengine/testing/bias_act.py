@@ -1,4 +1,4 @@
-"""Cases of bias_act and its backwards: short and long rows of biases and planes, every activation, with and without clamp."""
+"""Cases of bias_act and its backwards: short and long rows of biases and planes, every activation."""
 
 import torch
 
