@@ -46,6 +46,16 @@ GENENGINE_HD float magnitude(float x, float limit) {
 }
 GENENGINE_HD float rectified(float u) { return u < 0.f ? 0.f : u; }
 
+// s(u) and 1 - s(u), neither by cancellation.
+struct Logistic {
+  float value, rest;
+  GENENGINE_HD explicit Logistic(float u) {
+    const float e = exponential_within(-u);
+    value = 1.f / (1.f + e);
+    rest = e * value;
+  }
+};
+
 // ---- GELU ------------------------------------------------------------------------------------------------------------
 
 // (cut - b) (1 / (2 cut) + b p(b - centre)): 1/2 at 0, nothing at cut
@@ -116,8 +126,8 @@ GENENGINE_HD float gelu_curvature(float u) {
 GENENGINE_HD float gelu_tanh_curvature(float u) {
   const float b = within(u, 8.f), z = b * b;
   const float v = b * multiply_add(z, 0.0713548163f, 1.59576912f), dv = multiply_add(z, 0.214064449f, 1.59576912f);
-  const float s = sigmoid(v), ds = s * sigmoid(-v);
-  return ds * multiply_add(b, multiply_add(dv * dv, 1.f - 2.f * s, 0.428128898f * b), 2.f * dv);
+  const Logistic s(v);
+  return s.value * s.rest * multiply_add(b, multiply_add(dv * dv, s.rest - s.value, 0.428128898f * b), 2.f * dv);
 }
 
 // ---- every activation ------------------------------------------------------------------------------------------------
@@ -139,8 +149,8 @@ GENENGINE_HD float activate_slope([[maybe_unused]] float u, [[maybe_unused]] flo
   if constexpr (A == Activation::relu) return u <= 0.f ? 0.f : 1.f;
   if constexpr (A == Activation::lrelu) return u <= 0.f ? alpha : 1.f;
   if constexpr (A == Activation::silu) {
-    const float b = within(u, 87.f), s = sigmoid(b);
-    return multiply_add(b * s, 1.f - s, s);
+    const Logistic s(within(u, 87.f));
+    return multiply_add(within(u, 87.f) * s.value, s.rest, s.value);
   }
   if constexpr (A == Activation::gelu) return gelu_slope(u);
   if constexpr (A == Activation::gelu_tanh) return gelu_tanh_slope(u);
@@ -149,8 +159,8 @@ GENENGINE_HD float activate_slope([[maybe_unused]] float u, [[maybe_unused]] flo
     return multiply_add(-t, t, 1.f);
   }
   if constexpr (A == Activation::sigmoid) {
-    const float s = sigmoid(u);
-    return multiply_add(-s, s, s);
+    const Logistic s(u);
+    return s.value * s.rest;
   }
   return 1.f;
 }
@@ -158,8 +168,9 @@ GENENGINE_HD float activate_slope([[maybe_unused]] float u, [[maybe_unused]] flo
 template <Activation A>
 GENENGINE_HD float activate_curvature([[maybe_unused]] float u, [[maybe_unused]] float alpha) {
   if constexpr (A == Activation::silu) {
-    const float b = within(u, 87.f), s = sigmoid(b);
-    return multiply_add(-s, s, s) * multiply_add(b, 1.f - 2.f * s, 2.f);
+    const float b = within(u, 87.f);
+    const Logistic s(b);
+    return s.value * s.rest * multiply_add(b, s.rest - s.value, 2.f);
   }
   if constexpr (A == Activation::gelu) return gelu_curvature(u);
   if constexpr (A == Activation::gelu_tanh) return gelu_tanh_curvature(u);
@@ -168,8 +179,8 @@ GENENGINE_HD float activate_curvature([[maybe_unused]] float u, [[maybe_unused]]
     return -2.f * t * multiply_add(-t, t, 1.f);
   }
   if constexpr (A == Activation::sigmoid) {
-    const float s = sigmoid(u);
-    return multiply_add(-s, s, s) * (1.f - 2.f * s);
+    const Logistic s(u);
+    return s.value * s.rest * (s.rest - s.value);
   }
   return 0.f;
 }
