@@ -191,6 +191,42 @@ __device__ __forceinline__ T narrow(float value) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(value);
 }
 
+// V elements of T to or from float: 16-byte accesses if V > 1. Own: this kernel wrote them, so not by the read-only cache.
+template <int V, bool Own = false, class T>
+__device__ __forceinline__ void read(const T* from, float* to) {
+  if constexpr (V == 1) {
+    to[0] = widen(*from);
+  } else {
+    static_assert(V * sizeof(T) % 16 == 0);
+    constexpr int kPacked = 16 / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < V; k += kPacked) {
+      const uint4* wide = reinterpret_cast<const uint4*>(from + k);
+      const uint4 raw = Own ? *wide : __ldg(wide);
+      const T* packed = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i) to[k + i] = widen(packed[i]);
+    }
+  }
+}
+
+template <int V, class T>
+__device__ __forceinline__ void write(T* to, const float* from) {
+  if constexpr (V == 1) {
+    *to = narrow<T>(from[0]);
+  } else {
+    constexpr int kPacked = 16 / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < V; k += kPacked) {
+      uint4 raw;
+      T* packed = reinterpret_cast<T*>(&raw);
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i) packed[i] = narrow<T>(from[k + i]);
+      *reinterpret_cast<uint4*>(to + k) = raw;
+    }
+  }
+}
+
 // N consecutive elements from a 16-byte boundary, in 16-byte accesses (8-byte: four 16-bit elements); item: of N.
 template <int N>
 struct Wide {

@@ -3,8 +3,10 @@
 from genengine.ops import _registry
 from genengine.ops.adaln import adaln, gated_adaln
 from genengine.ops.attention import attention
+from genengine.ops.bias_act import bias_act, bias_gelu
 from genengine.ops.diffuse import diffuse
 from genengine.ops.ema_update import ema_update
+from genengine.ops.glu import geglu, swiglu
 from genengine.ops.group_norm_silu import group_norm_silu
 from genengine.ops.normal import normal, uniform
 from genengine.ops.reparameterize import reparameterize
@@ -15,6 +17,6 @@ EXTENSION = _registry.load_extension()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "ema_update", "gated_adaln",
-    "group_norm_silu", "normal", "reparameterize", "sampler_step", "uniform",
+    "EXTENSION", "adaln", "advance", "attention", "backend", "bias_act", "bias_gelu", "diffuse", "ema_update",
+    "gated_adaln", "geglu", "group_norm_silu", "normal", "reparameterize", "sampler_step", "swiglu", "uniform",
 ]  # fmt: skip

@@ -263,11 +263,14 @@ def named(op: Op) -> str | None:
 
 
 def overload(op: Op, name: str):
-    """The overload of one backend, guarded while forward-mode AD is on (torch.func.jvp, forward_ad.dual_level)."""
-    run = op.overloads[name]
+    """The overload of one backend, guarded against forward-mode AD."""
+    return guarded(op, op.overloads[name])
+
+
+def guarded(op: Op, run: Callable) -> Callable:
+    """`run`, refusing tangents while forward-mode AD is on (torch.func.jvp, forward_ad.dual_level)."""
     if forward_ad._current_level < 0:
         return run
-
     return lambda *args: _run_guarded(op.public, run, args)
 
 
@@ -289,9 +292,9 @@ def _refuse_tangents(op_name, args):
 
 
 def with_backward(op: Op) -> tuple[Op, ...]:
-    """The op, and the backward op if it has one: its gradients run on the forward's backend, so both must be right."""
+    """The op, its backward op, and that one's: gradients run on the forward's backend, so all must be right."""
     backward = OPS.get(f"{op.name}_backward")
-    return (op,) if backward is None else (op, backward)
+    return (op,) if backward is None else (op, *with_backward(backward))
 
 
 def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:

@@ -68,7 +68,7 @@ def attention(
         raise ValueError(f"{op}: k must hold at least one key, got M = 0")
     scale, name = _scale(scale, dim), _registry.choose(_OP, q.device, q.dtype, backend)
     if not return_lse and (name == "cpu" or (name == "reference" and not (backend or _registry.named(_OP)))):
-        return _torch_attention(q, k, v, causal, scale)
+        return _registry.guarded(_OP, _torch_attention)(q, k, v, causal, scale)
     o, lse = _registry.overload(_OP, name)(q, k, v, causal, scale)
     return (o, lse) if return_lse else o
 

@@ -287,7 +287,7 @@ void backward_sums(const GroupNorm& op, int64_t b, int64_t block) {
   for (int64_t i = 0; i < width; i += kLanes) {
     const Forward c = rows.forward(i);
     Lanes p = zero_lanes(), q = zero_lanes();
-    const auto add = [&](Lanes v, Lanes g) __attribute__((always_inline)) {
+    const auto add = [&](Lanes v, Lanes g) GENENGINE_ALWAYS_INLINE {
       const Lanes dv = grad_v<Silu>(v, g, c, sigmoid);
       p = p + dv;
       q = multiply_add(dv, v - c.mean, q);
@@ -415,7 +415,7 @@ Moments channel_gradients(const T* x, const T* grad, int64_t pixels, const Forwa
   for (int64_t first = 0; first < pixels; first += kGroupNormRows * kLanes) {
     const int64_t end = pixels - first < kGroupNormRows * kLanes ? pixels : first + kGroupNormRows * kLanes;
     Lanes p = zero_lanes(), q = zero_lanes();
-    const auto add = [&](Lanes v, Lanes g) __attribute__((always_inline)) {
+    const auto add = [&](Lanes v, Lanes g) GENENGINE_ALWAYS_INLINE {
       const Lanes dv = grad_v<Silu>(v, g, c, sigmoid);
       p = p + dv;
       q = multiply_add(dv, v - c.mean, q);

@@ -1,51 +1,13 @@
 // A row of elements of any dtype in groups of sixteen, the last one short: reading, writing, streaming and summing them.
 // Sums run over 64 lanes and then a fixed tree, so a row has the same bits wherever it stands.
 #pragma once
-#include "cpu/isa/convert.h"
+#include "cpu/isa/span.h"
 
 namespace genengine {
 namespace GENENGINE_ISA {
 namespace {
 
 constexpr int kSums = 4;  // independent accumulators, to hide the latency of an addition
-
-#define GENENGINE_RARE __attribute__((noinline, unused))  // the ends of rows: small code rather than fast
-struct Whole {};  // sixteen elements
-struct Part {     // the last few of a row
-  int64_t count;
-};
-
-template <class T>
-GENENGINE_INLINE Lanes read(const T* from, Whole) {
-  return load(from);
-}
-template <class T>
-GENENGINE_RARE Lanes read(const T* from, Part part) {
-  T padded[kLanes] = {};
-  memcpy(padded, from, sizeof(T) * static_cast<size_t>(part.count));
-  return load(padded);
-}
-template <class T>
-GENENGINE_INLINE void write(T* to, Lanes lanes, Whole) {
-  store(to, lanes);
-}
-template <class T>
-GENENGINE_RARE void write(T* to, Lanes lanes, Part part) {
-  T padded[kLanes];
-  store(padded, lanes);
-  memcpy(to, padded, sizeof(T) * static_cast<size_t>(part.count));
-}
-template <bool Stream, class T>
-GENENGINE_INLINE void emit(T* to, Lanes lanes, Whole) {
-  if (Stream)
-    stream(to, lanes);
-  else
-    store(to, lanes);
-}
-template <bool Stream, class T>
-GENENGINE_INLINE void emit(T* to, Lanes lanes, Part part) {
-  write(to, lanes, part);
-}
 
 // Zeros beyond the row's end.
 GENENGINE_INLINE Lanes clip(Lanes lanes, Whole) { return lanes; }

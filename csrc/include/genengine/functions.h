@@ -44,6 +44,25 @@ GENENGINE_HD float exponential(float x) {
 #endif
 }
 
+// e^x for |x| <= 87, clamped to e^-87 and e^88 beyond: a third fewer instructions than exponential.
+GENENGINE_HD float exponential_within(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x < -87.f ? -87.f : x > 88.f ? 88.f : x);
+#else
+  const float low = -87.f > x ? -87.f : x, bounded = 88.f < low ? 88.f : low;
+  const float shifted = multiply_add(bounded, 1.44269504f, 12582912.f), n = shifted - 12582912.f;
+  float r = multiply_add(n, -0.693359375f, bounded);
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float p = multiply_add(r, 1.3941118e-3f, 8.3631799e-3f);
+  p = multiply_add(r, p, 4.1666374e-2f);
+  p = multiply_add(r, p, 1.6666577e-1f);
+  p = multiply_add(r, p, 0.5f);
+  p = multiply_add(r * r, p, r) + 1.f;
+  const uint32_t exponent = static_cast<uint32_t>(as_int(shifted)) << 23;  // n, the low bits of shifted, in place
+  return as_float(static_cast<int32_t>(static_cast<uint32_t>(as_int(p)) + exponent));
+#endif
+}
+
 // ln x; -infinity at 0, NaN below.
 GENENGINE_HD float logarithm(float x) {
 #if defined(__CUDA_ARCH__)
@@ -90,7 +109,7 @@ GENENGINE_HD float hyperbolic_tangent(float x) {
   p = multiply_add(p, z, -5.3854071e-2f);
   p = multiply_add(p, z, 1.3332795e-1f);
   p = multiply_add(p, z, -3.3333328e-1f);
-  const float small = multiply_add(p * z, x, x), large = 1.f - 2.f / (exponential(2.f * a) + 1.f);
+  const float small = multiply_add(p * z, x, x), large = 1.f - 2.f / (exponential_within(2.f * a) + 1.f);
   return a < 0.625f ? small : with_sign_of(large, x);
 #endif
 }
@@ -119,8 +138,8 @@ GENENGINE_HD float error_function(float x) {
 #endif
 }
 
-// 1 / (1 + e^-x)
-GENENGINE_HD float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+// 1 / (1 + e^-x), at least e^-88
+GENENGINE_HD float sigmoid(float x) { return 1.f / (1.f + exponential_within(-x)); }
 
 // ln(1 + e^x), without overflow
 GENENGINE_HD float softplus(float x) { return (x > 0.f ? x : 0.f) + logarithm_1p(exponential(-absolute(x))); }

@@ -1,0 +1,89 @@
+"""Activation functions with their first and second derivatives, eager: the references of bias_act and glu."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Activation:
+    """act, act' and act'' of (u, alpha), act'' None where it is zero; at a kink the derivative from below."""
+
+    value: Callable
+    slope: Callable
+    curvature: Callable | None = None
+
+
+def _silu_slope(u, alpha):
+    s = torch.sigmoid(u)
+    return s * (1 + u * (1 - s))
+
+
+def _silu_curvature(u, alpha):
+    s = torch.sigmoid(u)
+    return s * (1 - s) * (2 + u * (1 - 2 * s))
+
+
+def _normal_density(u):
+    return torch.exp(-0.5 * u * u) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_slope(u, alpha):
+    return 0.5 * (1 + torch.erf(u * math.sqrt(0.5))) + u * _normal_density(u)
+
+
+def _gelu_curvature(u, alpha):
+    return _normal_density(u) * (2 - u * u)
+
+
+def _gelu_tanh_inner(u):
+    """w(u), w'(u), w''(u) of gelu_tanh(u) = u (1 + tanh w) / 2."""
+    scale = math.sqrt(2 / math.pi)
+    return scale * (u + 0.044715 * u**3), scale * (1 + 3 * 0.044715 * u**2), scale * 6 * 0.044715 * u
+
+
+def _gelu_tanh_slope(u, alpha):
+    w, dw, _ = _gelu_tanh_inner(u)
+    t = torch.tanh(w)
+    return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * dw
+
+
+def _gelu_tanh_curvature(u, alpha):
+    w, dw, ddw = _gelu_tanh_inner(u)
+    t = torch.tanh(w)
+    return (1 - t * t) * (dw + u * (0.5 * ddw - t * dw * dw))
+
+
+ACTIVATIONS = {
+    "linear": Activation(lambda u, alpha: u, lambda u, alpha: torch.ones_like(u)),
+    "relu": Activation(lambda u, alpha: F.relu(u), lambda u, alpha: torch.where(u <= 0, 0.0, 1.0).to(u.dtype)),
+    "lrelu": Activation(
+        lambda u, alpha: F.leaky_relu(u, alpha), lambda u, alpha: torch.where(u <= 0, alpha, 1.0).to(u.dtype)
+    ),
+    "silu": Activation(lambda u, alpha: F.silu(u), _silu_slope, _silu_curvature),
+    "gelu": Activation(lambda u, alpha: F.gelu(u), _gelu_slope, _gelu_curvature),
+    "gelu_tanh": Activation(lambda u, alpha: F.gelu(u, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature),
+    "tanh": Activation(
+        lambda u, alpha: torch.tanh(u),
+        lambda u, alpha: 1 - torch.tanh(u) ** 2,
+        lambda u, alpha: -2 * torch.tanh(u) * (1 - torch.tanh(u) ** 2),
+    ),
+    "sigmoid": Activation(
+        lambda u, alpha: torch.sigmoid(u),
+        lambda u, alpha: torch.sigmoid(u) * (1 - torch.sigmoid(u)),
+        lambda u, alpha: torch.sigmoid(u) * (1 - torch.sigmoid(u)) * (1 - 2 * torch.sigmoid(u)),
+    ),
+}
+
+
+def gelu_name(op: str, approximate: str) -> str:
+    """The activation that F.gelu's `approximate` means."""
+    names = {"none": "gelu", "tanh": "gelu_tanh"}
+    if approximate not in names:
+        raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return names[approximate]

@@ -1,0 +1,243 @@
+"""bias_act, bias_gelu: bias, activation, gain and clamp in one pass, with first and second derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genengine.ops import _check, _registry
+from genengine.ops._activations import ACTIVATIONS, gelu_name
+
+
+def bias_act(
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "linear",
+    alpha: float = 0.2,
+    gain: float = 1.0,
+    clamp: float | None = None,
+    dim: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Bias, activation, gain and clamp.
+
+        y = clamp(gain * act(x + bias[channel]), -clamp, clamp)
+
+    x: any shape. Dense memory in any order of its dimensions (contiguous, channels_last) is taken as it lies, and y
+    keeps the order; anything else is copied once.
+    bias: (C,), C = x.shape[dim], in x's dtype or float32 beside a 16-bit x; or None.
+    dim: the channels' dimension, may be negative; unused without bias.
+    activation: linear, relu, lrelu (alpha u below 0), silu, gelu (erf), gelu_tanh, tanh or sigmoid.
+    gain: any number. clamp: at least 0, or None for no clamp.
+    dtypes: float32, float16, bfloat16, float64 (reference only); arithmetic and sums in float32 (float64 for float64).
+    Nothing is cast, under autocast neither.
+
+    Returns y, like x in shape and dtype. Differentiable twice, in x and bias, in reverse mode (R1 and path-length
+    penalties). Derivatives at a kink are those from below: relu'(0) = 0; the clamp passes none at and outside +-clamp.
+    Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
+    Karras et al. 2020, "Analyzing and improving the image quality of StyleGAN"; Hendrycks & Gimpel 2016 (GELU).
+    """
+    op = "bias_act"
+    _check.dtype(op, "x", x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    alpha, gain = _number(op, "alpha", alpha), _number(op, "gain", gain)
+    if clamp is not None:
+        clamp = _number(op, "clamp", clamp)
+        if not clamp >= 0:
+            raise ValueError(f"{op}: clamp must be at least 0 or None, got {clamp}")
+    if bias is not None:
+        dim = _dimension(op, x, dim)
+        check_bias(op, bias, x, x.shape[dim])
+    return _run(x, bias, dim, activation, alpha, gain, clamp, backend)
+
+
+def bias_gelu(
+    x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str | None = None
+) -> Tensor:
+    """Bias along the last dimension, and the Gaussian error linear unit: the middle of an MLP.
+
+        y = u Phi(u),  u = x + bias            Phi: the normal distribution function ("none") or its tanh form ("tanh")
+
+    x: (..., D). bias: (D,) or None. approximate: as in torch.nn.functional.gelu. Otherwise as `bias_act`.
+    Hendrycks & Gimpel 2016, "Gaussian error linear units".
+    """
+    op = "bias_gelu"
+    _check.dtype(op, "x", x)
+    activation = gelu_name(op, approximate)
+    if bias is not None:
+        check_bias(op, bias, x, x.shape[_dimension(op, x, -1)])
+    return _run(x, bias, -1, activation, 0.0, 1.0, None, backend)
+
+
+def _number(op, name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _dimension(op, x, dim):
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"{op}: dim must be a dimension of x, which is {tuple(x.shape)}, got {dim}")
+    return dim % x.dim()
+
+
+def check_bias(op: str, bias: Tensor, x: Tensor, channels: int) -> None:
+    """A vector along the channels of x, in its dtype or float32 beside 16 bits."""
+    _check.dtype(op, "bias", bias)
+    _check.shape(op, "bias", bias, "(C,)", (channels,))
+    _check.same_device(op, "bias", bias, "x", x)
+    if bias.dtype != torch.float32 or x.dtype == torch.float64:
+        _check.same_dtype(op, "bias", bias, "x", x)
+
+
+def _run(x, bias, dim, activation, alpha, gain, clamp, backend):
+    """The op on x as it lies in memory, its channels in the middle."""
+    run = _registry.resolve(BIAS_ACT, x.device, x.dtype, backend)
+    order = _memory_order(x)
+    if order is None:
+        x, order = x.contiguous(), range(x.dim())
+    memory = x if x.is_contiguous() else x.permute(order)
+    shape = memory.shape
+    at = list(order).index(dim % x.dim()) if bias is not None else 0
+    flat = (shape[:at].numel(), shape[at], shape[at + 1 :].numel()) if bias is not None else (1, 1, x.numel())
+    y = run(memory.reshape(flat), bias, activation, alpha, gain, clamp).view(shape)
+    return y if x.is_contiguous() else y.permute([list(order).index(d) for d in range(x.dim())])
+
+
+def _memory_order(x):
+    """The dimensions of dense x from the outermost in memory to the innermost; None if x is not dense."""
+    if x.is_contiguous():
+        return range(x.dim())
+    order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
+    return order if x.permute(order).is_contiguous() else None
+
+
+# ---- reference: x (outer, C, inner), bias (C,) or None -------------------------------------------------------------
+
+
+def reference_bias_act(x, bias, activation, alpha, gain, clamp):
+    z = gain * ACTIVATIONS[activation].value(_biased(x, bias), alpha)
+    return _out(z if clamp is None else z.clamp(-clamp, clamp), x)
+
+
+def reference_bias_act_backward(grad, x, bias, activation, alpha, gain, clamp):
+    """With z = gain act(u), u = x + bias:    dx = grad gain act'(u) where |z| < clamp, else 0;    dbias = sum(dx)."""
+    u = _biased(x, bias)
+    dx = _wide(grad) * _passed(gain * ACTIVATIONS[activation].slope(u, alpha), u, activation, alpha, gain, clamp)
+    return _out(dx, x), _channel_sums(dx, x, bias)
+
+
+def reference_bias_act_backward_backward(grad_dx, grad_dbias, grad, x, bias, activation, alpha, gain, clamp):
+    """With s(u) = gain act'(u) where |z| < clamp, else 0, and v = grad_dx + grad_dbias:
+
+    d_grad = v s(u),    d_x = v grad s'(u),    d_bias = sum(d_x);    d_x and d_bias are empty (0,) where act'' = 0
+    """
+    act, u, v = ACTIVATIONS[activation], _biased(x, bias), _biased(grad_dx, grad_dbias)
+    d_grad = v * _passed(gain * act.slope(u, alpha), u, activation, alpha, gain, clamp)
+    if act.curvature is None:
+        return _out(d_grad, x), x.new_empty(0), x.new_empty(0)
+    d_x = v * _wide(grad) * _passed(gain * act.curvature(u, alpha), u, activation, alpha, gain, clamp)
+    return _out(d_grad, x), _out(d_x, x), _channel_sums(d_x, x, bias)
+
+
+def _biased(x, bias):
+    return _wide(x) if bias is None else _wide(x) + _wide(bias)[:, None]
+
+
+def _passed(factor, u, activation, alpha, gain, clamp):
+    """factor where the clamp passes, 0 where it does not."""
+    if clamp is None:
+        return factor
+    z = gain * ACTIVATIONS[activation].value(u, alpha)
+    return torch.where(z.abs() >= clamp, 0.0, factor)
+
+
+def _channel_sums(dx, x, bias):
+    return x.new_empty(0) if bias is None else dx.sum((0, 2)).to(bias.dtype)
+
+
+def _wide(tensor):
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _out(value, x):
+    return value.to(x.dtype).contiguous()
+
+
+# ---- shapes, gradients, schemas ------------------------------------------------------------------------------------
+
+
+def _fake(x, bias, activation, alpha, gain, clamp):
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(grad, x, bias, activation, alpha, gain, clamp):
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+def _fake_backward_backward(grad_dx, grad_dbias, grad, x, bias, activation, alpha, gain, clamp):
+    d_grad = x.new_empty(x.shape)
+    if ACTIVATIONS[activation].curvature is None:
+        return d_grad, x.new_empty(0), x.new_empty(0)
+    return d_grad, *_fake_backward(grad, x, bias, activation, alpha, gain, clamp)
+
+
+def _save(ctx, inputs, output):
+    x, bias, *ctx.options = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _grads(ops, ctx, grad):
+    x, bias = ctx.saved_tensors
+    dx, dbias = ops.bias_act_backward(grad, x, bias, *ctx.options)
+    return dx, None if bias is None else dbias, None, None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    grad, x, bias, *ctx.options = inputs
+    ctx.save_for_backward(grad, x, bias)
+
+
+def _backward_grads(ops, ctx, grad_dx, grad_dbias):
+    grad, x, bias = ctx.saved_tensors
+    grad_dx = x.new_zeros(x.shape) if grad_dx is None else grad_dx
+    grad_dbias = None if bias is None else grad_dbias
+    _check.no_grad_needed(
+        "bias_act_backward_backward",
+        (grad_dx, grad_dbias, grad, x, bias),
+        "it is differentiable twice: drop create_graph=True from the second derivative",
+    )
+    d_grad, d_x, d_bias = ops.bias_act_backward_backward(grad_dx, grad_dbias, grad, x, bias, *ctx.options)
+    if ACTIVATIONS[ctx.options[0]].curvature is None:
+        d_x = d_bias = None
+    return d_grad, d_x, None if bias is None else d_bias, None, None, None, None
+
+
+_OPTIONS = "str activation, float alpha, float gain, float? clamp"
+_registry.define(
+    "bias_act_backward_backward(Tensor grad_dx, Tensor? grad_dbias, Tensor grad, Tensor x, Tensor? bias, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    reference_bias_act_backward_backward,
+    fake=_fake_backward_backward,
+    module="bias_act",
+)
+_registry.define(
+    f"bias_act_backward(Tensor grad, Tensor x, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference_bias_act_backward,
+    fake=_fake_backward,
+    backward=_backward_grads,
+    setup_context=_save_backward,
+    module="bias_act",
+)
+BIAS_ACT = _registry.define(
+    f"bias_act(Tensor x, Tensor? bias, {_OPTIONS}) -> Tensor",
+    reference_bias_act,
+    fake=_fake,
+    backward=_grads,
+    setup_context=_save,
+    module="bias_act",
+)
