@@ -33,7 +33,7 @@ class EagerDiT(torch.nn.Module):
         for block, weight, bias in zip(net.blocks, weights, biases, strict=False):
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.linear(c, weight, bias).chunk(6, dim=1)
             x = x + gate_a[:, None] * self.attention(block.attn, self.modulate(x, shift_a, scale_a))
-            x = x + gate_m[:, None] * block.mlp(self.modulate(x, shift_m, scale_m))
+            x = x + gate_m[:, None] * self.mlp(block.mlp, self.modulate(x, shift_m, scale_m))
         shift, scale = F.linear(c, weights[-1], biases[-1]).chunk(2, dim=1)
         x = net.final_layer.linear(self.modulate(x, shift, scale))
         size, patch = net.grid[0], net.config.patch_size
@@ -43,6 +43,10 @@ class EagerDiT(torch.nn.Module):
     @staticmethod
     def modulate(x, shift, scale):
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    @staticmethod
+    def mlp(mlp, x):
+        return mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh"))
 
     def attention(self, attn, x):
         b, n, d = x.shape

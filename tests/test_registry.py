@@ -268,7 +268,10 @@ def test_tangents_of_gradients_are_refused(name):
     out = DIFFERENTIABLE[name](x)
     with torch.autograd.forward_ad.dual_level():
         grad = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
-        with pytest.raises(RuntimeError, match=f"^{name}_backward: has no forward-mode derivative"):
+        refused = f"^{name}_backward: has no forward-mode derivative"
+        if name == "attention":  # on the CPU it is torch's own op, with torch's words
+            refused = "Trying to use forward AD with .*that does not support it"
+        with pytest.raises(RuntimeError, match=refused):
             torch.autograd.grad(out, x, grad)
 
 
