@@ -103,7 +103,7 @@ def test_meant_instructions_must_be_there():
     assert tool.judge(machine(HGMMA_64x128x16_F32=8, UTMALDG_2D=2), intent) == []
 
 
-@pytest.mark.parametrize("code", ["C7508", "C7510"])
+@pytest.mark.parametrize("code", ["C7508", "C7510", "C7515"])
 def test_serialised_wgmma_fails(code):
     log = f"ptxas info    : ({code}) Potential Performance Loss: wgmma.mma_async instructions are serialized"
     assert rules(tool.judge(machine(HGMMA=1), tool.Intent(streaming=False), log)) == ["wgmma"]
@@ -138,6 +138,17 @@ def test_summary_and_status(capsys):
     assert tool.report(checks, None) == 1
     printed = capsys.readouterr().out
     assert "FAIL triton bad sm_80: compile: CompilationError: no" in printed and "remedy" in printed
+
+
+def test_the_table_of_records_has_a_row_for_each_kernel():
+    kept = tool.record(tool.Machine(40, 0, 0, Counter({"LDG.E.128": 2, "STG.E": 1})), tool.Intent(elements=4))
+    wider = tool.record(tool.Machine(64, 0, 0, Counter({"LDG.E.128": 3})), tool.Intent())
+    checks = [tool.Check("cuda", "copy", "sm_80", [], wider), tool.Check("cuda", "copy", "sm_90", [], kept)]
+    checks.append(tool.Check("triton", "attention", "sm_90a", [], wider))
+    *head, copy, attention = tool.records(checks, "commit 0123").rstrip().splitlines()
+    assert "commit 0123" in "".join(head) and "registers 80/90" in head[-2]
+    assert copy == "| cuda `copy` | 64/40 | 0 | 3 | 0.8 | 2/2 | 0/1 | 0 | - |"
+    assert attention.startswith("| triton `attention` | -/64 |")
 
 
 def test_missing_nvcc_is_said(tmp_path):

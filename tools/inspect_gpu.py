@@ -1,11 +1,12 @@
 """Compile every GPU kernel ahead of time, without a GPU, and read its machine code.
 
-    python tools/inspect_gpu.py [--arch 80 90 100] [--json FILE] [--only NAME] [--no-cuda] [--jobs N]
+    python tools/inspect_gpu.py [--arch 80 90 100] [--json FILE] [--table FILE]
+                                [--only NAME] [--no-cuda] [--jobs N]
 
 Triton: every entry of `variants()` in kernels/*.py, for sm_80, sm_90 and sm_100. CUDA C++: every kernel of
 csrc/cuda/**/*.cu, for the architectures of CMakeLists.txt (units of csrc/cuda/hopper: sm_90a). A check is one
-kernel on one architecture. It fails on: a compile error, spills (LDL, STL), stack, the ptxas warnings C7508
-and C7510 (serialised wgmma), an instruction that is meant but missing, and no 16-byte access in a streaming
+kernel on one architecture. It fails on: a compile error, spills (LDL, STL), stack, the ptxas warnings C7508,
+C7510 and C7515 (serialised wgmma), an instruction that is meant but missing, and no 16-byte access in a streaming
 kernel. Registers, shared memory, DEPBAR per HGMMA (above 0.25 the products are serialised) and instructions
 per element (static: rare paths count too) are recorded, not judged.
 
@@ -36,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TRITON_ARCHS = (80, 90, 100)
 HOPPER = 90
-WGMMA_WARNINGS = ("C7508", "C7510")
+WGMMA_WARNINGS = ("C7508", "C7510", "C7515")
 
 REMEDIES = {
     "compile": "see the compiler's message",
@@ -384,6 +385,43 @@ def table(checks: list[Check]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def records(checks: list[Check], versions: str) -> str:
+    """The records as one Markdown table: a row a kernel, registers of every architecture, the rest of sm_90."""
+    kernels: dict[tuple[str, str], dict[str, Check]] = {}
+    for check in checks:
+        kernels.setdefault((check.source, check.name), {})[check.arch.rstrip("a")] = check
+    archs = sorted({arch for found in kernels.values() for arch in found}, key=lambda arch: int(arch[3:]))
+    figures = [key for key in COLUMNS if key != "registers"]
+    registers = "registers " + "/".join(arch[3:] for arch in archs)
+    head = ["kernel", registers, *(key.replace("_", " ") for key in figures)]
+    lines = [RECORDS_HEAD.format(versions=versions), f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (source, name), found in sorted(kernels.items()):
+        shown = found.get(f"sm_{HOPPER}") or next(iter(found.values()))
+        counts = "/".join(figure(found[arch].record, "registers") if arch in found else "-" for arch in archs)
+        cells = [f"{source} `{name}`", counts, *(figure(shown.record, key) for key in figures)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+RECORDS_HEAD = """# Machine code of the GPU kernels
+
+Written by `python tools/inspect_gpu.py --table FILE`; {versions}. Static: nothing here was run. Every
+kernel in the table passed the checks of `make inspect` (no spills, no stack, 16-byte accesses in streaming kernels,
+HGMMA where it is meant). Registers per architecture; the other columns are sm_90's (where a kernel is not compiled for
+it, its first architecture's). Loads and stores: 16-byte ones of all. Above 0.25 DEPBAR per HGMMA the products wait for
+one another. Instructions per element count rare paths too.
+"""
+
+
+def tool_versions() -> str:
+    import triton
+
+    nvcc = find_nvcc()
+    release = re.search(r"release ([\d.]+)", run([nvcc, "--version"])) if nvcc else None
+    commit = run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]).strip()
+    return f"commit {commit}, Triton {triton.__version__}, nvcc {release[1] if release else 'none'}"
+
+
 def report(checks: list[Check], file: str | None) -> int:
     """Print the table, the failures and the summary; the number of failed checks."""
     print(table(checks))
@@ -401,6 +439,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--arch", type=int, nargs="+", help="only these, e.g. 80 90 100")
     parser.add_argument("--json", metavar="FILE", help="write the records there")
+    parser.add_argument("--table", metavar="FILE", help="write the records there, as one Markdown table")
     parser.add_argument("--only", metavar="NAME", help="only files and variants whose name contains NAME")
     parser.add_argument("--no-cuda", action="store_true", help="leave out the CUDA C++ units; needs no nvcc")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="processes; default: all cores")
@@ -433,6 +472,8 @@ def main() -> int:
         jobs, failed = plan(arguments)
         checks = failed + execute(jobs, arguments.jobs)
     failures = report(checks, arguments.json)
+    if arguments.table:
+        Path(arguments.table).write_text(records(checks, tool_versions()))
     print(f"\n{len(jobs)} compilations in {time.monotonic() - start:.0f} s")
     if not checks:
         print("inspect: nothing to check; --arch or --only leave nothing")

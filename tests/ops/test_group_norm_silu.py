@@ -66,7 +66,7 @@ def mean_rounding(rows, mean, rstd):
 
 
 def merge_rounding(mean, rstd):
-    """What the merging of chunks may cost rstd: their means are rounded, by eps |mean|, and lie up to 1 / rstd apart."""
+    """What merging chunks may cost rstd: their means are rounded, by eps |mean|, and lie up to 1 / rstd apart."""
     return torch.finfo(F32).eps * (mean.abs() * rstd**2).max().item() if mean.numel() else 0.0
 
 
