@@ -6,6 +6,7 @@ from genengine.ops.attention import attention
 from genengine.ops.diffuse import diffuse
 from genengine.ops.ema_update import ema_update
 from genengine.ops.normal import normal, uniform
+from genengine.ops.qk_norm_rope import qk_norm_rope
 from genengine.ops.reparameterize import reparameterize
 from genengine.ops.sampler_step import advance, sampler_step
 
@@ -15,5 +16,5 @@ backend = _registry.backend
 
 __all__ = [
     "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "ema_update", "gated_adaln",
-    "normal", "reparameterize", "sampler_step", "uniform",
+    "normal", "qk_norm_rope", "reparameterize", "sampler_step", "uniform",
 ]  # fmt: skip
