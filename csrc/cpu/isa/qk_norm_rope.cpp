@@ -99,6 +99,14 @@ GENENGINE_INLINE Lanes partner_of(Lanes v, const float* partner, const float* ro
   return partly ? keep(found, load(rotated + i)) : found;
 }
 
+// Asks for the line that lies kAhead bytes on, mostly a later head's: the work on one head leaves the memory idle, and the
+// hardware's prefetcher stops at every page. Measured a third faster. k: as in `descend`; of 16-bit groups two share a line.
+constexpr int64_t kAhead = 4096;
+template <class T>
+GENENGINE_INLINE void fetch_ahead(const T* from, int k) {
+  if (sizeof(T) == 4 || k == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead, 0, 2);
+}
+
 // ---- a token's factors -----------------------------------------------------------------------------------------------
 
 struct Factors {
@@ -164,6 +172,7 @@ GENENGINE_INLINE void forward_head(const T* x, T* out, const Frame& f, const Fac
         f,
         [&](int64_t i, int k) GENENGINE_ALWAYS_INLINE {
           const Lanes v = load(x + i);
+          fetch_ahead(x + i, k);
           squares[k] = multiply_add(v, v, squares[k]);
           if constexpr (P == Pairs::halves) place(partner, v, i, f.half);
         },
@@ -272,7 +281,12 @@ GENENGINE_INLINE void backward_head(const T* x, const T* grad, T* dx, const Fram
     dots[k] = multiply_add(v, t, dots[k]);
   };
   descend(
-      f, [&](int64_t i, int k) GENENGINE_ALWAYS_INLINE { count(load(x + i), rotated_back(load(grad + i), i), k); },
+      f,
+      [&](int64_t i, int k) GENENGINE_ALWAYS_INLINE {
+        fetch_ahead(x + i, k);
+        fetch_ahead(grad + i, k);
+        count(load(x + i), rotated_back(load(grad + i), i), k);
+      },
       [&]() GENENGINE_ALWAYS_INLINE {
         const Lanes t = rotated_back(f.last.read(grad), f.last.first);
         count(keep(f.last.read(x), f.last.fresh), keep(t, f.last.fresh), 0);
