@@ -1,0 +1,355 @@
+"""Triton kernels of qk_norm_rope, in place too, and its backward. Heads in registers, float32 arithmetic and sums.
+
+Bytes per element of q and k (e each): forward 2 e, 7 FLOPs; backward 3 e, 16 FLOPs. v is copied by the same programs.
+A tile holds the first and the second elements of the pairs of some heads: interleaved they are loaded together and split
+in registers, as halves they are two loads; what is not rotated then is a third. A row is a (token, head) of q, k or v.
+The weights' gradients are summed over the rows of a program, over CHUNK programs, then over those: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from genengine.kernels._launch import DTYPE_NAMES
+
+MAX_DIM = 256
+CHUNK = 16  # partial sums that are added up in a group
+TILES = 8  # tiles of rows whose gradients of the weights one program of the backward sums
+
+
+@triton.jit
+def _load_row_pairs(ptr, at, inside_row, dim, half, SPLIT: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr):
+    """(a, b, rest) of a tile of rows as float32, zeros outside; rest is one column of zeros where REST is 0.
+
+    SPLIT: pairs stand side by side, in one load. at, inside_row: (ROWS, 1).
+    """
+    if SPLIT:
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.load(ptr + at + column, mask=inside_row & (column < dim), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, (both.shape[0], PAIRS, 2)))
+        rest = tl.zeros_like(tl.sum(a, axis=1, keep_dims=True))
+    else:
+        column = tl.arange(0, PAIRS)[None, :]
+        inside = inside_row & (column < half)
+        a = tl.load(ptr + at + column, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(ptr + at + half + column, mask=inside, other=0.0).to(tl.float32)
+        if REST:
+            column = 2 * half + tl.arange(0, REST)[None, :]
+            rest = tl.load(ptr + at + column, mask=inside_row & (column < dim), other=0.0).to(tl.float32)
+        else:
+            rest = tl.zeros_like(tl.sum(a, axis=1, keep_dims=True))
+    return a, b, rest
+
+
+@triton.jit
+def _store_row_pairs(
+    ptr, at, inside_row, dim, half, a, b, rest, SPLIT: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr
+):  # fmt: skip
+    """What `_load_row_pairs` reads, back to memory."""
+    kind = ptr.dtype.element_ty
+    if SPLIT:
+        column = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(a, b), (a.shape[0], 2 * PAIRS))
+        tl.store(ptr + at + column, both.to(kind), mask=inside_row & (column < dim))
+    else:
+        column = tl.arange(0, PAIRS)[None, :]
+        inside = inside_row & (column < half)
+        tl.store(ptr + at + column, a.to(kind), mask=inside)
+        tl.store(ptr + at + half + column, b.to(kind), mask=inside)
+        if REST:
+            column = 2 * half + tl.arange(0, REST)[None, :]
+            tl.store(ptr + at + column, rest.to(kind), mask=inside_row & (column < dim))
+
+
+@triton.jit
+def _sum_of_rows(a, b, rest):
+    return tl.sum(a, axis=1, keep_dims=True) + tl.sum(b, axis=1, keep_dims=True) + tl.sum(rest, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _turn(a, b, cos_ptr, sin_ptr, cos_at, sin_at, inside_row, half, sign, PAIRS: tl.constexpr):
+    """The pairs below `half` rotated, by the angle or (sign -1) back; the others as they are."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    inside = inside_row & (pair < half)
+    cos = tl.load(cos_ptr + cos_at + pair, mask=inside, other=1.0)
+    sin = tl.load(sin_ptr + sin_at + pair, mask=inside, other=0.0) * sign
+    return tl.where(inside, a * cos - b * sin, a), tl.where(inside, b * cos + a * sin, b)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "heads", "half"])
+def forward_kernel(
+    x_ptr, out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, rows, tokens, heads, dim, half,
+    x_batch, x_token, x_part, x_head, out_batch, out_token, out_part, out_head,
+    cos_batch, cos_token, sin_batch, sin_token, eps, sign,
+    PARTS: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, ROTARY: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of (B, N, PARTS, H): PARTS is 3 if v is copied, 2 in place."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = row < rows
+    head = row % heads
+    part = (row // heads) % PARTS
+    n = (row // (heads * PARTS)) % tokens
+    b = row // (heads * PARTS * tokens)
+    at = b * x_batch + n * x_token + part * x_part + head * x_head
+    first, second, rest = _load_row_pairs(x_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
+    y, z, w = first, second, rest
+    if NORM:
+        rstd = 1.0 / tl.sqrt_rn(_sum_of_rows(y * y, z * z, w * w) / dim + eps)
+        y, z, w = y * rstd, z * rstd, w * rstd
+    if WEIGHTED:
+        none = tl.zeros([1, 1], tl.int64)
+        here = none == 0
+        q_y, q_z, q_w = _load_row_pairs(q_weight_ptr, none, here, dim, half, SPLIT, PAIRS, REST)
+        k_y, k_z, k_w = _load_row_pairs(k_weight_ptr, none, here, dim, half, SPLIT, PAIRS, REST)
+        is_q = part == 0
+        y, z, w = y * tl.where(is_q, q_y, k_y), z * tl.where(is_q, q_z, k_z), w * tl.where(is_q, q_w, k_w)
+    if ROTARY:
+        cos_at = b * cos_batch + n * cos_token
+        sin_at = b * sin_batch + n * sin_token
+        y, z = _turn(y, z, cos_ptr, sin_ptr, cos_at, sin_at, inside, half, sign, PAIRS)
+    if PARTS == 3:
+        is_v = part == 2
+        y, z, w = tl.where(is_v, first, y), tl.where(is_v, second, z), tl.where(is_v, rest, w)
+    tl.debug_barrier()  # out may be x: nothing is written before all of the tile is read
+    out_at = b * out_batch + n * out_token + part * out_part + head * out_head
+    _store_row_pairs(out_ptr, out_at, inside, dim, half, y, z, w, SPLIT, PAIRS, REST)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "heads", "half"])
+def backward_kernel(
+    grad_ptr, x_ptr, dx_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, partial_ptr, rows, tokens, heads, dim, half,
+    grad_batch, grad_token, grad_part, grad_head, x_batch, x_token, x_part, x_head,
+    cos_batch, cos_token, sin_batch, sin_token, eps,
+    WEIGHTED: tl.constexpr, ROTARY: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """dx of TILES * ROWS rows of (B, N, H) of one part, program_id(1); their dweight to partial (programs, 2, D)."""
+    part = tl.program_id(1)
+    start = tl.program_id(0).to(tl.int64) * TILES * ROWS
+    tiles = tl.minimum((rows - start + ROWS - 1) // ROWS, TILES).to(tl.int32)
+    if part == 2:  # v
+        for tile in range(tiles):
+            row = start + tile * ROWS + tl.arange(0, ROWS)[:, None]
+            inside = row < rows
+            head = row % heads
+            n = (row // heads) % tokens
+            b = row // (heads * tokens)
+            at = b * grad_batch + n * grad_token + part * grad_part + head * grad_head
+            y, z, w = _load_row_pairs(grad_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
+            out_at = (((b * tokens + n) * 3 + part) * heads + head) * dim
+            _store_row_pairs(dx_ptr, out_at, inside, dim, half, y, z, w, SPLIT, PAIRS, REST)
+    else:
+        dw_y = tl.zeros([ROWS, PAIRS], tl.float32)
+        dw_z = tl.zeros([ROWS, PAIRS], tl.float32)
+        dw_w = tl.zeros([ROWS, REST if REST else 1], tl.float32)
+        for tile in range(tiles):
+            row = start + tile * ROWS + tl.arange(0, ROWS)[:, None]
+            inside = row < rows
+            head = row % heads
+            n = (row // heads) % tokens
+            b = row // (heads * tokens)
+            at = b * grad_batch + n * grad_token + part * grad_part + head * grad_head
+            g_y, g_z, g_w = _load_row_pairs(grad_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
+            if ROTARY:
+                cos_at = b * cos_batch + n * cos_token
+                sin_at = b * sin_batch + n * sin_token
+                g_y, g_z = _turn(g_y, g_z, cos_ptr, sin_ptr, cos_at, sin_at, inside, half, -1.0, PAIRS)
+            at = b * x_batch + n * x_token + part * x_part + head * x_head
+            y, z, w = _load_row_pairs(x_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
+            rstd = 1.0 / tl.sqrt_rn(_sum_of_rows(y * y, z * z, w * w) / dim + eps)
+            rstd = tl.where(inside, rstd, 0.0)  # with eps = 0 the rows that are not there would give NaN
+            y, z, w = y * rstd, z * rstd, w * rstd
+            if WEIGHTED:
+                dw_y += g_y * y
+                dw_z += g_z * z
+                dw_w += g_w * w
+                none = tl.zeros([1, 1], tl.int64)
+                here = none == 0
+                weight_ptr = q_weight_ptr if part == 0 else k_weight_ptr
+                p_y, p_z, p_w = _load_row_pairs(weight_ptr, none, here, dim, half, SPLIT, PAIRS, REST)
+                g_y, g_z, g_w = g_y * p_y, g_z * p_z, g_w * p_w
+            mean = _sum_of_rows(g_y * y, g_z * z, g_w * w) / dim
+            out_at = (((b * tokens + n) * 3 + part) * heads + head) * dim
+            _store_row_pairs(
+                dx_ptr, out_at, inside, dim, half, rstd * (g_y - y * mean), rstd * (g_z - z * mean),
+                rstd * (g_w - w * mean), SPLIT, PAIRS, REST,
+            )  # fmt: skip
+        if WEIGHTED:
+            none = tl.zeros([1, 1], tl.int64)
+            here = none == 0
+            at = none + (tl.program_id(0).to(tl.int64) * 2 + part) * dim
+            _store_row_pairs(
+                partial_ptr, at, here, dim, half, tl.sum(dw_y, axis=0, keep_dims=True),
+                tl.sum(dw_z, axis=0, keep_dims=True), tl.sum(dw_w, axis=0, keep_dims=True), SPLIT, PAIRS, REST,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def reduce_kernel(partial_ptr, dq_weight_ptr, dk_weight_ptr, chunks, dim, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+    """dq_weight and dk_weight (D,): the sums over chunks, in groups of CHUNK; program_id(0) says of which."""
+    column = tl.arange(0, COLUMNS)
+    inside = column < dim
+    total = tl.zeros([COLUMNS], tl.float32)
+    at = partial_ptr + tl.program_id(0) * dim + column
+    for first in range(0, chunks, CHUNK):
+        some = tl.zeros([COLUMNS], tl.float32)
+        for _ in range(first, tl.minimum(first + CHUNK, chunks)):
+            some += tl.load(at, mask=inside, other=0.0)
+            at += 2 * dim
+        total += some
+    out_ptr = dq_weight_ptr if tl.program_id(0) == 0 else dk_weight_ptr
+    tl.store(out_ptr + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- launchers: the ops' own signatures ------------------------------------------------------------------------------
+
+
+def tile_config(dim, half, interleaved, elements):
+    """The constexprs of a tile of about `elements` elements: how its rows are cut into pairs and how many there are."""
+    split = interleaved or half == 0
+    if split:
+        pairs, rest = triton.next_power_of_2((dim + 1) // 2), 0
+    else:
+        pairs, rest = triton.next_power_of_2(half), triton.next_power_of_2(dim - 2 * half) if dim > 2 * half else 0
+    rows = max(1, elements // (2 * pairs + rest))
+    return {"SPLIT": split, "ROWS": 1 << (rows.bit_length() - 1), "PAIRS": pairs, "REST": rest, "ROTARY": half > 0}
+
+
+FORWARD_ELEMENTS, FORWARD_WARPS = 2048, 4
+BACKWARD_ELEMENTS, BACKWARD_WARPS = 1024, 4
+
+
+def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps, norm, interleaved):
+    out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _forward(_unit_rows(qkv), out, 3, q_weight, k_weight, cos, sin, eps, norm, interleaved, 1.0)
+    return out
+
+
+def qk_norm_rope_(qkv, q_weight, k_weight, cos, sin, eps, norm, interleaved):
+    if _unit_rows(qkv) is not qkv:
+        raise RuntimeError("qk_norm_rope: qkv must have an innermost stride of 1 to be written in place")
+    _forward(qkv, qkv, 2, q_weight, k_weight, cos, sin, eps, norm, interleaved, 1.0)
+
+
+def qk_norm_rope_backward(grad, qkv, q_weight, k_weight, cos, sin, eps, norm, interleaved):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    weighted = q_weight is not None
+    make = torch.zeros if qkv.numel() == 0 else torch.empty
+    dq, dk = (
+        make(qkv.shape[-1] if weighted else 0, dtype=(q_weight if weighted else qkv).dtype, device=qkv.device)
+        for _ in range(2)
+    )
+    grad, qkv = _unit_rows(grad), _unit_rows(qkv)
+    if norm:
+        _backward(grad, qkv, dqkv, dq, dk, q_weight, k_weight, cos, sin, eps, interleaved)
+    else:  # the gradient of a rotation is the rotation back
+        _forward(grad, dqkv, 3, None, None, cos, sin, eps, False, interleaved, -1.0)
+    return dqkv, dq, dk
+
+
+def _forward(x, out, parts, q_weight, k_weight, cos, sin, eps, norm, interleaved, sign):
+    batch, tokens, _, heads, dim = _shape(x)
+    if x.numel() == 0:
+        return
+    q_weight, k_weight, cos, sin = (_unit_rows(t) for t in (q_weight, k_weight, cos, sin))
+    half = 0 if cos is None else cos.shape[2]
+    tile = tile_config(dim, half, interleaved, FORWARD_ELEMENTS)
+    rows = batch * tokens * parts * heads
+    with torch.cuda.device_of(x):
+        forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+            x, out, *_pointers(x, q_weight, k_weight, cos, sin), rows, tokens, heads, dim, half,
+            *x.stride()[:4], *out.stride()[:4], *_table_strides(cos), *_table_strides(sin), eps, sign,
+            PARTS=parts, NORM=norm, WEIGHTED=q_weight is not None, **tile,
+            num_warps=FORWARD_WARPS, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _backward(grad, x, dx, dq, dk, q_weight, k_weight, cos, sin, eps, interleaved):
+    batch, tokens, _, heads, dim = _shape(x)
+    if x.numel() == 0:
+        return
+    q_weight, k_weight, cos, sin = (_unit_rows(t) for t in (q_weight, k_weight, cos, sin))
+    half, weighted = 0 if cos is None else cos.shape[2], q_weight is not None
+    tile = tile_config(dim, half, interleaved, BACKWARD_ELEMENTS)
+    rows = batch * tokens * heads
+    programs = triton.cdiv(rows, tile["ROWS"] * TILES)
+    partial = torch.empty((programs if weighted else 0, 2, dim), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        backward_kernel[(programs, 3)](
+            grad, x, dx, *_pointers(x, q_weight, k_weight, cos, sin), partial, rows, tokens, heads, dim, half,
+            *grad.stride()[:4], *x.stride()[:4], *_table_strides(cos), *_table_strides(sin), eps,
+            WEIGHTED=weighted, TILES=TILES, **tile, num_warps=BACKWARD_WARPS, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        if weighted:
+            reduce_kernel[(2,)](
+                partial, dq, dk, programs, dim, CHUNK=CHUNK, COLUMNS=triton.next_power_of_2(dim),
+                num_warps=1, num_stages=1, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def _shape(x):
+    if x.shape[-1] > MAX_DIM:
+        raise RuntimeError(f"qk_norm_rope: D must be at most {MAX_DIM}, got {x.shape[-1]}")
+    return x.shape
+
+
+def _unit_rows(tensor):
+    """Rows are read through their strides; only an innermost stride other than 1 costs a copy."""
+    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _pointers(x, *tensors):
+    return [x if tensor is None else tensor for tensor in tensors]
+
+
+def _table_strides(table):
+    if table is None:
+        return 0, 0
+    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)
+
+
+# ---- what `make inspect` compiles ahead of time ----------------------------------------------------------------------
+
+_KINDS = ((128, 64, True), (128, 64, False), (72, 36, True), (72, 0, True), (256, 64, False))  # (D, R/2, interleaved)
+_COUNTS = ("rows", "tokens", "heads", "half", "chunks")  # all other integers are row lengths and strides: multiples of 8
+_FLOATS = ("eps", "sign")
+
+
+def variants():
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        kind = DTYPE_NAMES[dtype]
+        for dim, half, interleaved in _KINDS:
+            pairing = "" if not half else "_interleaved" if interleaved else "_halves"
+            tile = tile_config(dim, half, interleaved, FORWARD_ELEMENTS)
+            constexprs = {"PARTS": 3, "NORM": True, "WEIGHTED": True, **tile}
+            found.append(_variant(f"qk_norm_rope_{kind}_{dim}{pairing}", forward_kernel, kind, constexprs, FORWARD_WARPS))
+            constexprs = {"WEIGHTED": True, "TILES": TILES, **tile_config(dim, half, interleaved, BACKWARD_ELEMENTS)}
+            name = f"qk_norm_rope_backward_{kind}_{dim}{pairing}"
+            found.append(_variant(name, backward_kernel, kind, constexprs, BACKWARD_WARPS))
+        reduce = _variant(f"qk_norm_rope_reduce_{kind}", reduce_kernel, kind, {"CHUNK": CHUNK, "COLUMNS": 128}, 1)
+        found.append(reduce)
+    return found
+
+
+def _variant(name, kernel, kind, constexprs, num_warps):
+    types = {argument: "i32" for argument in kernel.arg_names}
+    types |= {argument: f"*{kind}" for argument in kernel.arg_names if argument.endswith("_ptr")}
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "partial_ptr"), "*fp32") | dict.fromkeys(_FLOATS, "fp32")
+    types |= dict.fromkeys(constexprs, "constexpr")
+    signature = {argument: types[argument] for argument in kernel.arg_names}
+    aligned = [name for name, kind in signature.items() if kind.startswith("*") or (kind == "i32" and name not in _COUNTS)]
+    return {
+        "name": name,
+        "fn": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "divisible": aligned,
+        "num_warps": num_warps,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+        "streaming": kernel is not reduce_kernel,
+    }
