@@ -3,6 +3,7 @@
 Bytes per element of q and k (e each): forward 2 e, 7 FLOPs; backward 3 e, 16 FLOPs. v is copied by the same programs.
 A tile holds the first and the second elements of the pairs of some heads: interleaved they are loaded together and split
 in registers, as halves they are two loads; what is not rotated then is a third. A row is a (token, head) of q, k or v.
+Lengths and strides come in units, powers of two that divide them: so the compiler sees wide accesses at D = 72 too.
 The weights' gradients are summed over the rows of a program, over CHUNK programs, then over those: no atomics.
 """
 
@@ -15,6 +16,16 @@ from genengine.kernels._launch import DTYPE_NAMES
 MAX_DIM = 256
 CHUNK = 16  # partial sums that are added up in a group
 TILES = 8  # tiles of rows whose gradients of the weights one program of the backward sums
+
+
+_TABLE_INTS = ["cos_batch", "cos_token", "sin_batch", "sin_token"]
+_SIZES = ["rows", "tokens", "heads", "dim_units", "half_units"]
+_FORWARD_INTS = [
+    *_SIZES, "x_batch", "x_token", "x_part", "x_head", "out_batch", "out_token", "out_part", "out_head", *_TABLE_INTS
+]  # fmt: skip
+_BACKWARD_INTS = [
+    *_SIZES, "grad_batch", "grad_token", "grad_part", "grad_head", "x_batch", "x_token", "x_part", "x_head", *_TABLE_INTS
+]  # fmt: skip
 
 
 @triton.jit
@@ -76,22 +87,23 @@ def _turn(a, b, cos_ptr, sin_ptr, cos_at, sin_at, inside_row, half, sign, PAIRS:
     return tl.where(inside, a * cos - b * sin, a), tl.where(inside, b * cos + a * sin, b)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "heads", "half"])
+@triton.jit(do_not_specialize=_FORWARD_INTS)
 def forward_kernel(
-    x_ptr, out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, rows, tokens, heads, dim, half,
+    x_ptr, out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, rows, tokens, heads, dim_units, half_units,
     x_batch, x_token, x_part, x_head, out_batch, out_token, out_part, out_head,
     cos_batch, cos_token, sin_batch, sin_token, eps, sign,
     PARTS: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr, ROTARY: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr, HALF_UNIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of (B, N, PARTS, H): PARTS is 3 if v is copied, 2 in place."""
+    dim, half = dim_units * UNIT, half_units * HALF_UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
     head = row % heads
     part = (row // heads) % PARTS
     n = (row // (heads * PARTS)) % tokens
     b = row // (heads * PARTS * tokens)
-    at = b * x_batch + n * x_token + part * x_part + head * x_head
+    at = (b * x_batch + n * x_token + part * x_part + head * x_head) * UNIT
     first, second, rest = _load_row_pairs(x_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
     y, z, w = first, second, rest
     if NORM:
@@ -105,26 +117,29 @@ def forward_kernel(
         is_q = part == 0
         y, z, w = y * tl.where(is_q, q_y, k_y), z * tl.where(is_q, q_z, k_z), w * tl.where(is_q, q_w, k_w)
     if ROTARY:
-        cos_at = b * cos_batch + n * cos_token
-        sin_at = b * sin_batch + n * sin_token
+        cos_at = (b * cos_batch + n * cos_token) * HALF_UNIT
+        sin_at = (b * sin_batch + n * sin_token) * HALF_UNIT
         y, z = _turn(y, z, cos_ptr, sin_ptr, cos_at, sin_at, inside, half, sign, PAIRS)
     if PARTS == 3:
         is_v = part == 2
         y, z, w = tl.where(is_v, first, y), tl.where(is_v, second, z), tl.where(is_v, rest, w)
     tl.debug_barrier()  # out may be x: nothing is written before all of the tile is read
-    out_at = b * out_batch + n * out_token + part * out_part + head * out_head
+    out_at = (b * out_batch + n * out_token + part * out_part + head * out_head) * UNIT
     _store_row_pairs(out_ptr, out_at, inside, dim, half, y, z, w, SPLIT, PAIRS, REST)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "heads", "half"])
+@triton.jit(do_not_specialize=_BACKWARD_INTS)
 def backward_kernel(
-    grad_ptr, x_ptr, dx_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, partial_ptr, rows, tokens, heads, dim, half,
+    grad_ptr, x_ptr, dx_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, partial_ptr, rows, tokens, heads,
+    dim_units, half_units,
     grad_batch, grad_token, grad_part, grad_head, x_batch, x_token, x_part, x_head,
     cos_batch, cos_token, sin_batch, sin_token, eps,
     WEIGHTED: tl.constexpr, ROTARY: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr, HALF_UNIT: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     """dx of TILES * ROWS rows of (B, N, H) of one part, program_id(1); their dweight to partial (programs, 2, D)."""
+    dim, half = dim_units * UNIT, half_units * HALF_UNIT
     part = tl.program_id(1)
     start = tl.program_id(0).to(tl.int64) * TILES * ROWS
     tiles = tl.minimum((rows - start + ROWS - 1) // ROWS, TILES).to(tl.int32)
@@ -135,7 +150,7 @@ def backward_kernel(
             head = row % heads
             n = (row // heads) % tokens
             b = row // (heads * tokens)
-            at = b * grad_batch + n * grad_token + part * grad_part + head * grad_head
+            at = (b * grad_batch + n * grad_token + part * grad_part + head * grad_head) * UNIT
             y, z, w = _load_row_pairs(grad_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
             out_at = (((b * tokens + n) * 3 + part) * heads + head) * dim
             _store_row_pairs(dx_ptr, out_at, inside, dim, half, y, z, w, SPLIT, PAIRS, REST)
@@ -149,13 +164,13 @@ def backward_kernel(
             head = row % heads
             n = (row // heads) % tokens
             b = row // (heads * tokens)
-            at = b * grad_batch + n * grad_token + part * grad_part + head * grad_head
+            at = (b * grad_batch + n * grad_token + part * grad_part + head * grad_head) * UNIT
             g_y, g_z, g_w = _load_row_pairs(grad_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
             if ROTARY:
-                cos_at = b * cos_batch + n * cos_token
-                sin_at = b * sin_batch + n * sin_token
+                cos_at = (b * cos_batch + n * cos_token) * HALF_UNIT
+                sin_at = (b * sin_batch + n * sin_token) * HALF_UNIT
                 g_y, g_z = _turn(g_y, g_z, cos_ptr, sin_ptr, cos_at, sin_at, inside, half, -1.0, PAIRS)
-            at = b * x_batch + n * x_token + part * x_part + head * x_head
+            at = (b * x_batch + n * x_token + part * x_part + head * x_head) * UNIT
             y, z, w = _load_row_pairs(x_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
             rstd = 1.0 / tl.sqrt_rn(_sum_of_rows(y * y, z * z, w * w) / dim + eps)
             rstd = tl.where(inside, rstd, 0.0)  # with eps = 0 the rows that are not there would give NaN
@@ -216,8 +231,13 @@ def tile_config(dim, half, interleaved, elements):
     return {"SPLIT": split, "ROWS": 1 << (rows.bit_length() - 1), "PAIRS": pairs, "REST": rest, "ROTARY": half > 0}
 
 
-FORWARD_ELEMENTS, FORWARD_WARPS = 2048, 4
-BACKWARD_ELEMENTS, BACKWARD_WARPS = 1024, 4
+FORWARD_ELEMENTS = 2048
+NUM_WARPS = 4
+
+
+def backward_elements(half, interleaved):
+    """Halves need sixteen elements per thread for wide accesses to either; with as many, pairs in one load spill."""
+    return 1024 if interleaved and half else 2048
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps, norm, interleaved):
@@ -255,13 +275,14 @@ def _forward(x, out, parts, q_weight, k_weight, cos, sin, eps, norm, interleaved
     q_weight, k_weight, cos, sin = (_unit_rows(t) for t in (q_weight, k_weight, cos, sin))
     half = 0 if cos is None else cos.shape[2]
     tile = tile_config(dim, half, interleaved, FORWARD_ELEMENTS)
+    unit, half_unit = _units(dim, x, out), _table_unit(half, cos, sin)
     rows = batch * tokens * parts * heads
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-            x, out, *_pointers(x, q_weight, k_weight, cos, sin), rows, tokens, heads, dim, half,
-            *x.stride()[:4], *out.stride()[:4], *_table_strides(cos), *_table_strides(sin), eps, sign,
-            PARTS=parts, NORM=norm, WEIGHTED=q_weight is not None, **tile,
-            num_warps=FORWARD_WARPS, num_stages=1, enable_fp_fusion=True,
+            x, out, *_pointers(x, q_weight, k_weight, cos, sin), rows, tokens, heads, dim // unit, half // half_unit,
+            *_strides(x, unit), *_strides(out, unit), *_table_strides(cos, half_unit), *_table_strides(sin, half_unit),
+            eps, sign, PARTS=parts, NORM=norm, WEIGHTED=q_weight is not None, UNIT=unit, HALF_UNIT=half_unit, **tile,
+            num_warps=NUM_WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -271,15 +292,17 @@ def _backward(grad, x, dx, dq, dk, q_weight, k_weight, cos, sin, eps, interleave
         return
     q_weight, k_weight, cos, sin = (_unit_rows(t) for t in (q_weight, k_weight, cos, sin))
     half, weighted = 0 if cos is None else cos.shape[2], q_weight is not None
-    tile = tile_config(dim, half, interleaved, BACKWARD_ELEMENTS)
+    tile = tile_config(dim, half, interleaved, backward_elements(half, interleaved))
+    unit, half_unit = _units(dim, grad, x), _table_unit(half, cos, sin)
     rows = batch * tokens * heads
     programs = triton.cdiv(rows, tile["ROWS"] * TILES)
     partial = torch.empty((programs if weighted else 0, 2, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         backward_kernel[(programs, 3)](
-            grad, x, dx, *_pointers(x, q_weight, k_weight, cos, sin), partial, rows, tokens, heads, dim, half,
-            *grad.stride()[:4], *x.stride()[:4], *_table_strides(cos), *_table_strides(sin), eps,
-            WEIGHTED=weighted, TILES=TILES, **tile, num_warps=BACKWARD_WARPS, num_stages=1, enable_fp_fusion=True,
+            grad, x, dx, *_pointers(x, q_weight, k_weight, cos, sin), partial, rows, tokens, heads,
+            dim // unit, half // half_unit, *_strides(grad, unit), *_strides(x, unit),
+            *_table_strides(cos, half_unit), *_table_strides(sin, half_unit), eps,
+            WEIGHTED=weighted, UNIT=unit, HALF_UNIT=half_unit, TILES=TILES, **tile, num_warps=NUM_WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         if weighted:
             reduce_kernel[(2,)](
@@ -305,16 +328,39 @@ def _pointers(x, *tensors):
     return [x if tensor is None else tensor for tensor in tensors]
 
 
-def _table_strides(table):
+def _unit(numbers):
+    return next(unit for unit in (8, 4, 2, 1) if all(number % unit == 0 for number in numbers))
+
+
+def _units(dim, *tensors):
+    return _unit([dim, *(stride for tensor in tensors for stride in tensor.stride()[:4])])
+
+
+def _table_unit(half, *tables):
+    return _unit([half, *(stride for table in tables if table is not None for stride in _table_strides(table, 1))])
+
+
+def _strides(tensor, unit):
+    return [stride // unit for stride in tensor.stride()[:4]]
+
+
+def _table_strides(table, unit):
+    """Of the sample and the token; one table serves all samples."""
     if table is None:
         return 0, 0
-    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)
+    return (table.stride(0) if table.shape[0] > 1 else 0) // unit, table.stride(1) // unit
 
 
 # ---- what `make inspect` compiles ahead of time ----------------------------------------------------------------------
 
-_KINDS = ((128, 64, True), (128, 64, False), (72, 36, True), (72, 0, True), (256, 64, False))  # (D, R/2, interleaved)
-_COUNTS = ("rows", "tokens", "heads", "half", "chunks")  # all other integers are row lengths and strides: multiples of 8
+_KINDS = (
+    (128, 64, True),
+    (128, 64, False),
+    (72, 36, True),
+    (72, 36, False),
+    (72, 0, True),
+    (256, 64, False),
+)  # (D, R/2, interleaved)
 _FLOATS = ("eps", "sign")
 
 
@@ -324,12 +370,14 @@ def variants():
         kind = DTYPE_NAMES[dtype]
         for dim, half, interleaved in _KINDS:
             pairing = "" if not half else "_interleaved" if interleaved else "_halves"
+            units = {"UNIT": _unit([dim]), "HALF_UNIT": _unit([half])}
             tile = tile_config(dim, half, interleaved, FORWARD_ELEMENTS)
-            constexprs = {"PARTS": 3, "NORM": True, "WEIGHTED": True, **tile}
-            found.append(_variant(f"qk_norm_rope_{kind}_{dim}{pairing}", forward_kernel, kind, constexprs, FORWARD_WARPS))
-            constexprs = {"WEIGHTED": True, "TILES": TILES, **tile_config(dim, half, interleaved, BACKWARD_ELEMENTS)}
+            constexprs = {"PARTS": 3, "NORM": True, "WEIGHTED": True, **units, **tile}
+            found.append(_variant(f"qk_norm_rope_{kind}_{dim}{pairing}", forward_kernel, kind, constexprs, NUM_WARPS))
+            tile = tile_config(dim, half, interleaved, backward_elements(half, interleaved))
+            constexprs = {"WEIGHTED": True, "TILES": TILES, **units, **tile}
             name = f"qk_norm_rope_backward_{kind}_{dim}{pairing}"
-            found.append(_variant(name, backward_kernel, kind, constexprs, BACKWARD_WARPS))
+            found.append(_variant(name, backward_kernel, kind, constexprs, NUM_WARPS))
         reduce = _variant(f"qk_norm_rope_reduce_{kind}", reduce_kernel, kind, {"CHUNK": CHUNK, "COLUMNS": 128}, 1)
         found.append(reduce)
     return found
@@ -341,13 +389,12 @@ def _variant(name, kernel, kind, constexprs, num_warps):
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "partial_ptr"), "*fp32") | dict.fromkeys(_FLOATS, "fp32")
     types |= dict.fromkeys(constexprs, "constexpr")
     signature = {argument: types[argument] for argument in kernel.arg_names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or (kind == "i32" and name not in _COUNTS)]
     return {
         "name": name,
         "fn": kernel,
         "signature": signature,
         "constexprs": constexprs,
-        "divisible": aligned,
+        "divisible": [argument for argument, kind in signature.items() if kind.startswith("*")],
         "num_warps": num_warps,
         "num_stages": 1,
         "enable_fp_fusion": True,

@@ -104,7 +104,9 @@ def _check_weights(op, qkv, q_weight, k_weight, norm):
 def _check_tables(op, qkv, cos, sin, norm):
     """cos and sin as the dispatcher ops take them: (1 or B, N, R/2)."""
     if (cos is None) != (sin is None):
-        raise ValueError(f"{op}: cos and sin must be given both or neither, got {'cos' if sin is None else 'sin'} alone")
+        raise ValueError(
+            f"{op}: cos and sin must be given both or neither, got {'cos' if sin is None else 'sin'} alone"
+        )
     if cos is None:
         if not norm:
             raise ValueError(f"{op}: norm must be True without cos and sin, got False: nothing would be done")
@@ -232,6 +234,4 @@ _registry.define(
     backward=_grads,
     module="qk_norm_rope",
 )
-_registry.define(
-    f"qk_norm_rope_(Tensor(a!) qkv, {_OPTIONS}) -> ()", reference_, fake=_fake_, module="qk_norm_rope"
-)
+_registry.define(f"qk_norm_rope_(Tensor(a!) qkv, {_OPTIONS}) -> ()", reference_, fake=_fake_, module="qk_norm_rope")

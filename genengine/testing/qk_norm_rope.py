@@ -7,13 +7,28 @@ import torch
 from genengine.testing._case import DTYPES, Case
 
 # (B, N, H, D): fewer than a vector, odd, whole vectors and not; more rows than one task of the backward takes
-_SMALL = ((2, 3, 2, 5), (1, 5, 3, 16), (2, 3, 1, 40), (1, 2, 3, 64), (1, 3, 2, 72), (1, 2, 2, 128), (1, 2, 1, 255), (1, 2, 2, 256))
+_SMALL = (
+    (2, 3, 2, 5),
+    (1, 5, 3, 16),
+    (2, 3, 1, 40),
+    (1, 2, 3, 64),
+    (1, 3, 2, 72),
+    (1, 2, 2, 128),
+    (1, 2, 1, 255),
+    (1, 2, 2, 256),
+)
 _LARGE = ((2, 37, 8, 24), (1, 150, 3, 33), (3, 90, 2, 128))
 # (norm, weights, share of D that is rotated, interleaved, table per sample)
 _KINDS = tuple(
     (norm, weights, share, interleaved, per_sample)
     for norm, weights in ((True, True), (True, False), (False, False))
-    for share, interleaved, per_sample in ((0, True, False), (1, True, False), (1, False, True), (0.5, True, True), (0.5, False, False))
+    for share, interleaved, per_sample in (
+        (0, True, False),
+        (1, True, False),
+        (1, False, True),
+        (0.5, True, True),
+        (0.5, False, False),
+    )
     if norm or share
 )
 
@@ -34,17 +49,22 @@ def make_arguments(draw, dtype, weight_dtype, size, kind) -> list:
     return [draw(batch, tokens, 3, heads, dim).to(dtype), *weights, *tables, 1e-6, norm, interleaved]
 
 
-def weight_slack(args) -> dict[int, float]:
-    """A float32 rounding of the sums of |terms| of the weights' gradients, the largest: they may cancel."""
-    wide = [t.double() if torch.is_tensor(t) else t for t in args]
-    if wide[2] is None or wide[1].numel() == 0:
+def backward_slack(args) -> dict[int, float]:
+    """Float32 roundings, at their largest, of terms that may cancel: two of dx's, one of the sums that dweight are."""
+    grad, qkv, *weights = (t.double() if torch.is_tensor(t) else t for t in args[:4])
+    eps, norm = args[6:8]
+    if not norm or qkv.numel() == 0:
         return {}
-    grad, qkv = wide[:2]
-    x_hat = qkv / torch.sqrt(qkv.square().mean(-1, keepdim=True) + args[6])
-    # a rotation keeps the length of a pair: |g| <= sqrt(2) max |grad| of the pair; the head's largest bounds both
-    terms = grad.abs().amax(-1, keepdim=True) * x_hat.abs() * 2**0.5
-    total = terms.sum((0, 1, 3)).amax().item()
-    return dict.fromkeys((1, 2), torch.finfo(torch.float32).eps * total)
+    rstd = torch.rsqrt(qkv[:, :, :2].square().mean(-1, keepdim=True) + eps)
+    x_hat = qkv[:, :, :2] * rstd
+    # a rotation keeps the length of a pair: its larger element grows by sqrt(2) at most; the head's largest bounds it
+    g = 2**0.5 * grad[:, :, :2].abs().amax(-1, keepdim=True).expand_as(x_hat)
+    one = torch.finfo(torch.float32).eps
+    if weights[0] is None:
+        return {0: 2 * one * (rstd * g).max().item()}
+    total = (g * x_hat.abs()).sum((0, 1, 3)).max().item()
+    scaled = rstd * g * torch.stack(weights)[:, None].abs()
+    return {0: 2 * one * scaled.max().item(), 1: one * total, 2: one * total}
 
 
 def _maker(name: str):
@@ -58,7 +78,7 @@ def _maker(name: str):
                 slack = {}
                 if name == "qk_norm_rope_backward":
                     args.insert(0, draw(*args[0].shape).to(dtype))
-                    slack = weight_slack(args)
+                    slack = backward_slack(args)
                 label = f"{dtype}/{weight_dtype}, (B, N, H, D) = {size}, (norm, weights, share, interleaved, per sample) = {kind}"
                 mutated = (0,) if name == "qk_norm_rope_" else ()
                 found.append(Case(label, tuple(args), mutated, False, size in _LARGE, (dtype, weight_dtype), slack))
