@@ -1,4 +1,4 @@
-"""qk_norm_rope on packed projections of DiT-XL/2's and Flux's heads against eager, as users write it, and torch.compile.
+"""qk_norm_rope on packed projections with DiT-XL/2's and Flux's heads against eager, as users write it, and compiled.
 
 Out of place one read and one write per element of q, k and v; in place of q and k alone. The backward reads two tensors
 and writes one. Eager takes F.rms_norm, then rotates pairs by stacking or by complex multiplication; eager in place, its
@@ -115,7 +115,9 @@ def benchmarks(device):
             variants = {
                 "qk_norm_rope": (written | {"copy_": work.copy}, (*goals, within(1.5, "copy_")), 2 * n),
                 "qk_norm_rope_": (
-                    written | {"eager, in place": work.eager_in_place, "copy_ of q and k": work.copy_q_and_k}, goals, 4 * n // 3
+                    written | {"eager, in place": work.eager_in_place, "copy_ of q and k": work.copy_q_and_k},
+                    goals,
+                    4 * n // 3,
                 ),
                 "qk_norm_rope_backward": (
                     {"eager, autograd": work.backward(eager), "copy_": work.copy},

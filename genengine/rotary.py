@@ -1,4 +1,4 @@
-"""Rotary tables: the cosines and sines by which `ops.qk_norm_rope` rotates tokens to their positions on one or more axes."""
+"""Rotary tables: cosines and sines by which `ops.qk_norm_rope` rotates tokens to their positions, on any number of axes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rope_table(
 
 
 def grid_positions(*sizes: int, device: torch.device | str | None = None) -> Tensor:
-    """The positions of a grid's tokens in row-major order: (sizes[0] * ... * sizes[-1], A) int64, the last axis fastest."""
+    """The positions of a grid's tokens, the last axis fastest: (sizes[0] * ... * sizes[-1], A) int64."""
     if not sizes:
         raise ValueError("grid_positions: at least one size is needed, got none")
     places = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")

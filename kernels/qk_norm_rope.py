@@ -1,8 +1,9 @@
 """Triton kernels of qk_norm_rope, in place too, and its backward. Heads in registers, float32 arithmetic and sums.
 
 Bytes per element of q and k (e each): forward 2 e, 7 FLOPs; backward 3 e, 16 FLOPs. v is copied by the same programs.
-A tile holds the first and the second elements of the pairs of some heads: interleaved they are loaded together and split
-in registers, as halves they are two loads; what is not rotated then is a third. A row is a (token, head) of q, k or v.
+A tile holds the first and the second elements of the pairs of some heads: interleaved they are loaded together and
+split in registers, as halves they are two loads; what is not rotated is then a third. A row is a (token, head) of q, k
+or v.
 Lengths and strides come in units, powers of two that divide them: so the compiler sees wide accesses at D = 72 too.
 The weights' gradients are summed over the rows of a program, over CHUNK programs, then over those: no atomics.
 """
@@ -24,7 +25,8 @@ _FORWARD_INTS = [
     *_SIZES, "x_batch", "x_token", "x_part", "x_head", "out_batch", "out_token", "out_part", "out_head", *_TABLE_INTS
 ]  # fmt: skip
 _BACKWARD_INTS = [
-    *_SIZES, "grad_batch", "grad_token", "grad_part", "grad_head", "x_batch", "x_token", "x_part", "x_head", *_TABLE_INTS
+    *_SIZES, "grad_batch", "grad_token", "grad_part", "grad_head", "x_batch", "x_token", "x_part", "x_head",
+    *_TABLE_INTS
 ]  # fmt: skip
 
 
@@ -302,7 +304,8 @@ def _backward(grad, x, dx, dq, dk, q_weight, k_weight, cos, sin, eps, interleave
             grad, x, dx, *_pointers(x, q_weight, k_weight, cos, sin), partial, rows, tokens, heads,
             dim // unit, half // half_unit, *_strides(grad, unit), *_strides(x, unit),
             *_table_strides(cos, half_unit), *_table_strides(sin, half_unit), eps,
-            WEIGHTED=weighted, UNIT=unit, HALF_UNIT=half_unit, TILES=TILES, **tile, num_warps=NUM_WARPS, num_stages=1, enable_fp_fusion=True,
+            WEIGHTED=weighted, UNIT=unit, HALF_UNIT=half_unit, TILES=TILES, **tile,
+            num_warps=NUM_WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         if weighted:
             reduce_kernel[(2,)](

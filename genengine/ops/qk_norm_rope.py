@@ -34,13 +34,14 @@ def qk_norm_rope(
     qkv: (B, N, 3, H, D), read through its strides: a view of the projection's (B, N, 3 H D). float32, float16, bfloat16
     or float64 (reference only); D > 256 runs on the reference.
     q_weight, k_weight: (D,), both or neither, in qkv's dtype or float32 beside a 16-bit qkv.
-    cos, sin: (N, R/2) or (B, N, R/2) with 2 <= R <= D, float32 (or float64 beside a float64 qkv), as `rotary.rope_table`
-    makes them; neither: no rotation. Not differentiable.
+    cos, sin: (N, R/2) or (B, N, R/2) with 2 <= R <= D, float32 (or float64 beside a float64 qkv), as
+    `rotary.rope_table` makes them; neither: no rotation. Not differentiable.
     eps: added to the mean square, >= 0. interleaved: which elements form a pair (RoFormer's, or GPT-NeoX's halves).
     inplace: write q and k into qkv and return it; no backward. backend: see `genengine.backend`.
 
     Returns (B, N, 3, H, D) in qkv's dtype, contiguous; or qkv. Differentiable once, in qkv and the weights.
-    Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run or a gradient would be lost.
+    Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run or a gradient would
+    be lost.
     Zhang & Sennrich 2019, "Root mean square layer normalization"; Su et al. 2021, "RoFormer"; norms of q and k:
     Dehghani et al. 2023, "Scaling vision transformers to 22 billion parameters"; Esser et al. 2024.
     """

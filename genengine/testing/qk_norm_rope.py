@@ -79,7 +79,8 @@ def _maker(name: str):
                 if name == "qk_norm_rope_backward":
                     args.insert(0, draw(*args[0].shape).to(dtype))
                     slack = backward_slack(args)
-                label = f"{dtype}/{weight_dtype}, (B, N, H, D) = {size}, (norm, weights, share, interleaved, per sample) = {kind}"
+                names = "(norm, weights, share, interleaved, per sample)"
+                label = f"{dtype}/{weight_dtype}, (B, N, H, D) = {size}, {names} = {kind}"
                 mutated = (0,) if name == "qk_norm_rope_" else ()
                 found.append(Case(label, tuple(args), mutated, False, size in _LARGE, (dtype, weight_dtype), slack))
         return found

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from genengine import testing
 from genengine.ops import EXTENSION, _registry, _verify, qk_norm_rope
 from genengine.rotary import rope_table
-from genengine.testing.qk_norm_rope import make_arguments, rotary_half, backward_slack
+from genengine.testing.qk_norm_rope import backward_slack, make_arguments, rotary_half
 
 NAMES = ("qk_norm_rope", "qk_norm_rope_", "qk_norm_rope_backward")
 NAMESPACES = {"genengine": "cpu", "genengine_triton": "triton", "genengine_reference": "reference"}
@@ -153,7 +153,7 @@ def test_not_a_number_stays_where_it_is(backend, interleaved):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_as_users_write_it(backend, interleaved):
-    """F.rms_norm and a complex product; the products of q and k then depend on the distance of their positions alone."""
+    """F.rms_norm and a complex product; the products of q and k depend on the distance of their positions alone."""
     device = skip_unless_available("qk_norm_rope", backend)
     arguments = make((2, 6, 2, 24), (True, True, 1, interleaved, False), device=device)
     cos, sin = rope_table(torch.arange(6, device=device), 24)
@@ -352,7 +352,10 @@ def test_long_heads_run_on_the_reference():
         ({"sin": torch.zeros(3, 4).half()}, TypeError, "sin must have dtype torch.float32, got torch.float16"),
         ({"eps": -1}, ValueError, "eps must be at least 0, got -1"),
         ({"eps": "1"}, TypeError, "eps must be a float, got str"),
-        ({"inplace": True, "qkv": torch.zeros(1, 1, 3, 1, 8).expand(2, 3, 3, 2, 8)}, ValueError, "must not be expanded"),
+        (
+            {"inplace": True, "qkv": torch.zeros(1, 1, 3, 1, 8).expand(2, 3, 3, 2, 8)}, ValueError,
+            "must not be expanded",
+        ),
         (
             {"norm": False, "q_weight": None, "k_weight": None, "cos": None, "sin": None}, ValueError,
             "norm must be True without cos and sin",
