@@ -1,4 +1,4 @@
-"""Rotary tables: cosines and sines by which `ops.qk_norm_rope` rotates tokens to their positions, on any number of axes."""
+"""Rotary tables: the cosines and sines by which `ops.qk_norm_rope` rotates tokens to positions on one or more axes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ A tile holds the first and the second elements of the pairs of some heads: inter
 split in registers, as halves they are two loads; what is not rotated is then a third. A row is a (token, head) of q, k
 or v.
 Lengths and strides come in units, powers of two that divide them: so the compiler sees wide accesses at D = 72 too.
-The weights' gradients are summed over the rows of a program, over CHUNK programs, then over those: no atomics.
+The weights' gradients are summed over the rows of a program, then in one order over the programs: no atomics.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 from genengine.kernels._launch import DTYPE_NAMES
 
 MAX_DIM = 256
-CHUNK = 16  # partial sums that are added up in a group
+CHUNK, COLUMNS = 64, 32  # the tile of partial sums that one program adds up at a time
 TILES = 8  # tiles of rows whose gradients of the weights one program of the backward sums
 
 
@@ -99,12 +99,12 @@ def forward_kernel(
 ):  # fmt: skip
     """ROWS rows of (B, N, PARTS, H): PARTS is 3 if v is copied, 2 in place."""
     dim, half = dim_units * UNIT, half_units * HALF_UNIT
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
-    head = row % heads
-    part = (row // heads) % PARTS
-    n = (row // (heads * PARTS)) % tokens
-    b = row // (heads * PARTS * tokens)
+    head = (row % heads).to(tl.int64)
+    part = ((row // heads) % PARTS).to(tl.int64)
+    n = ((row // (heads * PARTS)) % tokens).to(tl.int64)
+    b = (row // (heads * PARTS * tokens)).to(tl.int64)
     at = (b * x_batch + n * x_token + part * x_part + head * x_head) * UNIT
     first, second, rest = _load_row_pairs(x_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
     y, z, w = first, second, rest
@@ -142,16 +142,16 @@ def backward_kernel(
 ):  # fmt: skip
     """dx of TILES * ROWS rows of (B, N, H) of one part, program_id(1); their dweight to partial (programs, 2, D)."""
     dim, half = dim_units * UNIT, half_units * HALF_UNIT
-    part = tl.program_id(1)
-    start = tl.program_id(0).to(tl.int64) * TILES * ROWS
-    tiles = tl.minimum((rows - start + ROWS - 1) // ROWS, TILES).to(tl.int32)
+    part = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * TILES * ROWS
+    tiles = tl.minimum((rows - start + ROWS - 1) // ROWS, TILES)
     if part == 2:  # v
         for tile in range(tiles):
             row = start + tile * ROWS + tl.arange(0, ROWS)[:, None]
             inside = row < rows
-            head = row % heads
-            n = (row // heads) % tokens
-            b = row // (heads * tokens)
+            head = (row % heads).to(tl.int64)
+            n = ((row // heads) % tokens).to(tl.int64)
+            b = (row // (heads * tokens)).to(tl.int64)
             at = (b * grad_batch + n * grad_token + part * grad_part + head * grad_head) * UNIT
             y, z, w = _load_row_pairs(grad_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
             out_at = (((b * tokens + n) * 3 + part) * heads + head) * dim
@@ -163,9 +163,9 @@ def backward_kernel(
         for tile in range(tiles):
             row = start + tile * ROWS + tl.arange(0, ROWS)[:, None]
             inside = row < rows
-            head = row % heads
-            n = (row // heads) % tokens
-            b = row // (heads * tokens)
+            head = (row % heads).to(tl.int64)
+            n = ((row // heads) % tokens).to(tl.int64)
+            b = (row // (heads * tokens)).to(tl.int64)
             at = (b * grad_batch + n * grad_token + part * grad_part + head * grad_head) * UNIT
             g_y, g_z, g_w = _load_row_pairs(grad_ptr, at, inside, dim, half, SPLIT, PAIRS, REST)
             if ROTARY:
@@ -202,21 +202,18 @@ def backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "dim"])
 def reduce_kernel(partial_ptr, dq_weight_ptr, dk_weight_ptr, chunks, dim, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
-    """dq_weight and dk_weight (D,): the sums over chunks, in groups of CHUNK; program_id(0) says of which."""
-    column = tl.arange(0, COLUMNS)
-    inside = column < dim
-    total = tl.zeros([COLUMNS], tl.float32)
-    at = partial_ptr + tl.program_id(0) * dim + column
+    """dq_weight and dk_weight (D,), program_id(0): the sums over chunks, every CHUNK-th first, then those."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, CHUNK)[:, None]
+    at = partial_ptr + row.to(tl.int64) * 2 * dim + tl.program_id(0) * dim + column[None, :]
+    some = tl.zeros([CHUNK, COLUMNS], tl.float32)
     for first in range(0, chunks, CHUNK):
-        some = tl.zeros([COLUMNS], tl.float32)
-        for _ in range(first, tl.minimum(first + CHUNK, chunks)):
-            some += tl.load(at, mask=inside, other=0.0)
-            at += 2 * dim
-        total += some
+        some += tl.load(at, mask=(first + row < chunks) & (column < dim)[None, :], other=0.0)
+        at += CHUNK * 2 * dim
     out_ptr = dq_weight_ptr if tl.program_id(0) == 0 else dk_weight_ptr
-    tl.store(out_ptr + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + column, tl.sum(some, axis=0).to(out_ptr.dtype.element_ty), mask=column < dim)
 
 
 # ---- launchers: the ops' own signatures ------------------------------------------------------------------------------
@@ -278,7 +275,7 @@ def _forward(x, out, parts, q_weight, k_weight, cos, sin, eps, norm, interleaved
     half = 0 if cos is None else cos.shape[2]
     tile = tile_config(dim, half, interleaved, FORWARD_ELEMENTS)
     unit, half_unit = _units(dim, x, out), _table_unit(half, cos, sin)
-    rows = batch * tokens * parts * heads
+    rows = _countable(batch * tokens * parts * heads)
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
             x, out, *_pointers(x, q_weight, k_weight, cos, sin), rows, tokens, heads, dim // unit, half // half_unit,
@@ -296,7 +293,7 @@ def _backward(grad, x, dx, dq, dk, q_weight, k_weight, cos, sin, eps, interleave
     half, weighted = 0 if cos is None else cos.shape[2], q_weight is not None
     tile = tile_config(dim, half, interleaved, backward_elements(half, interleaved))
     unit, half_unit = _units(dim, grad, x), _table_unit(half, cos, sin)
-    rows = batch * tokens * heads
+    rows = _countable(batch * tokens * heads)
     programs = triton.cdiv(rows, tile["ROWS"] * TILES)
     partial = torch.empty((programs if weighted else 0, 2, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -308,9 +305,9 @@ def _backward(grad, x, dx, dq, dk, q_weight, k_weight, cos, sin, eps, interleave
             num_warps=NUM_WARPS, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
         if weighted:
-            reduce_kernel[(2,)](
-                partial, dq, dk, programs, dim, CHUNK=CHUNK, COLUMNS=triton.next_power_of_2(dim),
-                num_warps=1, num_stages=1, enable_fp_fusion=True,
+            reduce_kernel[(2, triton.cdiv(dim, COLUMNS))](
+                partial, dq, dk, programs, dim, CHUNK=CHUNK, COLUMNS=COLUMNS, num_warps=NUM_WARPS,
+                num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -318,6 +315,15 @@ def _shape(x):
     if x.shape[-1] > MAX_DIM:
         raise RuntimeError(f"qk_norm_rope: D must be at most {MAX_DIM}, got {x.shape[-1]}")
     return x.shape
+
+
+def _countable(rows):
+    """Rows are counted in 32 bits, for divisions in 64 would cost more than the rest; elements are not."""
+    if rows >= (1 << 31) - 4096:
+        raise RuntimeError(
+            f"qk_norm_rope: at most 2^31 heads of all tokens fit one launch, got {rows}; split the batch"
+        )
+    return rows
 
 
 def _unit_rows(tensor):
@@ -381,7 +387,9 @@ def variants():
             constexprs = {"WEIGHTED": True, "TILES": TILES, **units, **tile}
             name = f"qk_norm_rope_backward_{kind}_{dim}{pairing}"
             found.append(_variant(name, backward_kernel, kind, constexprs, NUM_WARPS))
-        reduce = _variant(f"qk_norm_rope_reduce_{kind}", reduce_kernel, kind, {"CHUNK": CHUNK, "COLUMNS": 128}, 1)
+        reduce = _variant(
+            f"qk_norm_rope_reduce_{kind}", reduce_kernel, kind, {"CHUNK": CHUNK, "COLUMNS": COLUMNS}, NUM_WARPS
+        )
         found.append(reduce)
     return found
 

@@ -38,9 +38,11 @@ struct Call {
     launcher.require_here("cos", cos);
     launcher.require_here("sin", sin);
     a.qkv = view(qkv);
-    a.batch = shape.batch;
-    a.tokens = shape.tokens;
-    a.heads = shape.heads;
+    STD_TORCH_CHECK(shape.empty() || 3 * shape.batch * shape.tokens * shape.heads < (int64_t{1} << 32) - kThreads * kQkRows, kQkOp,
+                    ": at most 2^32 heads of all tokens fit one launch; split the batch");
+    a.batch = static_cast<uint32_t>(shape.batch);
+    a.tokens = static_cast<uint32_t>(shape.tokens);
+    a.heads = static_cast<uint32_t>(shape.heads);
     a.dim = static_cast<int>(shape.dim);
     a.eps = static_cast<float>(given.eps);
     a.norm = given.norm;
@@ -72,7 +74,6 @@ void with_team(Type type, int dim, Body body) {
 
 Grid blocks_of(int64_t teams, int team) {
   const int64_t per_block = kThreads / team, blocks = (teams + per_block - 1) / per_block;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), kQkOp, ": too many heads for one launch");
   return {dim3(static_cast<unsigned>(blocks)), dim3(kThreads)};
 }
 
@@ -80,7 +81,7 @@ void run_forward(Call& call, const Tensor& out, int parts) {
   QkArguments& a = call.a;
   a.out = view(out);
   a.parts = parts;
-  const int64_t items = a.batch * a.tokens * parts * ((a.heads + kQkHeads - 1) / kQkHeads);
+  const int64_t items = int64_t{a.batch} * a.tokens * parts * ((a.heads + kQkHeads - 1) / kQkHeads);
   if (call.wide && aligned_rows(out))
     with_team(call.type, a.dim, [&]<class T, int Team>() {
       call.launcher.run<qk_norm_rope_vectorised<T, Team>>(blocks_of(items, Team), a);
@@ -112,7 +113,7 @@ void qk_norm_rope_in_place(const Tensor& qkv, const OptionalTensor& q_weight, co
 // Launches the rows' kernel, then adds up its blocks' sums.
 void run_backward(Call& call, const Tensor& like, const Tensor& dq_weight, const Tensor& dk_weight) {
   QkArguments& a = call.a;
-  const int64_t teams = (a.batch * a.tokens * a.heads + kQkRows - 1) / kQkRows;
+  const int64_t teams = (int64_t{a.batch} * a.tokens * a.heads + kQkRows - 1) / kQkRows;
   const int team = !call.wide || a.dim > 16 * kQkElements ? 32 : a.dim > 8 * kQkElements ? 16 : 8;
   Grid grid = blocks_of(teams, team);
   const int64_t blocks = grid.blocks.x;

@@ -34,7 +34,7 @@ struct QkArguments {
   const void* weight[2] = {nullptr, nullptr};
   Table cos, sin;
   float* partial = nullptr;  // (blocks, 2, D): dweight
-  int64_t batch = 0, tokens = 0, heads = 0;
+  uint32_t batch = 0, tokens = 0, heads = 0;  // with 64 bits, divisions would cost more than the rest
   int dim = 0, half = 0, parts = 3;
   float eps = 0.f, sign = 1.f;  // sign: -1 undoes the rotation
   bool norm = true, interleaved = true, weight_is_float = false;
@@ -156,11 +156,11 @@ template <class T, int Team, bool Vectorised>
 __device__ __forceinline__ void qk_forward(const QkArguments& a, float* places) {
   using Mine = QkTeam<T, Team, Vectorised>;
   Mine team(a);
-  const int64_t groups = (a.heads + kQkHeads - 1) / kQkHeads;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * Mine::kTeams + Mine::index();
-  const int64_t group = item % groups, rest = item / groups, token = rest / a.parts;
-  const int part = static_cast<int>(rest - token * a.parts);
-  const int64_t b = token / a.tokens, n = token - b * a.tokens, first = group * kQkHeads;
+  const uint32_t groups = (a.heads + kQkHeads - 1) / kQkHeads, parts = static_cast<uint32_t>(a.parts);
+  const uint32_t item = blockIdx.x * Mine::kTeams + static_cast<uint32_t>(Mine::index());
+  const uint32_t rest = item / groups, token = rest / parts, first = (item - rest * groups) * kQkHeads;
+  const uint32_t b = token / a.tokens, n = token - b * a.tokens;
+  const int part = static_cast<int>(rest - token * parts);
   const bool exists = b < a.batch, is_v = part == 2;
   typename Mine::Raw raw[kQkHeads];  // all asked for before the first is used
 #pragma unroll
@@ -203,9 +203,9 @@ __global__ void GENENGINE_BOUNDS qk_norm_rope_single(const __grid_constant__ QkA
 // ---- backward: rows are (token, head); blockIdx.y is the part --------------------------------------------------------
 
 struct QkRow {
-  int64_t b, n, h;
-  __device__ __forceinline__ QkRow(int64_t row, const QkArguments& a) {
-    const int64_t token = row / a.heads;
+  uint32_t b, n, h;
+  __device__ __forceinline__ QkRow(uint32_t row, const QkArguments& a) {
+    const uint32_t token = row / a.heads;
     h = row - token * a.heads;
     b = token / a.tokens;
     n = token - b * a.tokens;
@@ -251,7 +251,7 @@ __device__ __forceinline__ void qk_backward(const QkArguments& a, float* places,
   using Mine = QkTeam<T, Team, Vectorised>;
   Mine team(a);
   const int part = static_cast<int>(blockIdx.y);
-  QkRow row((static_cast<int64_t>(blockIdx.x) * Mine::kTeams + Mine::index()) * kQkRows, a);
+  QkRow row((blockIdx.x * Mine::kTeams + static_cast<uint32_t>(Mine::index())) * kQkRows, a);
   if (part == 2) {  // v, for the whole block
     for (int r = 0; r < kQkRows; ++r, row.next(a)) {
       float v[kQkElements];
