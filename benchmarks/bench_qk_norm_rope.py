@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from genengine import testing
 from genengine.benchmarks.harness import Benchmark, faster, within
-from genengine.ops import _registry
+from genengine.ops import _registry, qk_norm_rope
 from genengine.rotary import rope_table
 
 SHAPES = ((8, 256, 3, 16, 72), (4, 1024, 3, 24, 128))
@@ -44,6 +44,7 @@ class Work:
         draw = lambda *size: torch.randn(*size, device=device).to(dtype)  # noqa: E731
         self.qkv, self.grad = draw(*shape), draw(*shape)
         self.weights = [draw(dim).sign(), draw(dim).sign()]  # in place, again and again: others lead to subnormals
+        self.leaves = [t.detach().requires_grad_() for t in (self.qkv, *self.weights)]
         self.tables = rope_table(torch.arange(tokens, device=device), dim)
         self.turn = torch.complex(*self.tables)[:, None]
         self.out, self.rows = torch.empty_like(self.qkv), self.qkv.clone()
@@ -74,12 +75,18 @@ class Work:
         pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
         qk.copy_(torch.view_as_real(pairs.mul_(self.turn[:, None])).flatten(-2))
 
-    def backward(self, function):
-        """autograd, its forward outside the timing."""
-        leaves = [t.detach().requires_grad_() for t in (self.qkv, *self.weights)]
+    def backward(self):
+        """autograd through eager, its forward outside the timing."""
         with torch.enable_grad():
-            out = function(*leaves, *self.tables)
-        return lambda: torch.autograd.grad(out, leaves, self.grad, retain_graph=True)
+            out = eager(*self.leaves, *self.tables)
+        return lambda: torch.autograd.grad(out, self.leaves, self.grad, retain_graph=True)
+
+    def both(self, function):
+        def run():
+            with torch.enable_grad():
+                return torch.autograd.grad(function(*self.leaves, *self.tables), self.leaves, self.grad)
+
+        return run
 
     def check(self, name):
         """Against the reference in float64, within twice eager's error and a rounding."""
@@ -120,13 +127,23 @@ def benchmarks(device):
                     4 * n // 3,
                 ),
                 "qk_norm_rope_backward": (
-                    {"eager, autograd": work.backward(eager), "copy_": work.copy},
+                    {"eager, autograd": work.backward(), "copy_": work.copy},
                     (faster("eager, autograd", 1.0),),
-                    3 * n - n // 3,
+                    8 * n // 3,
                 ),
-            }  # fmt: skip
+                "qk_norm_rope, forward and backward": (
+                    {
+                        "fused": work.both(qk_norm_rope),
+                        "eager, stacked": work.both(eager),
+                        "torch.compile": work.both(compiled),
+                    },
+                    (faster("eager, stacked", 1.0), faster("torch.compile", 1.0)),
+                    14 * n // 3,
+                ),
+            }
             for name, (others, wanted, moved) in variants.items():
-                timed = {"fused": work.fused(name)} | others
-                check = lambda w=work, key=name: w.check(key)  # noqa: E731
+                op = "qk_norm_rope_backward" if name.endswith("backward") else name
+                timed = {"fused": work.fused(op)} | others
+                check = lambda w=work, key=op: w.check(key)  # noqa: E731
                 quick = shape == SHAPES[0]
                 yield Benchmark(name, str(shape), label, timed, check, n, moved * size, wanted, quick, device)
