@@ -14,7 +14,7 @@ LAYERS = [
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],
-    ["sampler", "_capture", "nets", "evaluate", "images"],
+    ["sampler", "_capture", "rotary", "nets", "evaluate", "images"],
     ["models"],
     ["train", "environment"],
     ["benchmarks"],
