@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BACKENDS, LAYOUTS, laid_out, skip_unless_available
+from support import BACKENDS, LAYOUTS, laid_out, luck, skip_unless_available
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -64,6 +64,9 @@ def check(name, backend, tensors, *options):
         allowed = testing.tolerance(plain, exact)
         if exact.numel() and exact.dim() == 1:  # a sum, which may cancel: float32 roundings of the sum of its |terms|
             allowed += 2 * torch.finfo(F32).eps * oracle[i - 1].abs().sum((0, 2)).max().item()
+        if name == "bias_act" and options[-1] is not None and exact.numel():  # the clamp hides the largest value
+            free = run["reference"](*widened(args), *options[:-1], None)
+            allowed += torch.finfo(F32).eps * as_tuple(free)[0].abs().max().item()
         if backend == "triton" and _registry.triton_interpreted() and value.dtype == BF16 and exact.numel():
             allowed += torch.finfo(BF16).eps * exact.abs().max().item()  # the interpreter truncates
         found = testing.error(value, exact)

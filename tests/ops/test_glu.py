@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BACKENDS, laid_out, skip_unless_available
+from support import BACKENDS, laid_out, luck, skip_unless_available
 from torch.library import opcheck
 
 from genengine import testing
@@ -28,6 +28,14 @@ def as_tuple(found):
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
+def magnitude(args):
+    """The largest |gate| |value|, times the gradient's largest."""
+    *grad, x, bias = (t if t is None else t.double().abs() for t in args)
+    gate, value = (x if bias is None else x + bias).chunk(2, dim=-1)
+    largest = (gate * value).max().item() if not grad else (gate + value).max().item() * grad[0].max().item()
+    return largest
+
+
 def check(name, backend, tensors, *options):
     run = _registry.OPS[name].overloads
     args = [tensors[key] for key in (("x", "bias") if name == "glu" else ("grad", "x", "bias"))]
@@ -36,9 +44,11 @@ def check(name, backend, tensors, *options):
     oracle = as_tuple(run["reference"](*wide, *options))
     for i, (value, plain, exact) in enumerate(zip(got, eager, oracle, strict=True)):
         assert value.is_contiguous() and value.dtype == plain.dtype and value.shape == exact.shape
-        allowed = testing.tolerance(plain, exact)
+        allowed = testing.tolerance(plain, exact) + luck(exact)
         if exact.numel() and exact.dim() == 1:  # a sum, which may cancel: float32 roundings of the sum of its |terms|
             allowed += 2 * torch.finfo(F32).eps * oracle[0].abs().sum((0, 1)).max().item()
+        if i == 0 and exact.numel():  # gelu(x) = x Phi(x), and Phi errs by roundings of 1 where eager may be lucky
+            allowed += torch.finfo(F32).eps * magnitude(args)
         if backend == "triton" and _registry.triton_interpreted() and value.dtype == BF16 and exact.numel():
             allowed += torch.finfo(BF16).eps * exact.abs().max().item()  # the interpreter truncates
         found = testing.error(value, exact)
