@@ -6,6 +6,7 @@ from genengine.ops.attention import attention
 from genengine.ops.diffuse import diffuse
 from genengine.ops.ema_update import ema_update
 from genengine.ops.group_norm_silu import group_norm_silu
+from genengine.ops.logistic_mixture import logistic_mixture_log_prob, logistic_mixture_sample
 from genengine.ops.normal import normal, uniform
 from genengine.ops.reparameterize import reparameterize
 from genengine.ops.sampler_step import advance, sampler_step
@@ -16,5 +17,5 @@ backend = _registry.backend
 
 __all__ = [
     "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "ema_update", "gated_adaln",
-    "group_norm_silu", "normal", "reparameterize", "sampler_step", "uniform",
+    "group_norm_silu", "logistic_mixture_log_prob", "logistic_mixture_sample", "normal", "reparameterize", "sampler_step", "uniform",
 ]  # fmt: skip
