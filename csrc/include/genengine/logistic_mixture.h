@@ -42,40 +42,46 @@ struct SliceGradient {
   float mean, log_scale;
 };
 
-// bin: of x. Gradient null: not wanted.
+// What stands for infinity where a bin has no end, and for the width of such a bin: e^-1e4 is 0.
+constexpr float kFar = 1e4f;
+
+// (1 - e^-d) / d for d <= 1/2, to d^7.
+GENENGINE_HD float relative_width(float d) {
+  float p = multiply_add(d, -2.4801587e-5f, 1.9841270e-4f);
+  p = multiply_add(p, d, -1.3888889e-3f);
+  p = multiply_add(p, d, 8.3333333e-3f);
+  p = multiply_add(p, d, -4.1666667e-2f);
+  p = multiply_add(p, d, 1.6666667e-1f);
+  p = multiply_add(p, d, -0.5f);
+  return multiply_add(p, d, 1.f);
+}
+
+// bin: of x. Gradient null: not wanted. Of a narrow bin, d <= 1/2, log d is split off: d may even underflow.
 GENENGINE_HD Slice logistic_slice(float x, float bin, float mean, float log_scale, const Bins& bins, SliceGradient* gradient) {
   const float s = at_least(log_scale, kLowestLogScale), inverse = exponential(-s), centred = x - mean;
-  const float a = (centred + bins.h) * inverse, b = (centred - bins.h) * inverse, d = 2.f * bins.h * inverse;
-  const bool lowest = bin == 0.f, highest = bin == bins.last, end = lowest | highest, wide = d > 0.5f;
+  const bool lowest = bin == 0.f, highest = bin == bins.last;
+  const float a = highest ? kFar : (centred + bins.h) * inverse, b = lowest ? -kFar : (centred - bins.h) * inverse;
+  const float d = lowest | highest ? kFar : 2.f * bins.h * inverse;
   const float exp_a = exponential(-absolute(a)), exp_b = exponential(-absolute(b)), exp_d = exponential(-d);
-  float series = multiply_add(d, -2.4801587e-5f, 1.9841270e-4f);  // (1 - e^-d) / d to d^7: a tiny d may even underflow
-  series = multiply_add(series, d, -1.3888889e-3f);
-  series = multiply_add(series, d, 8.3333333e-3f);
-  series = multiply_add(series, d, -4.1666667e-2f);
-  series = multiply_add(series, d, 1.6666667e-1f);
-  series = multiply_add(series, d, -0.5f);
-  series = multiply_add(series, d, 1.f);
-  const float inside = wide ? 1.f - exp_d : series, outside = wide ? 0.f : bins.log_width - s;
-  const float one_a = 1.f + (highest ? 0.f : exp_a), one_b = 1.f + (lowest ? 0.f : exp_b);
-  const float numerator = end ? 1.f : inside;
-  const float from_a = highest ? 0.f : (a < 0.f ? a : 0.f), from_b = lowest ? 0.f : (b > 0.f ? b : 0.f);
+  const float numerator = select(d > 0.5f, 1.f - exp_d, relative_width(d)), one_a = 1.f + exp_a, one_b = 1.f + exp_b;
   if (gradient) {
-    const float above = highest ? 0.f : (a > 0.f ? exp_a : 1.f), below = lowest ? 0.f : (b > 0.f ? 1.f : exp_b);
     const float scale = 1.f / (one_a * one_b * numerator);
-    const float sigma_a = above * (one_b * numerator * scale), sigma_b = below * (one_a * numerator * scale);
-    const float width = end ? 0.f : (wide ? d : 1.f) * exp_d * (one_a * one_b * scale);  // d / (e^d - 1)
+    const float sigma_a = (a > 0.f ? exp_a : 1.f) * (one_b * numerator * scale);  // sigmoid(-a)
+    const float sigma_b = (b > 0.f ? 1.f : exp_b) * (one_a * numerator * scale);  // sigmoid(b)
+    const float width = (d > 0.5f ? d : 1.f) * exp_d * (one_a * one_b * scale);   // d / (e^d - 1)
     gradient->mean = inverse * (sigma_b - sigma_a);
     gradient->log_scale = zero_below(multiply_add(b, sigma_b, -a * sigma_a) - width, log_scale, kLowestLogScale);
   }
-  return {(end ? 0.f : outside) + (from_a - from_b), numerator, one_a * one_b};
+  const float split = d > 0.5f ? 0.f : bins.log_width - s;
+  return {split + ((a < 0.f ? a : 0.f) - (b > 0.f ? b : 0.f)), numerator, one_a * one_b};
 }
 
 // A sum of exponentials as it grows is e^largest sum; it begins with kNothing and 0, and -infinity adds nothing to it.
 constexpr float kNothing = -3e38f;
 GENENGINE_HD void add_exponential(float& largest, float& sum, float value) {
   const float finite = at_least(value, kNothing), gap = finite - largest, less = exponential(-absolute(gap));
-  sum = gap > 0.f ? multiply_add(sum, less, 1.f) : sum + less;
-  largest = gap > 0.f ? finite : largest;
+  sum = select(gap > 0.f, multiply_add(sum, less, 1.f), sum + less);
+  largest = select(gap > 0.f, finite, largest);
 }
 
 // ---- sampling: the same bits everywhere, so no fused multiply-add ------------------------------------------------------
