@@ -9,7 +9,7 @@ namespace GENENGINE_ISA {
 namespace {
 
 constexpr int kWidth = kMixtureTile;
-#define GENENGINE_LANES for (int i = 0; i < kWidth; ++i)
+#define GENENGINE_LANES _Pragma("GCC ivdep") for (int i = 0; i < kWidth; ++i)
 using Row = float[kWidth];
 
 struct Rows {
@@ -108,7 +108,7 @@ GENENGINE_INLINE void couple(Row& mean, const Row& coupling, const Row& x) {
 
 // log p(k, pixel) less the logarithm of the logits' sum. Gradient: the rows of component k become derivatives of that.
 template <bool Gradient>
-GENENGINE_INLINE void component(const Data& data, const Rows& rows, int64_t k, int channels, const Bins& bins, Row& joint) {
+GENENGINE_INLINE void component(const Data& data, const Rows& rows, int64_t k, int channels, Bins bins, Row& joint) {
   alignas(64) Row linear, numerator, denominator, mean;
   GENENGINE_LANES linear[i] = rows.logits[k][i], numerator[i] = 1.f, denominator[i] = 1.f;
   for (int c = 0; c < channels; ++c) {
