@@ -9,7 +9,8 @@ namespace GENENGINE_ISA {
 namespace {
 
 constexpr int kWidth = kMixtureTile;
-#define GENENGINE_LANES _Pragma("GCC ivdep") for (int i = 0; i < kWidth; ++i)
+// Lanes are independent; unrolled early, they would not become one vector.
+#define GENENGINE_LANES _Pragma("GCC ivdep") _Pragma("GCC unroll 1") for (int i = 0; i < kWidth; ++i)
 using Row = float[kWidth];
 
 struct Rows {
@@ -102,8 +103,11 @@ struct LogSums {
   GENENGINE_INLINE void add(const Row& values) { GENENGINE_LANES add_exponential(largest[i], sum[i], values[i]); }
 };
 
-GENENGINE_INLINE void couple(Row& mean, const Row& coupling, const Row& x) {
-  GENENGINE_LANES mean[i] = multiply_add(hyperbolic_tangent(coupling[i]), x[i], mean[i]);
+// Couplings become their tanh.
+void bound_couplings(const Rows& rows, int channels) {
+  float* coupling = rows.couplings[0];
+  const int64_t count = mixture_pairs(channels) * rows.components * kWidth;
+  _Pragma("GCC ivdep") for (int64_t i = 0; i < count; ++i) coupling[i] = hyperbolic_tangent(coupling[i]);
 }
 
 // log p(k, pixel) less the logarithm of the logits' sum. Gradient: the rows of component k become derivatives of that.
@@ -114,7 +118,10 @@ GENENGINE_INLINE void component(const Data& data, const Rows& rows, int64_t k, i
   for (int c = 0; c < channels; ++c) {
     Row &means = rows.mean(c, k), &log_scales = rows.log_scale(c, k);
     GENENGINE_LANES mean[i] = means[i];
-    for (int j = 0; j < c; ++j) couple(mean, rows.coupling(c, j, k), data.x[j]);
+    for (int j = 0; j < c; ++j) {
+      const Row& coupling = rows.coupling(c, j, k);
+      GENENGINE_LANES mean[i] = multiply_add(coupling[i], data.x[j][i], mean[i]);
+    }
     GENENGINE_LANES {
       SliceGradient gradient;
       const Slice slice =
@@ -127,12 +134,10 @@ GENENGINE_INLINE void component(const Data& data, const Rows& rows, int64_t k, i
         log_scales[i] = gradient.log_scale;
       }
     }
-    for (int j = 0; Gradient && j < c; ++j) {
-      Row& coupling = rows.coupling(c, j, k);
-      GENENGINE_LANES {
-        const float t = hyperbolic_tangent(coupling[i]);
-        coupling[i] = means[i] * data.x[j][i] * (1.f - t * t);
-      }
+    if (!Gradient) continue;
+    for (int j = 0; j < c; ++j) {
+      Row &coupling = rows.coupling(c, j, k), &gradient = rows.mean(c, k);
+      GENENGINE_LANES coupling[i] = gradient[i] * data.x[j][i] * (1.f - coupling[i] * coupling[i]);
     }
   }
   GENENGINE_LANES joint[i] = linear[i] + logarithm(numerator[i] / denominator[i]);
@@ -144,6 +149,7 @@ void mixture_log_prob(const MixtureCall& call, int64_t b, int64_t first, int64_t
   GENENGINE_TYPED(load_params, scratch, call.params, b, first, count, params_of(call))
   const Data data(call, b, first, count);
   const Rows rows(scratch, call.components, call.channels);
+  bound_couplings(rows, call.channels);
   LogSums joint, softmax;
   alignas(64) Row value, result;
   for (int64_t k = 0; k < call.components; ++k) {
@@ -161,6 +167,7 @@ void mixture_log_prob_backward(const MixtureCall& call, int64_t b, int64_t first
   const Data data(call, b, first, count);
   const Rows rows(scratch, call.components, call.channels);
   Row* joints = reinterpret_cast<Row*>(scratch) + params_of(call);
+  bound_couplings(rows, call.channels);
   LogSums joint, softmax;
   for (int64_t k = 0; k < call.components; ++k) {
     component<true>(data, rows, k, call.channels, call.bins, joints[k]);

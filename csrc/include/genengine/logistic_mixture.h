@@ -79,7 +79,7 @@ GENENGINE_HD Slice logistic_slice(float x, float bin, float mean, float log_scal
 // A sum of exponentials as it grows is e^largest sum; it begins with kNothing and 0, and -infinity adds nothing to it.
 constexpr float kNothing = -3e38f;
 GENENGINE_HD void add_exponential(float& largest, float& sum, float value) {
-  const float finite = at_least(value, kNothing), gap = finite - largest, less = exponential(-absolute(gap));
+  const float finite = select(value < kNothing, kNothing, value), gap = finite - largest, less = exponential(-absolute(gap));
   sum = select(gap > 0.f, multiply_add(sum, less, 1.f), sum + less);
   largest = select(gap > 0.f, finite, largest);
 }
