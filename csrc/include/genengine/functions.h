@@ -25,11 +25,15 @@ GENENGINE_HD float with_sign_of(float magnitude, float x) { return as_float(as_i
 GENENGINE_HD float at_least(float a, float bound) { return a < bound ? bound : a; }
 GENENGINE_HD float zero_below(float value, float a, float bound) { return a < bound ? 0.f : value; }
 
-// condition ? a : b by their bits: of a conditional expression g++ makes a branch around what only one side needs, and such a
-// loop does not vectorise.
+// condition ? a : b, on the host by their bits: of a conditional expression g++ makes a branch around what only one side
+// needs, and such a loop does not vectorise.
 GENENGINE_HD float select(bool condition, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
   const int32_t mask = -static_cast<int32_t>(condition);
   return as_float((as_int(a) & mask) | (as_int(b) & ~mask));
+#endif
 }
 
 // e^x: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r, and 2^n in two factors, for n reaches from -150 to 128.
