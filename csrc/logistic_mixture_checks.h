@@ -20,7 +20,7 @@ inline MixtureSizes check_mixture(const char* op, const Tensor& params, int64_t 
   STD_TORCH_CHECK(params.dim() >= 2, op, ": params must be (B, P, ...)");
   STD_TORCH_CHECK(channels >= 1 && channels <= kMaxChannels, op, ": C must be 1 to ", kMaxChannels, ", got ", channels);
   STD_TORCH_CHECK(bins >= 2 && bins <= 65536, op, ": bins must be 2 to 65536, got ", bins);
-  MixtureSizes sizes{common_layout(op, params), type_of(op, "params", params), params.size(0), params.size(1), 0, 1,
+  MixtureSizes sizes{params.numel() ? common_layout(op, params) : Layout{}, type_of(op, "params", params), params.size(0), params.size(1), 0, 1,
                      static_cast<int>(channels), {}};
   const int64_t per = params_per_component(sizes.channels);
   STD_TORCH_CHECK(sizes.params > 0 && sizes.params % per == 0, op, ": P must be a multiple of ", per, ", got ", sizes.params);

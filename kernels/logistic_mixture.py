@@ -110,7 +110,7 @@ def joint(
 ):  # fmt: skip
     """log p(k, pixel) but for the logarithm of the logits' sum, and the logit."""
     logit = parameter(params_ptr, offset, k, param_stride, inside)
-    linear, numerator, denominator = logit, logit * 0.0 + 1.0, logit * 0.0 + 1.0
+    linear, numerator, denominator = logit, tl.full(logit.shape, 1.0, tl.float32), tl.full(logit.shape, 1.0, tl.float32)
     for c in tl.static_range(C):
         mean = conditioned_mean(
             params_ptr, x_ptr, offset, sample, pixel, image, k, components, param_stride, inside, last, c, C
@@ -281,9 +281,7 @@ def sample_kernel(
             coupling = tanh_ieee(parameter(params_ptr, offset, row, param_stride, inside))
             mean = mean + coupling * (x0 if j == 0 else (x1 if j == 1 else x2))
         log_scale = parameter(params_ptr, offset, components * (1 + C + c) + k, param_stride, inside)
-        x = sample_channel(
-            mean, log_scale, draw(pixel, 1 + c, seed, sample_id, step, stream, 1 + C), temperature, last
-        )
+        x = sample_channel(mean, log_scale, draw(pixel, 1 + c, seed, sample_id, step, stream, 1 + C), temperature, last)
         tl.store(x_ptr + (sample * C + c) * image + pixel, x, mask=inside)
         if c == 0:
             x0 = x
