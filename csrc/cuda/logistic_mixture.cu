@@ -93,7 +93,7 @@ __device__ __forceinline__ float joint_of(const MixtureArguments& a, const Param
     numerator *= slice.numerator;
     denominator *= slice.denominator;
   }
-  return linear + logarithm(numerator / denominator);
+  return joint_log_prob(linear, numerator, denominator);
 }
 
 struct Sums {

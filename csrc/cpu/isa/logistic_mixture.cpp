@@ -140,7 +140,7 @@ GENENGINE_INLINE void component(const Data& data, const Rows& rows, int64_t k, i
       GENENGINE_LANES coupling[i] = gradient[i] * data.x[j][i] * (1.f - coupling[i] * coupling[i]);
     }
   }
-  GENENGINE_LANES joint[i] = linear[i] + logarithm(numerator[i] / denominator[i]);
+  GENENGINE_LANES joint[i] = joint_log_prob(linear[i], numerator[i], denominator[i]);
 }
 
 }  // namespace

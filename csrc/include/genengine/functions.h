@@ -55,6 +55,23 @@ GENENGINE_HD float exponential(float x) {
 #endif
 }
 
+// e^-x for x from -80 on; beyond 80 it stays at e^-80. Half the work of exponential(-x).
+GENENGINE_HD float exponential_minus(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(-x);
+#else
+  const float bounded = x > 80.f ? 80.f : x, shifted = multiply_add(bounded, -1.44269504f, 12582912.f), n = shifted - 12582912.f;
+  float r = multiply_add(n, -0.693359375f, -bounded);
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float p = multiply_add(r, 1.3941118e-3f, 8.3631799e-3f);
+  p = multiply_add(r, p, 4.1666374e-2f);
+  p = multiply_add(r, p, 1.6666577e-1f);
+  p = multiply_add(r, p, 0.5f);
+  p = multiply_add(r * r, p, r) + 1.f;
+  return p * as_float((as_int(shifted) - (as_int(12582912.f) - 127)) << 23);
+#endif
+}
+
 // ln x; -infinity at 0, NaN below.
 GENENGINE_HD float logarithm(float x) {
 #if defined(__CUDA_ARCH__)
@@ -101,7 +118,7 @@ GENENGINE_HD float hyperbolic_tangent(float x) {
   p = multiply_add(p, z, -5.3854071e-2f);
   p = multiply_add(p, z, 1.3332795e-1f);
   p = multiply_add(p, z, -3.3333328e-1f);
-  const float small = multiply_add(p * z, x, x), large = 1.f - 2.f / (exponential(2.f * a) + 1.f);
+  const float small = multiply_add(p * z, x, x), e = exponential_minus(2.f * a), large = 1.f - 2.f * e / (1.f + e);
   return select(a < 0.625f, small, with_sign_of(large, x));
 #endif
 }

@@ -42,7 +42,7 @@ struct SliceGradient {
   float mean, log_scale;
 };
 
-// What stands for infinity where a bin has no end, and for the width of such a bin: e^-1e4 is 0.
+// What stands for infinity where a bin has no end, and for the width of such a bin: e^-1e4 is nothing.
 constexpr float kFar = 1e4f;
 
 // (1 - e^-d) / d for d <= 1/2, to d^7.
@@ -58,11 +58,11 @@ GENENGINE_HD float relative_width(float d) {
 
 // bin: of x. Gradient null: not wanted. Of a narrow bin, d <= 1/2, log d is split off: d may even underflow.
 GENENGINE_HD Slice logistic_slice(float x, float bin, float mean, float log_scale, const Bins& bins, SliceGradient* gradient) {
-  const float s = at_least(log_scale, kLowestLogScale), inverse = exponential(-s), centred = x - mean;
+  const float s = at_least(log_scale, kLowestLogScale), inverse = exponential_minus(s), centred = x - mean;
   const bool lowest = bin == 0.f, highest = bin == bins.last;
   const float a = highest ? kFar : (centred + bins.h) * inverse, b = lowest ? -kFar : (centred - bins.h) * inverse;
   const float d = lowest | highest ? kFar : 2.f * bins.h * inverse;
-  const float exp_a = exponential(-absolute(a)), exp_b = exponential(-absolute(b)), exp_d = exponential(-d);
+  const float exp_a = exponential_minus(absolute(a)), exp_b = exponential_minus(absolute(b)), exp_d = exponential_minus(d);
   const float numerator = select(d > 0.5f, 1.f - exp_d, relative_width(d)), one_a = 1.f + exp_a, one_b = 1.f + exp_b;
   if (gradient) {
     const float scale = 1.f / (one_a * one_b * numerator);
@@ -76,10 +76,15 @@ GENENGINE_HD Slice logistic_slice(float x, float bin, float mean, float log_scal
   return {split + ((a < 0.f ? a : 0.f) - (b > 0.f ? b : 0.f)), numerator, one_a * one_b};
 }
 
+// What a component's slices make of its logit: log p(k, pixel) less the logarithm of the logits' sum.
+GENENGINE_HD float joint_log_prob(float linear, float numerator, float denominator) {
+  return multiply_add(denominator, 0.f, linear) + log_unit(numerator / denominator);  // log_unit does not know NaN
+}
+
 // A sum of exponentials as it grows is e^largest sum; it begins with kNothing and 0, and -infinity adds nothing to it.
 constexpr float kNothing = -3e38f;
 GENENGINE_HD void add_exponential(float& largest, float& sum, float value) {
-  const float finite = select(value < kNothing, kNothing, value), gap = finite - largest, less = exponential(-absolute(gap));
+  const float finite = select(value < kNothing, kNothing, value), gap = finite - largest, less = exponential_minus(absolute(gap));
   sum = select(gap > 0.f, multiply_add(sum, less, 1.f), sum + less);
   largest = select(gap > 0.f, finite, largest);
 }
