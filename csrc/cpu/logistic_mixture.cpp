@@ -17,7 +17,7 @@ struct Work {
   int64_t batch, rows;  // rows of scratch
 
   Work(const Tensor& params, const MixtureSizes& sizes)
-      : batch(sizes.batch), rows(sizes.params) {
+      : batch(sizes.batch), rows(sizes.params + sizes.components) {
     call.params = planes(params, sizes);
     call.type = sizes.type;
     call.components = sizes.components;
@@ -71,7 +71,6 @@ Tensor logistic_mixture_log_prob_backward(const Tensor& grad, const Tensor& x, c
   Tensor dparams = torch::stable::empty_like(params);
   if (dparams.numel() == 0) return dparams;
   Work work(params, sizes);
-  work.rows += sizes.components;
   work.call.dparams = Work::planes(dparams, sizes);
   work.call.x = static_cast<float*>(x.data_ptr());
   work.call.grad = grad.const_data_ptr<float>();

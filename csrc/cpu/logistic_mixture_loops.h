@@ -30,7 +30,8 @@ struct MixtureCall {
   float temperature, inverse_temperature;
 };
 
-// Each does `count` <= kMixtureTile pixels of batch b from `first` on; scratch: kMixtureTile floats for every parameter.
+// Each does `count` <= kMixtureTile pixels of batch b from `first` on; scratch: kMixtureTile floats for every parameter,
+// and for every component.
 GENENGINE_LOOP(void, mixture_log_prob, (const MixtureCall& call, int64_t b, int64_t first, int64_t count, float* scratch))
 GENENGINE_LOOP(void, mixture_log_prob_backward,
                (const MixtureCall& call, int64_t b, int64_t first, int64_t count, float* scratch))

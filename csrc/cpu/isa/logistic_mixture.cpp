@@ -97,10 +97,24 @@ struct Data {
 
 // ---- log-probability ---------------------------------------------------------------------------------------------------
 
-struct LogSums {
+// Rows of exponents become e^(row - the largest): no sum can overflow, and -infinity becomes 0.
+struct Softmax {
   alignas(64) Row largest, sum;
-  LogSums() { GENENGINE_LANES largest[i] = kNothing, sum[i] = 0.f; }
-  GENENGINE_INLINE void add(const Row& values) { GENENGINE_LANES add_exponential(largest[i], sum[i], values[i]); }
+  GENENGINE_INLINE Softmax(Row* rows, int64_t components) {
+    memcpy(largest, rows[0], sizeof largest);
+    for (int64_t k = 1; k < components; ++k) {
+      GENENGINE_LANES largest[i] = rows[k][i] > largest[i] ? rows[k][i] : largest[i];
+    }
+    GENENGINE_LANES sum[i] = 0.f;
+    for (int64_t k = 0; k < components; ++k) {
+      Row& row = rows[k];
+      GENENGINE_LANES {
+        const float below = largest[i] - row[i];
+        row[i] = select(below > 80.f, 0.f, exponential_minus(below));
+        sum[i] += row[i];
+      }
+    }
+  }
 };
 
 // Couplings become their tanh.
@@ -149,40 +163,33 @@ void mixture_log_prob(const MixtureCall& call, int64_t b, int64_t first, int64_t
   GENENGINE_TYPED(load_params, scratch, call.params, b, first, count, params_of(call))
   const Data data(call, b, first, count);
   const Rows rows(scratch, call.components, call.channels);
+  Row* joints = reinterpret_cast<Row*>(scratch) + params_of(call);
   bound_couplings(rows, call.channels);
-  LogSums joint, softmax;
-  alignas(64) Row value, result;
-  for (int64_t k = 0; k < call.components; ++k) {
-    component<false>(data, rows, k, call.channels, call.bins, value);
-    joint.add(value);
-    softmax.add(rows.logits[k]);
-  }
+  for (int64_t k = 0; k < call.components; ++k) component<false>(data, rows, k, call.channels, call.bins, joints[k]);
+  const Softmax joint(joints, call.components), softmax(rows.logits, call.components);
+  alignas(64) Row result;
   GENENGINE_LANES result[i] = (joint.largest[i] - softmax.largest[i]) + logarithm(joint.sum[i] / softmax.sum[i]);
   memcpy(call.log_prob + b * call.pixels + first, result, sizeof(float) * static_cast<size_t>(count));
 }
 
-// Two passes over the tile: derivatives within each component, then their weights. logits: kept aside for their softmax.
+// Two passes over the tile: derivatives within each component, then their weights.
 void mixture_log_prob_backward(const MixtureCall& call, int64_t b, int64_t first, int64_t count, float* scratch) {
   GENENGINE_TYPED(load_params, scratch, call.params, b, first, count, params_of(call))
   const Data data(call, b, first, count);
   const Rows rows(scratch, call.components, call.channels);
   Row* joints = reinterpret_cast<Row*>(scratch) + params_of(call);
   bound_couplings(rows, call.channels);
-  LogSums joint, softmax;
-  for (int64_t k = 0; k < call.components; ++k) {
-    component<true>(data, rows, k, call.channels, call.bins, joints[k]);
-    joint.add(joints[k]);
-    softmax.add(rows.logits[k]);
-  }
+  for (int64_t k = 0; k < call.components; ++k) component<true>(data, rows, k, call.channels, call.bins, joints[k]);
+  const Softmax joint(joints, call.components), softmax(rows.logits, call.components);
   alignas(64) Row grad = {}, joint_weight, softmax_weight;
   memcpy(grad, call.grad + b * call.pixels + first, sizeof(float) * static_cast<size_t>(count));
   GENENGINE_LANES joint_weight[i] = grad[i] / joint.sum[i], softmax_weight[i] = grad[i] / softmax.sum[i];
   const int64_t groups = params_per_component(call.channels);
   for (int64_t k = 0; k < call.components; ++k) {
-    alignas(64) Row weight;
+    Row &weight = joints[k], &logit = rows.logits[k];
     GENENGINE_LANES {
-      weight[i] = exponential(joints[k][i] - joint.largest[i]) * joint_weight[i];
-      rows.logits[k][i] = weight[i] - exponential(rows.logits[k][i] - softmax.largest[i]) * softmax_weight[i];
+      weight[i] *= joint_weight[i];
+      logit[i] = weight[i] - logit[i] * softmax_weight[i];
     }
     for (int64_t group = 1; group < groups; ++group) {
       Row& row = rows.logits[group * call.components + k];
