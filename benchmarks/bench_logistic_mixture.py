@@ -1,4 +1,4 @@
-"""logistic_mixture against eager, as PixelCNN++ is written (where() over the four cases, log_softmax), and torch.compile.
+"""logistic_mixture against eager, as PixelCNN++ is written (where() over four cases, log_softmax), and torch.compile.
 
 At the shapes of CIFAR-10 and MNIST. Forward: every parameter read once; with the backward, read twice and written once.
 Eager makes some thirty passes over tensors of all means.
@@ -79,7 +79,7 @@ class Work:
         return run
 
     def check(self):
-        """Forward and backward against the reference in float64; the eager formulation gives the same, but less exactly."""
+        """Forward and backward against the reference in float64; the eager formulation agrees, but less exactly."""
         slack = {
             0: log_prob_slack(self.channels, self.params),
             1: gradient_slack(self.grad, self.channels, self.params),

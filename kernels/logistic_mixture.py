@@ -1,11 +1,11 @@
 """Triton kernels of logistic_mixture: log-probabilities, their gradient, and samples. Accumulates in float32.
 
-A program takes BLOCK pixels, of one or of many samples, and goes over the components one by one, in any layout. Bytes per
-pixel of P parameters: log_prob reads P e + 4 C; the backward goes over the parameters twice, the second time from cache,
-and writes P e; sample reads K e and the chosen component.
+A program takes BLOCK pixels, of one or of many samples, and goes over the components one by one, in any layout. Bytes
+per pixel of P parameters: log_prob reads P e + 4 C; the backward goes over the parameters twice, the second time from
+cache, and writes P e; sample reads K e and the chosen component.
 
-log(sigmoid(a) - sigmoid(b)) = min(a, 0) - max(b, 0) + log((1 - e^-d) / ((1 + e^-|a|) (1 + e^-|b|))), d = a - b; where a bin
-has no end, FAR stands for infinity. The fractions of a component's channels are multiplied up, for one logarithm.
+log(sigmoid(a) - sigmoid(b)) = min(a, 0) - max(b, 0) + log((1 - e^-d) / ((1 + e^-|a|) (1 + e^-|b|))), d = a - b; where a
+bin has no end, FAR stands for infinity. The fractions of a component's channels are multiplied up, for one logarithm.
 """
 
 import math
@@ -216,7 +216,7 @@ def log_prob_backward_kernel(
                 put(dparams_ptr, to, row, param_stride, dmean * x_j * (1.0 - t * t), inside)
 
 
-# ---- sampling: IEEE operations alone, in the order of the reference ---------------------------------------------------
+# ---- sampling: IEEE operations alone, in the order of the reference -------------------------------------------------
 
 
 @triton.jit
@@ -291,7 +291,7 @@ def sample_kernel(
             x2 = x
 
 
-# ---- launchers ---------------------------------------------------------------------------------------------------------
+# ---- launchers -------------------------------------------------------------------------------------------------------
 
 
 def logistic_mixture_log_prob(x, params, bins):

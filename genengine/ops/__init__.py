@@ -17,5 +17,6 @@ backend = _registry.backend
 
 __all__ = [
     "EXTENSION", "adaln", "advance", "attention", "backend", "diffuse", "ema_update", "gated_adaln",
-    "group_norm_silu", "logistic_mixture_log_prob", "logistic_mixture_sample", "normal", "reparameterize", "sampler_step", "uniform",
+    "group_norm_silu", "logistic_mixture_log_prob", "logistic_mixture_sample",
+    "normal", "reparameterize", "sampler_step", "uniform",
 ]  # fmt: skip

@@ -29,8 +29,9 @@ def logistic_mixture_log_prob(x: Tensor, params: Tensor, *, bins: int = 256, bac
 
     x: (B, C, ...), C = 1..4, in [-1, 1], float32 or params' dtype: data, taken at the nearest of the values
     -1 + 2 i / (bins - 1); it has no gradient. params: (B, P, ...) of one of float32, float16, bfloat16 or float64,
-    P = K (1 + 2 C + C (C - 1) / 2) in the order logits (K), means (C, K), log-scales (C, K), couplings (C (C - 1) / 2, K)
-    of the pairs (c, j) = (1, 0), (2, 0), (2, 1), (3, 0), ...; contiguous or channels_last (other strides are copied).
+    P = K (1 + 2 C + C (C - 1) / 2) in the order logits (K), means (C, K), log-scales (C, K), couplings
+    (C (C - 1) / 2, K) of the pairs (c, j) = (1, 0), (2, 0), (2, 1), (3, 0), ...; contiguous or channels_last (other
+    strides are copied).
     A logit may be -infinity, but not all of a pixel's. bins: 2 to 65536.
 
     Returns (B, ...) in nats, float32 (float64 of float64). Differentiable once, in params.

@@ -1,4 +1,4 @@
-"""Cases of logistic_mixture: log-probabilities, their backward, and samples, over every dtype, layout and channel count."""
+"""Cases of logistic_mixture: log-probabilities, their backward, and samples; every dtype, layout, channel count."""
 
 import itertools
 
@@ -14,8 +14,8 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 def amplitude(channels, params) -> float:
-    """How far a rounding carries: the largest sum over channels of e^-s (|x| + |m| + 1), by which a relative error of x or
-    of a mean enters the ends of a bin."""
+    """How far a rounding carries: the largest sum over channels of e^-s (|x| + |m| + 1), by which a relative error of x
+    or of a mean enters the ends of a bin."""
     if params.numel() == 0:
         return 0.0
     k = params.shape[1] // params_per_component(channels)

@@ -164,7 +164,7 @@ def test_x_may_be_16_bit(x_dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_are_the_quantiles_of_their_uniforms(backend):
-    """With one component and one channel: x is the bin of mean + scale logit(u), by the counters of the specification."""
+    """With one component and one channel: x is the bin of mean + scale logit(u), by the specification's counters."""
     device = skip_unless_available(NAMES[2], backend)
     ids, bins = torch.tensor([4, 2**32 - 1], device=device), 4096
     params = make(2, 1, 1, (5, 7), device=device)[1]

@@ -6,7 +6,7 @@
 // division serve them all. Per pixel of P = K (1 + 2 C + C (C - 1) / 2) parameters of e bytes each: log_prob reads P e + 4 C
 // bytes and takes about K (30 + 80 C + 25 C (C - 1) / 2) FLOPs, four exponentials for a channel and component; the backward
 // writes P e more and takes half as many FLOPs again; sample reads K e and what the chosen component needs. All arithmetic is
-// float32; sums over components run in their order.
+// float32; sums over components run in their order, without atomics.
 #pragma once
 #include "genengine/functions.h"
 #include "genengine/normal.h"
@@ -81,7 +81,8 @@ GENENGINE_HD float joint_log_prob(float linear, float numerator, float denominat
   return multiply_add(denominator, 0.f, linear) + log_unit(numerator / denominator);  // log_unit does not know NaN
 }
 
-// A sum of exponentials as it grows is e^largest sum; it begins with kNothing and 0, and -infinity adds nothing to it.
+// A sum of exponentials as it grows, where the exponents cannot be kept, is e^largest sum; it begins with kNothing and 0, and
+// -infinity adds nothing to it.
 constexpr float kNothing = -3e38f;
 GENENGINE_HD void add_exponential(float& largest, float& sum, float value) {
   const float finite = select(value < kNothing, kNothing, value), gap = finite - largest, less = exponential_minus(absolute(gap));
