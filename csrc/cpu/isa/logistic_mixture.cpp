@@ -71,10 +71,13 @@ int64_t params_of(const MixtureCall& call) { return call.components * params_per
 // Where channel 0 of a pixel stands in x; the others follow `image` elements apart.
 struct Place {
   int64_t sample, pixel;
-  Place(const MixtureCall& call, int64_t b, int64_t index) {
-    const int64_t absolute = b * call.pixels + index;
-    sample = absolute / call.image;
-    pixel = absolute % call.image;
+  Place(const MixtureCall& call, int64_t b, int64_t first) {
+    const int64_t index = b * call.pixels + first;
+    sample = index / call.image;
+    pixel = index % call.image;
+  }
+  GENENGINE_INLINE void next(const MixtureCall& call) {  // without a division
+    if (++pixel == call.image) ++sample, pixel = 0;
   }
 };
 
@@ -82,8 +85,8 @@ struct Data {
   alignas(64) Row x[kMaxChannels] = {}, bin[kMaxChannels] = {};
 
   Data(const MixtureCall& call, int64_t b, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const Place place(call, b, first + i);
+    Place place(call, b, first);
+    for (int64_t i = 0; i < count; ++i, place.next(call)) {
       for (int c = 0; c < call.channels; ++c) x[c][i] = call.x[(place.sample * call.channels + c) * call.image + place.pixel];
     }
     for (int c = 0; c < call.channels; ++c) {
@@ -210,8 +213,8 @@ void draw(const MixtureCall& call, int64_t b, int64_t first, int64_t count, Row 
   uint32_t quad[kWidth] = {}, sample[kWidth] = {};
   uint64_t seed[kWidth] = {};
   float four[2][4][kWidth];
-  for (int64_t i = 0; i < count; ++i) {
-    const Place place(call, b, first + i);
+  Place place(call, b, first);
+  for (int64_t i = 0; i < count; ++i, place.next(call)) {
     element[i] = place.pixel * each;
     quad[i] = static_cast<uint32_t>(element[i] / 4);
     sample[i] = static_cast<uint32_t>(call.ids ? call.ids[place.sample] : place.sample);
@@ -226,8 +229,8 @@ void draw(const MixtureCall& call, int64_t b, int64_t first, int64_t count, Row 
   }
   for (int64_t j = 0; j < each; ++j) {
     GENENGINE_LANES {
-      const int64_t place = element[i] % 4 + j;
-      u[j][i] = four[place / 4][place % 4][i];
+      const int64_t word = element[i] % 4 + j;
+      u[j][i] = four[word / 4][word % 4][i];
     }
   }
 }
@@ -272,10 +275,11 @@ void mixture_sample(const MixtureCall& call, int64_t b, int64_t first, int64_t c
       GENENGINE_LANES mean[i] = mean[i] + tanh_ieee(coupling[i]) * x[j][i];
     }
     GENENGINE_LANES x[c][i] = sample_channel(mean[i], log_scale[i], u[1 + c][i], call.temperature, call.bins.last);
-    for (int64_t i = 0; i < count; ++i) {
-      const Place place(call, b, first + i);
+  }
+  Place place(call, b, first);
+  for (int64_t i = 0; i < count; ++i, place.next(call)) {
+    for (int c = 0; c < call.channels; ++c)
       call.x[(place.sample * call.channels + c) * call.image + place.pixel] = x[c][i];
-    }
   }
 }
 
