@@ -256,22 +256,31 @@ void choose(const MixtureCall& call, const Rows& rows, const Row& u, int32_t (&c
   }
 }
 
+// The chosen component's parameter of a group of K: 0 the logits, 1.. the means, then the log-scales and the couplings.
+template <class T>
+void gather(Row& to, const MixtureCall& call, int64_t b, int64_t first, int64_t count, int64_t group,
+            const int32_t (&chosen)[kWidth]) {
+  const ParamPlanes& from = call.params;
+  const T* base = static_cast<const T*>(from.base) + b * from.batch_stride + first * from.pixel_stride;
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = to_float(base[i * from.pixel_stride + (group * call.components + chosen[i]) * from.param_stride]);
+}
+
 }  // namespace
 
 void mixture_sample(const MixtureCall& call, int64_t b, int64_t first, int64_t count, float* scratch) {
-  GENENGINE_TYPED(load_params, scratch, call.params, b, first, count, params_of(call))
+  GENENGINE_TYPED(load_params, scratch, call.params, b, first, count, call.components)
   const Rows rows(scratch, call.components, call.channels);
-  alignas(64) Row u[1 + kMaxChannels], total, x[kMaxChannels], mean, log_scale, coupling;
+  alignas(64) Row u[1 + kMaxChannels], total, x[kMaxChannels], mean = {}, log_scale = {}, coupling = {};
   int32_t chosen[kWidth];
   draw(call, b, first, count, u);
   choose(call, rows, u[0], chosen, total);
   for (int c = 0; c < call.channels; ++c) {
-    GENENGINE_LANES {
-      mean[i] = rows.mean(c, chosen[i])[i] + total[i] * 0.f;  // NaN of NaN logits
-      log_scale[i] = rows.log_scale(c, chosen[i])[i];
-    }
+    GENENGINE_TYPED(gather, mean, call, b, first, count, 1 + c, chosen)
+    GENENGINE_TYPED(gather, log_scale, call, b, first, count, 1 + call.channels + c, chosen)
+    GENENGINE_LANES mean[i] = mean[i] + total[i] * 0.f;  // NaN of NaN logits
     for (int j = 0; j < c; ++j) {
-      GENENGINE_LANES coupling[i] = rows.coupling(c, j, chosen[i])[i];
+      GENENGINE_TYPED(gather, coupling, call, b, first, count, 1 + 2 * call.channels + mixture_pairs(c) + j, chosen)
       GENENGINE_LANES mean[i] = mean[i] + tanh_ieee(coupling[i]) * x[j][i];
     }
     GENENGINE_LANES x[c][i] = sample_channel(mean[i], log_scale[i], u[1 + c][i], call.temperature, call.bins.last);
