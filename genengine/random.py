@@ -43,6 +43,8 @@ LOG_POLYNOMIAL = (
 )  # fmt: skip
 SIN_POLYNOMIAL = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
 COS_POLYNOMIAL = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+EXP_POLYNOMIAL = (1.3941118e-3, 8.3631799e-3, 4.1666374e-2, 1.6666577e-1, 0.5)  # (e^r - 1 - r) / r^2, |r| <= ln(2) / 2
+LN2_HIGH, LN2_LOW, LOG2_E = 0.693359375, -2.12194440e-4, 1.44269504
 LN2, TWO_PI, ROUND = 0.69314718, 6.283185307, 12582912.0
 
 
@@ -122,6 +124,18 @@ def sincos_turn(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     odd = (k & 1) != 0
     s, c = np.where(odd, cosine, sine), np.where(odd, sine, cosine)
     return np.where((k & 2) != 0, -s, s), np.where(((k + 1) & 2) != 0, -c, c)
+
+
+def exp_ieee(x: np.ndarray) -> np.ndarray:
+    """e^x of float32 x by multiplications and additions alone; x is bounded to [-87, 88], so no result is subnormal."""
+    f = np.float32
+    bounded = np.where(x < f(-87.0), f(-87.0), x)
+    bounded = np.where(bounded > f(88.0), f(88.0), bounded)
+    shifted = bounded * f(LOG2_E) + f(ROUND)
+    n = shifted - f(ROUND)
+    r = (bounded - n * f(LN2_HIGH)) - n * f(LN2_LOW)
+    p = ((r * r) * _horner(EXP_POLYNOMIAL, r) + r) + f(1.0)
+    return p * ((shifted.view(np.int32) - (f(ROUND).view(np.int32) - np.int32(127))) << np.int32(23)).view(f)
 
 
 def _horner(coefficients, x):

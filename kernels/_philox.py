@@ -61,6 +61,28 @@ def log_unit(x):
 
 
 @triton.jit
+def exp_ieee(x):
+    """e^x with the same bits on every backend, x bounded to [-87, 88]."""
+    bounded = tl.where(x < -87.0, -87.0, x)
+    bounded = tl.where(bounded > 88.0, 88.0, bounded)
+    shifted = bounded * 1.44269504 + 12582912.0
+    n = shifted - 12582912.0
+    r = (bounded - n * 0.693359375) - n * -2.12194440e-4
+    p = r * 1.3941118e-3 + 8.3631799e-3
+    p = p * r + 4.1666374e-2
+    p = p * r + 1.6666577e-1
+    p = p * r + 0.5
+    p = ((r * r) * p + r) + 1.0
+    return p * ((shifted.to(tl.int32, bitcast=True) - (0x4B400000 - 127)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tanh_ieee(x):
+    exponential = exp_ieee(2.0 * x) + 1.0
+    return 1.0 - tl.div_rn(exponential * 0.0 + 2.0, exponential)
+
+
+@triton.jit
 def sincos_turn(u):
     quarter = (u * 4.0 + 12582912.0) - 12582912.0
     k = quarter.to(tl.int32)

@@ -95,7 +95,7 @@ _LOW = 0xFFFFFFFF
 
 def reference_normal(out, seed, sample_ids, step, stream):
     u = _unit(_words(out, seed, sample_ids, step, stream))
-    r0, r1 = (_sqrt(-2.0 * _log_unit(u[i])) for i in (0, 2))
+    r0, r1 = (_sqrt(-2.0 * log_unit(u[i])) for i in (0, 2))
     (s0, c0), (s1, c1) = (_sincos_turn(u[i]) for i in (1, 3))
     _interleave(out, (r0 * c0, r0 * s0, r1 * c1, r1 * s1))
 
@@ -127,7 +127,7 @@ def _unit(words):
     return tuple((w >> 9).to(torch.float32) * 2.0**-23 + 2.0**-24 for w in words)
 
 
-def _log_unit(x):
+def log_unit(x):
     offset = x.view(torch.int32) - 0x3F3504F3
     exponent = offset >> 23
     f = ((offset & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1.0
@@ -137,6 +137,21 @@ def _log_unit(x):
     y = y + -0.5 * z
     y = y + f
     return exponent.to(torch.float32) * random.LN2 + y
+
+
+def exp_ieee(x):
+    """e^x with the same bits on every backend; see `genengine.random`."""
+    bounded = torch.where(x < -87.0, -87.0, x)
+    bounded = torch.where(bounded > 88.0, 88.0, bounded)
+    shifted = bounded * random.LOG2_E + random.ROUND
+    n = shifted - random.ROUND
+    r = (bounded - n * random.LN2_HIGH) - n * random.LN2_LOW
+    p = ((r * r) * _horner(random.EXP_POLYNOMIAL, r) + r) + 1.0
+    return p * ((shifted.view(torch.int32) - (0x4B400000 - 127)) << 23).view(torch.float32)
+
+
+def tanh_ieee(x):
+    return 1.0 - torch.full_like(x, 2.0) / (exp_ieee(2.0 * x) + 1.0)
 
 
 def _sincos_turn(u):

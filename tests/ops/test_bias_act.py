@@ -61,7 +61,7 @@ def check(name, backend, tensors, *options):
     oracle = as_tuple(run["reference"](*widened(args), *options))
     for i, (value, plain, exact) in enumerate(zip(got, eager, oracle, strict=True)):
         assert value.is_contiguous() and value.dtype == plain.dtype and value.shape == exact.shape
-        allowed = testing.tolerance(plain, exact)
+        allowed = testing.tolerance(plain, exact) + luck(exact)
         if exact.numel() and exact.dim() == 1:  # a sum, which may cancel: float32 roundings of the sum of its |terms|
             allowed += 2 * torch.finfo(F32).eps * oracle[i - 1].abs().sum((0, 2)).max().item()
         if name == "bias_act" and options[-1] is not None and exact.numel():  # the clamp hides the largest value

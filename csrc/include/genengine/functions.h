@@ -25,6 +25,17 @@ GENENGINE_HD float with_sign_of(float magnitude, float x) { return as_float(as_i
 GENENGINE_HD float at_least(float a, float bound) { return a < bound ? bound : a; }
 GENENGINE_HD float zero_below(float value, float a, float bound) { return a < bound ? 0.f : value; }
 
+// condition ? a : b, on the host by their bits: of a conditional expression g++ makes a branch around what only one side
+// needs, and such a loop does not vectorise.
+GENENGINE_HD float select(bool condition, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return condition ? a : b;
+#else
+  const int32_t mask = -static_cast<int32_t>(condition);
+  return as_float((as_int(a) & mask) | (as_int(b) & ~mask));
+#endif
+}
+
 // e^x: x = n ln 2 + r with |r| <= ln(2) / 2, a polynomial in r, and 2^n in two factors, for n reaches from -150 to 128.
 GENENGINE_HD float exponential(float x) {
 #if defined(__CUDA_ARCH__)
@@ -110,7 +121,7 @@ GENENGINE_HD float hyperbolic_tangent(float x) {
   p = multiply_add(p, z, 1.3332795e-1f);
   p = multiply_add(p, z, -3.3333328e-1f);
   const float small = multiply_add(p * z, x, x), large = 1.f - 2.f / (exponential_within(2.f * a) + 1.f);
-  return a < 0.625f ? small : with_sign_of(large, x);
+  return select(a < 0.625f, small, with_sign_of(large, x));
 #endif
 }
 

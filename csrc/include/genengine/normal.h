@@ -50,6 +50,22 @@ GENENGINE_HD float log_unit(float x) {
   return static_cast<float>(exponent) * 0.69314718f + y;
 }
 
+// e^x, x bounded to [-87, 88], so that no result is subnormal: functions.h's without fused multiply-adds. Part of the set
+// whose bits all backends share, as is the tanh made of it and an IEEE division.
+GENENGINE_HD float exp_ieee(float x) {
+  const float low = x < -87.f ? -87.f : x, bounded = low > 88.f ? 88.f : low;
+  const float shifted = bounded * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = r * 1.3941118e-3f + 8.3631799e-3f;
+  p = p * r + 4.1666374e-2f;
+  p = p * r + 1.6666577e-1f;
+  p = p * r + 0.5f;
+  p = ((r * r) * p + r) + 1.f;
+  return p * as_float((as_int(shifted) - (0x4b400000 - 127)) << 23);
+}
+
+GENENGINE_HD float tanh_ieee(float x) { return 1.f - 2.f / (exp_ieee(2.f * x) + 1.f); }
+
 // sin and cos of 2 pi u, by the nearest quarter turn and two polynomials.
 GENENGINE_HD void sincos_turn(float u, float& s, float& c) {
   const float quarter = (u * 4.f + 12582912.f) - 12582912.f;
