@@ -80,6 +80,21 @@ struct Lanes {
   Native part[kParts];
 };
 
+// A vector at any address. Not memcpy: g++ moves its bytes by sixteen, and a load of 32 that were just stored so waits for
+// them to reach the cache.
+template <class V>
+struct Unaligned {
+  typedef V Type __attribute__((aligned(1), may_alias));
+};
+template <class V>
+GENENGINE_INLINE V load_vector(const void* from) {
+  return *static_cast<const typename Unaligned<V>::Type*>(from);
+}
+template <class V>
+GENENGINE_INLINE void store_vector(void* to, V value) {
+  *static_cast<typename Unaligned<V>::Type*>(to) = value;
+}
+
 #define GENENGINE_LANES_OPERATOR(op)                                      \
   GENENGINE_INLINE Lanes operator op(Lanes a, Lanes b) {                  \
     for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b.part[i];  \
@@ -115,7 +130,7 @@ GENENGINE_INLINE float sum(Lanes lanes) {
 
 GENENGINE_INLINE Lanes load(const float* from) {
   Lanes lanes;
-  memcpy(&lanes, from, sizeof lanes);
+  for (int i = 0; i < kParts; ++i) lanes.part[i] = load_vector<Native>(from + i * kNative);
   return lanes;
 }
 
@@ -126,8 +141,7 @@ GENENGINE_INLINE Lanes load(const BFloat* from) {
   lanes.part[0] = (Native)((NativeBits)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
 #else
   for (int i = 0; i < kParts; ++i) {
-    NativeShort bits;
-    memcpy(&bits, from + i * kNative, sizeof bits);
+    const NativeShort bits = load_vector<NativeShort>(from + i * kNative);
     lanes.part[i] = (Native)(__builtin_convertvector(bits, NativeBits) << 16);
   }
 #endif
@@ -156,7 +170,9 @@ __attribute__((noinline)) inline Lanes load(const Half* from) {
 }
 #endif
 
-GENENGINE_INLINE void store(float* to, Lanes lanes) { memcpy(to, &lanes, sizeof lanes); }
+GENENGINE_INLINE void store(float* to, Lanes lanes) {
+  for (int i = 0; i < kParts; ++i) store_vector(to + i * kNative, lanes.part[i]);
+}
 
 #if defined(__AVX512BF16__)
 GENENGINE_INLINE NativeShort round_part(BFloat*, Native part) { return (NativeShort)_mm512_cvtneps_pbh((__m512)part); }
@@ -203,10 +219,7 @@ __attribute__((noinline)) inline NativeShort round_part(Half*, Native part) {
 
 template <class T>
 GENENGINE_INLINE void store(T* to, Lanes lanes) {
-  for (int i = 0; i < kParts; ++i) {
-    const NativeShort bits = round_part(to, lanes.part[i]);
-    memcpy(to + i * kNative, &bits, sizeof bits);
-  }
+  for (int i = 0; i < kParts; ++i) store_vector(to + i * kNative, round_part(to, lanes.part[i]));
 }
 
 // store past the caches; `to` must be aligned to the sixteen elements it receives. fence() before another thread reads.
