@@ -35,9 +35,11 @@ fuzz: setup
 sanitize: setup
 	bash tools/sanitize.sh $(PY)
 
-# Compiles every GPU kernel for its architectures and reads the machine code; needs nvcc, no GPU.
+# Compiles every GPU kernel for its architectures and reads the machine code; needs nvcc, no GPU. The records, as one table,
+# go to build/machine_code.md, and from there into benchmarks/results when a kernel changes.
 inspect: setup
-	$(PY) tools/inspect_gpu.py
+	mkdir -p build
+	$(PY) tools/inspect_gpu.py --table build/machine_code.md
 
 bench: setup
 	$(PY) -m genengine bench quick --save benchmarks/results
