@@ -30,16 +30,17 @@ OPS = [
     ("`gated_adaln`", "gate and residual, then adaln",
      ALL, "both", "4; backward 6", ("gated_adaln", "gated_adaln_backward")),
     ("`attention`", "softmax(q k^T * scale) v, any head dim to 256 (72 in 80 columns, not 128), self, cross, causal",
-     TORCH, "both", "4; backward 8", ("attention",)),
+     TORCH, "both", "4; backward 8", ("attention,", "attention_backward")),
     ("`qk_norm_rope`", "RMSNorm of q and k, then rotary embedding (1-D, 2-D, 3-D), in the packed projection",
-     ALL, "both", "2; backward 3", ("qk_norm_rope",)),
+     ALL, "both", "2; backward 3", ("qk_norm_rope", "qk_norm_rope_backward")),
     ("`reparameterize`", "z = mean + exp(logvar / 2) eps and its KL, noise drawn in the kernel, also in the backward",
      ALL, "both", "3; backward 5", ("reparameterize + KL", "reparameterize + KL, forward and backward")),
     ("`group_norm_silu`", "GroupNorm, time scale and shift, SiLU; contiguous and channels_last",
-     ALL, "both", "2 (3 if a group exceeds the chip); backward 3", ("group_norm_silu",)),
-    ("`bias_act`, `bias_gelu`", "bias, activation, gain, clamp", ALL, "both, twice", "2; backward 3", ("bias_gelu",)),
+     ALL, "both", "2 (3 if a group exceeds the chip); backward 3", ("group_norm_silu", "group_norm_silu_backward")),
+    ("`bias_act`, `bias_gelu`", "bias, activation, gain, clamp", ALL, "both, twice", "2; backward 3",
+     ("bias_gelu, none", "bias_act, lrelu, forward and backward")),
     ("`geglu`, `swiglu`", "a gated half times the other, of one packed projection",
-     ALL, "both", "3; backward 5", ("geglu",)),
+     ALL, "both", "3; backward 5", ("geglu", "geglu, forward and backward")),
     ("`logistic_mixture`", "discretised-logistic log-likelihood, and sampling with the same bits everywhere",
      ALL, "both", "parameters once; backward twice", ("logistic_mixture",)),
     ("`ema_update`", "the moving average of a whole model, in one launch", ALL, "forward", "3", ("ema_update",)),
@@ -61,12 +62,16 @@ def is_eager(name):
 
 
 def op_line(rows, op, computes, backends, directions, floor, names):
-    shown = [next((row for row in rows if row["name"] == name), None) or
-             next((row for row in rows if row["name"].startswith(name)), None) for name in names]  # fmt: skip
-    shown = [row for row in shown if row and "ratios" in row]
+    shown = [row for name in names if (row := first(rows, name))]
     eager = " / ".join(ratios(row, is_eager) for row in shown) or "-"
     compiled = " / ".join(ratios(row, lambda name: name.startswith("torch.compile")) for row in shown) or "-"
     return f"| {op} | {computes} | {backends} | {directions} | {floor} | {eager} | {compiled} |"
+
+
+def first(rows, name):
+    """The first row of that name, else the first whose name begins so; float32 before the rest."""
+    fits = [row for row in rows if "ratios" in row and row["name"].startswith(name)]
+    return min(fits, key=lambda row: (row["name"] != name, row["dtype"] != "float32"), default=None)
 
 
 def row_line(row):

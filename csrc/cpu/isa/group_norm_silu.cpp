@@ -6,6 +6,7 @@
 
 #include "cpu/group_norm_silu_loops.h"
 #include "cpu/isa/lanes_math.h"
+#include "cpu/isa/span.h"
 
 namespace genengine {
 namespace GENENGINE_ISA {
@@ -23,28 +24,6 @@ void set_element(Type type, void* to, int64_t i, float value) {
   if (type == Type::f32) static_cast<float*>(to)[i] = value;
   if (type == Type::f16) from_float(static_cast<Half*>(to)[i], value);
   if (type == Type::bf16) from_float(static_cast<BFloat*>(to)[i], value);
-}
-
-template <class T>
-__attribute__((noinline)) Lanes load_some(const T* from, int64_t count) {
-  T padded[kLanes] = {};
-  memcpy(padded, from, sizeof(T) * static_cast<size_t>(count));
-  return load(padded);
-}
-
-template <class T>
-__attribute__((noinline)) void store_some(T* to, Lanes lanes, int64_t count) {
-  T padded[kLanes];
-  store(padded, lanes);
-  memcpy(to, padded, sizeof(T) * static_cast<size_t>(count));
-}
-
-template <bool Stream, class T>
-GENENGINE_INLINE void emit(T* to, Lanes lanes) {
-  if (Stream)
-    stream(to, lanes);
-  else
-    store(to, lanes);
 }
 
 // The constants of one channel, or of sixteen columns.
@@ -235,10 +214,10 @@ struct Apply {
     const Forward c = rows.forward(i);
 #pragma GCC unroll 8
     for (int k = 0; k < Count; ++k)
-      emit<Stream>(y + k * rows.width + i, activate<Silu, kRough>(load(x + k * rows.width + i), c, sigmoid));
+      emit<Stream>(y + k * rows.width + i, activate<Silu, kRough>(load(x + k * rows.width + i), c, sigmoid), Whole{});
   }
   GENENGINE_INLINE void tail(int64_t i, int64_t count) const {
-    store_some(y + i, activate<Silu, kRough>(load_some(x + i, count), rows.forward(i), sigmoid), count);
+    write(y + i, activate<Silu, kRough>(read(x + i, Part{count}), rows.forward(i), sigmoid), Part{count});
   }
   GENENGINE_INLINE void advance(int64_t count) {
     x += count * rows.width;
@@ -295,7 +274,7 @@ void backward_sums(const GroupNorm& op, int64_t b, int64_t block) {
     for (int64_t r = 0; r < whole; ++r) add(load(x + r * width + i), load(grad + r * width + i));
     if (i < left) {
       const int64_t some = left - i < kLanes ? left - i : kLanes, first = whole * width + i;
-      add(load_some(x + first, some), load_some(grad + first, some));  // beyond the row's end grad, so dv, is zero
+      add(read(x + first, Part{some}), read(grad + first, Part{some}));  // beyond the row's end grad, so dv, is zero
     }
     float p_lanes[kLanes], q_lanes[kLanes];
     store(p_lanes, p);
@@ -324,7 +303,7 @@ struct BackwardApply {
     }
   }
   GENENGINE_INLINE void tail(int64_t i, int64_t count) const {
-    store_some(dx + i, grad_x<Silu>(load_some(x + i, count), load_some(grad + i, count), rows.backward(i), sigmoid), count);
+    write(dx + i, grad_x<Silu>(read(x + i, Part{count}), read(grad + i, Part{count}), rows.backward(i), sigmoid), Part{count});
   }
   GENENGINE_INLINE void advance(int64_t count) {
     x += count * rows.width;
@@ -381,8 +360,8 @@ void apply_channel(const T* x, T* y, int64_t pixels, const Forward& c) {
   constexpr bool kRough = sizeof(T) == 2;
   const Sigmoid<kRough> sigmoid;
   int64_t i = 0;
-  for (; i + kLanes <= pixels; i += kLanes) emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), c, sigmoid));
-  if (i < pixels) store_some(y + i, activate<Silu, kRough>(load_some(x + i, pixels - i), c, sigmoid), pixels - i);
+  for (; i + kLanes <= pixels; i += kLanes) emit<Stream>(y + i, activate<Silu, kRough>(load(x + i), c, sigmoid), Whole{});
+  if (i < pixels) write(y + i, activate<Silu, kRough>(read(x + i, Part{pixels - i}), c, sigmoid), Part{pixels - i});
 }
 
 template <class T, bool Silu>
@@ -422,7 +401,7 @@ Moments channel_gradients(const T* x, const T* grad, int64_t pixels, const Forwa
     };
     int64_t i = first;
     for (; i + kLanes <= end; i += kLanes) add(load(x + i), load(grad + i));
-    if (i < end) add(load_some(x + i, end - i), load_some(grad + i, end - i));
+    if (i < end) add(read(x + i, Part{end - i}), read(grad + i, Part{end - i}));
     total.sum += sum(p);
     total.squares += sum(q);
   }
@@ -454,7 +433,7 @@ void backward_run(const GroupNorm& op, int64_t b, int64_t g) {
     int64_t i = 0;
     for (; i + kLanes <= pixels; i += kLanes) store(dx_c + i, grad_x<Silu>(load(x_c + i), load(grad_c + i), constants, sigmoid));
     if (const int64_t some = pixels - i; some > 0)
-      store_some(dx_c + i, grad_x<Silu>(load_some(x_c + i, some), load_some(grad_c + i, some), constants, sigmoid), some);
+      write(dx_c + i, grad_x<Silu>(read(x_c + i, Part{some}), read(grad_c + i, Part{some}), constants, sigmoid), Part{some});
   }
 }
 
