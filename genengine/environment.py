@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -113,15 +114,22 @@ def _extension_line(extension):
 
 
 def verify(device: torch.device, report: Callable[[str], None] | None = None) -> list[dict]:
-    """Run every kernel that can run on `device` against its reference, record the verdicts, return one row each."""
-    rows = []
+    """Run every kernel that can run on `device` against its reference, record the verdicts, return one row each.
+
+    report: called with a line for each kernel that ran, as it comes, and for each reason why others could not.
+    """
+    rows, report = [], report or (lambda line: None)
+    width = max(len(op.public) for op in _registry.OPS.values())
     for _, op in sorted(_registry.OPS.items()):
         for backend in op.kernels:
             row = _verify_one(op, backend, device)
             rows.append(row)
-            if report is not None:
-                detail = row["detail"] or f"{row['seconds']:.2f} s"
-                report(f"{op.public:22} {backend:7} {row['verdict']:14} {detail}")
+            if row["verdict"] != ABSENT:
+                took = row["detail"] or f"{row['seconds']:.2f} s"
+                report(f"{op.public:{width}} {backend:7} {row['verdict']:7} {took}")
+    absent = Counter((row["backend"], row["detail"]) for row in rows if row["verdict"] == ABSENT)
+    for (backend, reason), count in absent.items():
+        report(f"{count} {backend} kernel{'s' * (count > 1)} not available: {reason}")
     entries = {f"{row['op']}/{row['backend']}": row["verdict"] == RIGHT for row in rows if row["verdict"] != ABSENT}
     _verify.record(_verify.device_key(device), entries)
     return rows

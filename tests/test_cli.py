@@ -52,6 +52,8 @@ def test_verify_writes_verdicts(tmp_path, monkeypatch, capsys):
     assert status == 0 and {row["op"] for row in json.loads(out)} == {"advance", "diffuse"}
     assert all(row["verdict"] in ("right", "not available") for row in json.loads(out))
     assert (tmp_path / "verified.json").exists()
+    status, out, _ = run("verify", "--device", "cpu", capsys=capsys)
+    assert status == 0 and "2 cuda kernels not available: it runs on cuda tensors, these are on cpu" in out
 
 
 @pytest.mark.parametrize(("text", "labels"), [("7", [7]), ("0-3", [0, 1, 2, 3]), ("1,3,5-6", [1, 3, 5, 6])])
