@@ -49,7 +49,7 @@ GENENGINE_HD float rectified(float u) { return u < 0.f ? 0.f : u; }
 // s(u) and 1 - s(u), neither by cancellation.
 struct Logistic {
   float value, rest;
-  GENENGINE_HD explicit Logistic(float u) {
+  GENENGINE_HD_MEMBER explicit Logistic(float u) {
     const float e = exponential_within(-u);
     value = 1.f / (1.f + e);
     rest = e * value;

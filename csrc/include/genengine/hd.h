@@ -12,6 +12,12 @@
 #endif
 #define GENENGINE_INLINE inline GENENGINE_ALWAYS_INLINE
 
+// GENENGINE_HD_MEMBER: of a member function, for which static would mean something else.
+#if defined(__CUDACC__)
+#define GENENGINE_HD_MEMBER __host__ __device__ __forceinline__
+#else
+#define GENENGINE_HD_MEMBER GENENGINE_INLINE
+#endif
 #if defined(__CUDACC__)
 #define GENENGINE_HD __host__ __device__ __forceinline__
 #elif defined(GENENGINE_SANITIZED)
