@@ -41,9 +41,8 @@ LAYOUTS = ("plain", "sliced", "permuted", "expanded", "unaligned", "channels_las
 
 def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """The same values under another memory layout (of "expanded": the first sample's, for all)."""
-    if (
-        layout == "sliced" and tensor.dim() > 0
-    ):  # holes in every dimension but the last, which starts off the alignment; NaN in the holes
+    if layout == "sliced" and tensor.dim() > 0:
+        # holes in every dimension but the last, which starts off the alignment; NaN in the holes
         room = tensor.new_full([2 * size for size in tensor.shape[:-1]] + [tensor.shape[-1] + 3], float("nan"))
         view = room[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])][..., 1 : tensor.shape[-1] + 1]
         return view.copy_(tensor)
