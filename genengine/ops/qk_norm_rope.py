@@ -68,7 +68,7 @@ def _overload(name, qkv, backend):
     op = _registry.OPS[name]
     if qkv.shape[-1] <= MAX_DIM:
         return _registry.resolve(op, qkv.device, qkv.dtype, backend)
-    wanted = _registry._forced if backend is None else backend
+    wanted = backend or _registry.named(op)
     if wanted not in (None, "reference"):
         reason = f"D must be at most {MAX_DIM}, got {qkv.shape[-1]}"
         raise RuntimeError(f"qk_norm_rope: backend {wanted!r} cannot run here: {reason}")
