@@ -53,18 +53,18 @@ def widened(args):
     return [t if t is None else t.double() for t in args]
 
 
-def check(name, backend, tensors, *options):
-    """One op against the same-dtype reference and the float64 one."""
+def check(name, backend, tensors, *options, few=False):
+    """One op against the same-dtype reference and the float64 one; few: of a property test, see `luck`."""
     run = _registry.OPS[name].overloads
     args = [tensors[key] for key in ARGUMENTS[name]]
     got, eager = (as_tuple(run[which](*args, *options)) for which in (backend, "reference"))
     oracle = as_tuple(run["reference"](*widened(args), *options))
     for i, (value, plain, exact) in enumerate(zip(got, eager, oracle, strict=True)):
         assert value.is_contiguous() and value.dtype == plain.dtype and value.shape == exact.shape
-        allowed = testing.tolerance(plain, exact) + luck(exact)
+        allowed = testing.tolerance(plain, exact) + (luck(exact) if few else 0.0)
         if exact.numel() and exact.dim() == 1:  # a sum, which may cancel: float32 roundings of the sum of its |terms|
             allowed += 2 * torch.finfo(F32).eps * oracle[i - 1].abs().sum((0, 2)).max().item()
-        if name == "bias_act" and options[-1] is not None and exact.numel():  # the clamp hides the largest value
+        if few and name == "bias_act" and options[-1] is not None and exact.numel():  # a clamp hides the largest
             free = run["reference"](*widened(args), *options[:-1], None)
             allowed += torch.finfo(F32).eps * as_tuple(free)[0].abs().max().item()
         if backend == "triton" and _registry.triton_interpreted() and value.dtype == BF16 and exact.numel():
@@ -176,7 +176,7 @@ def test_any_shape_layout_and_option(data):
     options = data.draw(st.sampled_from(list(ACTIVATIONS))), 0.2, data.draw(st.sampled_from([1.0, 1.4, -0.5]))
     clamp = data.draw(st.sampled_from([None, 0.5, 2.0]))
     for name in NAMES:
-        check(name, "cpu", tensors, *options, clamp)
+        check(name, "cpu", tensors, *options, clamp, few=True)
 
 
 @needs_extension

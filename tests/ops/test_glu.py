@@ -32,11 +32,11 @@ def magnitude(args):
     """The largest |gate| |value|, times the gradient's largest."""
     *grad, x, bias = (t if t is None else t.double().abs() for t in args)
     gate, value = (x if bias is None else x + bias).chunk(2, dim=-1)
-    largest = (gate * value).max().item() if not grad else (gate + value).max().item() * grad[0].max().item()
-    return largest
+    return (gate * value).max().item() if not grad else (gate + value).max().item() * grad[0].max().item()
 
 
-def check(name, backend, tensors, *options):
+def check(name, backend, tensors, *options, few=False):
+    """One op against the same-dtype reference and the float64 one; few: of a property test, see `luck`."""
     run = _registry.OPS[name].overloads
     args = [tensors[key] for key in (("x", "bias") if name == "glu" else ("grad", "x", "bias"))]
     wide = [t if t is None else t.double() for t in args]
@@ -44,10 +44,10 @@ def check(name, backend, tensors, *options):
     oracle = as_tuple(run["reference"](*wide, *options))
     for i, (value, plain, exact) in enumerate(zip(got, eager, oracle, strict=True)):
         assert value.is_contiguous() and value.dtype == plain.dtype and value.shape == exact.shape
-        allowed = testing.tolerance(plain, exact) + luck(exact)
+        allowed = testing.tolerance(plain, exact) + (luck(exact) if few else 0.0)
         if exact.numel() and exact.dim() == 1:  # a sum, which may cancel: float32 roundings of the sum of its |terms|
             allowed += 2 * torch.finfo(F32).eps * oracle[0].abs().sum((0, 1)).max().item()
-        if i == 0 and exact.numel():  # gelu(x) = x Phi(x), and Phi errs by roundings of 1 where eager may be lucky
+        if few and i == 0 and exact.numel():  # x Phi(x): Phi errs by roundings of 1, eager maybe not
             allowed += torch.finfo(F32).eps * magnitude(args)
         if backend == "triton" and _registry.triton_interpreted() and value.dtype == BF16 and exact.numel():
             allowed += torch.finfo(BF16).eps * exact.abs().max().item()  # the interpreter truncates
@@ -119,7 +119,7 @@ def test_any_shape_and_strides(data):
     tensors = {key: t if t is None else laid_out(t, data.draw(kinds)) for key, t in tensors.items()}
     kind, gate_first = data.draw(st.sampled_from(KINDS)), data.draw(st.booleans())
     for name in NAMES:
-        check(name, "cpu", tensors, kind, gate_first)
+        check(name, "cpu", tensors, kind, gate_first, few=True)
 
 
 @needs_extension

@@ -40,7 +40,8 @@ def check(backend, x, grad, rows, groups, *, eps=1e-5, silu=True, last=False):
     run, run_backward = (_registry.OPS[name].overloads for name in NAMES)
     args = (x, *rows, groups, eps, silu, last)
     eager = run["reference"](*args)
-    allowances = (mean_rounding(rows, *eager[1:]), 0.0, merge_rounding(*eager[1:]))
+    merged = merge_rounding(*eager[1:]) if backend in ("triton", "cuda") else 0.0
+    allowances = (mean_rounding(rows, *eager[1:]), 0.0, merged)
     compare(run[backend](*args), eager, run["reference"](*widened(args)), allowances)
     backward = (grad, x, *rows, *eager[1:], groups, silu, last)
     allowances = backward_roundings(backward)
