@@ -7,32 +7,15 @@ logit-normal training times: Esser et al. 2024; classifier-free guidance: Ho & S
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from genengine import ops, paths, prediction, sampler, schedules, solvers
-from genengine.models import checkpoint
+from genengine.models.base import Model, Option
 from genengine.nets.dit import DiT
 
 SOLVERS = ("euler", "heun")
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _sample_range(num, first_id):
-    """first_id, if num samples from it on have indices in [0, 2^32)."""
-    for name, value in (("num", num), ("first_id", first_id)):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"models/FlowMatching.sample: {name} must be an int, got {type(value).__name__}")
-    if not 0 <= num <= 1 << 32:
-        raise ValueError(f"models/FlowMatching.sample: num must be in [0, 2**32], got {num}")
-    if not 0 <= first_id <= (1 << 32) - num:
-        raise ValueError(
-            f"models/FlowMatching.sample: first_id must be in [0, 2**32 - num] = [0, {(1 << 32) - num}], got "
-            f"{first_id}; use another seed for more samples"
-        )
-    return int(first_id)
 
 
 def _guidance(num, guidance):
@@ -73,7 +56,7 @@ def _path(fields):
         raise ValueError(f"models/FlowMatching.from_config: entry 'path': {error}") from error
 
 
-class FlowMatching:
+class FlowMatching(Model):
     """A network, a path, `loss` and `sample`.
 
     Args:
@@ -82,11 +65,34 @@ class FlowMatching:
         path: path from data (t = 0) to noise (t = 1); default RectifiedFlow().
         time_mean, time_std: t = sigmoid(time_mean + time_std z), z ~ N(0, 1), in training; time_std > 0.
         class_drop: probability in [0, 1) of hiding the label in training, needed for guidance.
+        num_levels: values of a pixel, see `Model`.
     Raises:
         ValueError: a network with a learned variance, or parameters out of range.
     """
 
-    def __init__(self, net, path=None, *, time_mean=0.0, time_std=1.0, class_drop=0.1):
+    family = "flow"
+    presets = {
+        "digits": {
+            "model": {
+                "net": {"name": "dit", "config": "tiny"}, "time_mean": 0.0, "time_std": 1.0, "class_drop": 0.1,
+                "num_levels": 17,
+            },
+        },
+    }  # fmt: skip
+    options = (
+        Option("steps", 15, "solver steps; heun evaluates the network twice a step", int),
+        Option("solver", "heun", "solver", str, SOLVERS),
+        Option("guidance", 1.0, "classifier-free guidance scale; 1 is none"),
+    )
+    bars = {
+        "frechet_distance": ("<=", 0.06),
+        "knn_accuracy": (">=", 0.97),
+        "coverage": (">=", 0.85),
+        "nn_distance_ratio": (">=", 0.7),
+        "nearer_train_share": ("<=", 0.61),
+    }
+
+    def __init__(self, net, path=None, *, time_mean=0.0, time_std=1.0, class_drop=0.1, num_levels=256):
         if getattr(net.config, "learn_sigma", False):
             raise ValueError("models/FlowMatching: net must have learn_sigma=False; a velocity has no variance")
         if not time_std > 0 or not 0 <= class_drop < 1:
@@ -94,19 +100,13 @@ class FlowMatching:
                 "models/FlowMatching: time_std must be > 0 and class_drop in [0, 1), got "
                 f"time_std={time_std}, class_drop={class_drop}"
             )
+        config = net.config
+        super().__init__(
+            {"net": net}, (config.in_channels, config.image_size, config.image_size), config.num_classes, num_levels
+        )
         self.net = net
         self.path = paths.RectifiedFlow() if path is None else path
         self.time_mean, self.time_std, self.class_drop = time_mean, time_std, class_drop
-
-    @property
-    def image_shape(self):
-        """(C, H, W) of one image."""
-        config = self.net.config
-        return (config.in_channels, config.image_size, config.image_size)
-
-    @property
-    def device(self):
-        return next(self.net.parameters()).device
 
     def draw_times(self, num, *, seed, sample_ids=None, step=0):
         """Logit-normal training times, (num,) float32 on the CPU, a function of (seed, sample, step)."""
@@ -118,19 +118,11 @@ class FlowMatching:
         u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
         return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
 
-    def loss(self, x0, labels=None, *, seed, sample_ids=None, step=0):
+    def terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
         """Mean squared error of the velocity.
 
-        x_t = alpha(t) x0 + sigma(t) eps, target = alpha'(t) x0 + sigma'(t) eps; mean over all elements.
-
-        Args:
-            x0: (B, C, H, W) data in [-1, 1], on the network's device.
-            labels: (B,) int64 or None.
-            seed: int in [0, 2^64).
-            sample_ids: (B,) int64 on the CPU, indices in the data set; default 0 .. B-1.
-            step: training iteration in [0, 2^32).
-        Returns:
-            () float32 tensor, differentiable. The same arguments give the same loss.
+        x_t = alpha(t) x0 + sigma(t) eps, target = alpha'(t) x0 + sigma'(t) eps; mean over all elements. Arguments as
+        of `loss`.
         """
         draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
         t = self.draw_times(len(x0), **draw)
@@ -145,7 +137,7 @@ class FlowMatching:
         if labels is not None:
             labels = self.drop_labels(labels.cpu(), seed=seed, sample_ids=sample_ids, step=step).to(x0.device)
         output = self.net(x_t, t.to(x0.device), labels)
-        return (output.float() - target.float()).square().mean()
+        return {"loss": (output.float() - target.float()).square().mean()}
 
     def sample(
         self, num, labels=None, *, steps=50, guidance=1.0, seed=0, solver="heun", first_id=0, progress=False,
@@ -176,7 +168,7 @@ class FlowMatching:
         """
         if solver not in SOLVERS:
             raise ValueError(f"models/FlowMatching.sample: solver must be one of {SOLVERS}, got {solver!r}")
-        first_id = _sample_range(num, first_id)
+        sample_ids = self._sample_ids(num, first_id)
         labels = self._labels(num, labels)
         guidance = _guidance(num, guidance)
         guided = bool(np.any(guidance != 1.0))
@@ -197,37 +189,12 @@ class FlowMatching:
                 cond=None if labels is None else {"y": labels},
                 uncond={"y": torch.full_like(labels, self.net.null_class)} if guided else None,
                 seed=seed,
-                sample_ids=torch.arange(first_id, first_id + num, device=self.device),
+                sample_ids=sample_ids,
                 progress=progress,
                 check_finite=check_finite,
             )
         finally:
             self.net.train(was_training)
-
-    def _labels(self, num, labels):
-        classes = self.net.config.num_classes
-        if classes == 0:
-            if labels is not None:
-                raise ValueError("models/FlowMatching.sample: labels must be None for a network without classes")
-            return None
-        if labels is None:
-            labels = torch.arange(num) % classes
-        labels = torch.as_tensor(labels)
-        if labels.numel() and labels.dtype not in INTEGERS:  # an empty list has no integers, nor anything else
-            raise TypeError(
-                f"models/FlowMatching.sample: labels must be ints, got {labels.dtype}; convert them with .long()"
-            )
-        labels = labels.to(self.device, torch.int64)
-        labels = labels.expand(num) if labels.ndim == 0 else labels
-        if labels.shape != (num,):
-            raise ValueError(
-                f"models/FlowMatching.sample: labels must be one int or {num} ints in 0 .. {classes - 1}, "
-                f"got shape {tuple(labels.shape)}"
-            )
-        wrong = labels[(labels < 0) | (labels >= classes)]
-        if len(wrong):
-            raise ValueError(f"models/FlowMatching.sample: labels must be in 0 .. {classes - 1}, got {int(wrong[0])}")
-        return labels.contiguous()
 
     def config(self):
         """JSON-serialisable description from which `from_config` rebuilds the model, weights apart."""
@@ -239,6 +206,7 @@ class FlowMatching:
             "time_mean": self.time_mean,
             "time_std": self.time_std,
             "class_drop": self.class_drop,
+            "num_levels": self.num_levels,
         }
 
     @classmethod
@@ -257,53 +225,8 @@ class FlowMatching:
             raise ValueError(
                 f"models/FlowMatching.from_config: entry 'net' must have the name 'dit', got {config['net']['name']!r}"
             )
-        rest = {key: config[key] for key in ("time_mean", "time_std", "class_drop") if key in config}
+        rest = {key: config[key] for key in ("time_mean", "time_std", "class_drop", "num_levels") if key in config}
         for key, value in rest.items():
             if not isinstance(value, (int, float)):
                 raise ValueError(f"models/FlowMatching.from_config: entry {key!r} must be a number, got {value!r}")
-        return cls(DiT.from_config(net, seed=seed), _path(path), **rest)
-
-    def save(self, path, *, dtype=None, extra=None):
-        """Write the weights and the configuration to one safetensors file, atomically.
-
-        Args:
-            path: file name.  dtype: storage of floating-point weights, default as they are.
-            extra: JSON-serialisable dict kept under "extra" in the metadata (how it was trained, say).
-        """
-        tensors = self.net.state_dict()
-        if dtype is not None:
-            tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-        checkpoint.write(path, tensors, self.config() | ({"extra": extra} if extra else {}))
-
-    @classmethod
-    def load(cls, path, *, device="cpu"):
-        """Read a file written by `save`; weights become float32.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: a pickle, a truncated file, another family, missing or unexpected keys, wrong shapes.
-        """
-        tensors, config = checkpoint.read(path)
-        try:
-            model = cls.from_config(config)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"models/FlowMatching.load: {path} must hold a flow model; {error}") from error
-        checkpoint.load_into(model.net, tensors, path)
-        model.net.to(device).eval()
-        return model
-
-    @classmethod
-    def pretrained(cls, name="digits", *, device="cpu"):
-        """The model shipped as pretrained/flow_<name>.safetensors; the README there says how it was made.
-
-        Raises:
-            ValueError: no such model.
-        """
-        folder = Path(__file__).resolve().parents[1] / "pretrained"
-        shipped = sorted(path.stem.removeprefix("flow_") for path in folder.glob("flow_*.safetensors"))
-        if name not in shipped:
-            raise ValueError(
-                f"models/FlowMatching.pretrained: name must be one of {', '.join(shipped) or '(none)'}, got "
-                f"{name!r}; train one with `genengine train flow`"
-            )
-        return cls.load(folder / f"flow_{name}.safetensors", device=device)
+        return cls(DiT.from_config(net.pop("config", net), seed=seed), _path(path), **rest)
