@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-FAMILIES = ("flow",)
+from genengine import data
+
 HELD_OUT = {"train": "test", "train_fit": "validation"}  # training split -> the images it has not seen
 
 
@@ -72,16 +73,63 @@ def _with_seed(command):
     command.add_argument("--seed", type=int, default=0, help="an integer in [0, 2^64) (default 0)")
 
 
+def _with_family(command):
+    from genengine import models
+
+    command.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(models.FAMILIES)}")
+
+
 def _with_model(command):
-    command.add_argument("family", choices=FAMILIES, help="model family")
+    """The family, its checkpoint, and every option that some family's `sample` has."""
+    _with_family(command)
     command.add_argument(
-        "--checkpoint", default=None, metavar="FILE", help="safetensors file (default: the shipped model)"
-    )
-    command.add_argument("--steps", type=int, default=15, help="solver steps (default 15; heun evaluates twice a step)")
-    command.add_argument("--solver", default="heun", choices=("euler", "heun"), help="solver (default heun)")
-    command.add_argument(
-        "--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is none (default 1)"
-    )
+        "--checkpoint", default=None, metavar="FILE",
+        help="model.safetensors, or the name of a shipped model (default: digits)",
+    )  # fmt: skip
+    for name, offers in _sampling_options().items():
+        kinds = "; ".join(f"{', '.join(families)}: {text}" for text, families in _texts(offers).items())
+        choices = sorted({choice for _, option in offers for choice in option.choices})
+        command.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, type=offers[0][1].type, default=None,
+            metavar="|".join(choices) if choices else None, help=kinds,
+        )  # fmt: skip
+
+
+def _sampling_options():
+    """option name -> [(family, Option)] of all families."""
+    from genengine import models
+
+    offers = {}
+    for family, model in models.FAMILIES.items():
+        for option in model.options:
+            offers.setdefault(option.name, []).append((family, option))
+    return offers
+
+
+def _texts(offers):
+    """help text -> the families that say it."""
+    texts = {}
+    for family, option in offers:
+        texts.setdefault(f"{option.help} (default {option.default})", []).append(family)
+    return texts
+
+
+def _chosen(options, model):
+    """The keyword arguments of the model's `sample`: what the user gave, defaults for the rest."""
+    known = {option.name: option for option in model.options}
+    for name in _sampling_options():
+        if getattr(options, name) is not None and name not in known:
+            flags = ", ".join(f"--{other.replace('_', '-')}" for other in known) or "none"
+            raise ValueError(
+                f"--{name.replace('_', '-')} is no option of {model.family}, which has {flags}; leave it out"
+            )
+    chosen = {}
+    for name, option in known.items():
+        value = option.default if getattr(options, name) is None else getattr(options, name)
+        if option.choices and value not in option.choices:
+            raise ValueError(f"--{name.replace('_', '-')} must be one of {', '.join(option.choices)}, got {value!r}")
+        chosen[name] = value
+    return chosen
 
 
 def _add_env(commands):
@@ -110,25 +158,42 @@ def _add_demo(commands):
 
 def _add_train(commands):
     command = _command(
-        commands, "train", _train, "train a model on embedded data",
-        "genengine train flow --data digits --out runs/digits",
+        commands, "train", _train, "train a model on the embedded digits or on your own images",
+        "genengine train vae --data photos/ --set batch_size=64 --set model.beta=0.5 --out runs/vae",
     )  # fmt: skip
-    command.add_argument("family", choices=FAMILIES, help="model family")
-    command.add_argument("--data", default="digits", choices=("digits",), help="data set (default digits)")
+    _with_family(command)
     command.add_argument(
-        "--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute)"
+        "--data", default="digits",
+        help="digits; a folder of images, one subfolder per class; an .npz archive (arr_0 uint8 NHWC, arr_1 labels); "
+        "shapes-N or textures-N, drawn at N x N (default digits)",
+    )  # fmt: skip
+    command.add_argument(
+        "--on-bad",
+        choices=data.ON_BAD,
+        default="refuse",
+        help="unreadable or odd-sized files of a folder (default refuse)",
+    )  # fmt: skip
+    command.add_argument(
+        "--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute), and others"
     )
-    command.add_argument("--out", default="runs/flow", metavar="FOLDER", help="folder of model, state and log")
+    command.add_argument(
+        "--out", default=None, metavar="FOLDER", help="folder of model, state and log (default runs/FAMILY)"
+    )
     command.add_argument("--resume", action="store_true", help="continue a stopped run, to the same bits")
     command.add_argument(
-        "--split", choices=tuple(HELD_OUT), default=None,
-        help="training images: train, or train_fit, which leaves out validation (default: the preset's)",
+        "--split", choices=(*HELD_OUT, "all"), default=None,
+        help="training images: train, train_fit, which leaves out validation, or all (default: the preset's)",
     )  # fmt: skip
-    command.add_argument("--steps", type=int, default=None, help="optimizer steps (default: the preset's)")
+    command.add_argument("--steps", type=int, default=None, help="iterations (default: the preset's)")
     command.add_argument("--batch-size", type=int, default=None, help="images per step (default: the preset's)")
     command.add_argument("--lr", type=float, default=None, help="peak learning rate (default: the preset's)")
     command.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="bf16 trains under autocast")
     command.add_argument("--seed", type=int, default=None, help="an integer in [0, 2^64) (default: the preset's)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="any other setting, JSON or text, such as ema_decay=0.99 or model.net.dim=128; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, if installed")
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
     _with_threads(command)
     _with_device(command)
@@ -142,7 +207,7 @@ def _add_sample(commands):
     )  # fmt: skip
     _with_model(command)
     command.add_argument("--num", type=int, default=100, help="number of images (default 100)")
-    command.add_argument("--labels", default="0-9", help="classes, taken in turn: 7, 0-9 or 1,3,5 (default 0-9)")
+    command.add_argument("--labels", default=None, help="classes, taken in turn: 7, 0-9 or 1,3,5 (default all)")
     command.add_argument(
         "--out", required=True, metavar="FILE", help=".png (a grid) or .npz (arr_0 uint8 NHWC, arr_1 labels)"
     )
@@ -246,23 +311,51 @@ def _train(options):
 
     names = ("split", "steps", "batch_size", "lr", "precision", "seed")
     overrides = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    config = train.preset(options.preset, family=options.family, dataset=options.data, **overrides)
-    model = train.train(
-        config, options.out, resume=options.resume, device=_device(options), progress=not options.no_progress
+    overrides = settings(options.set) | overrides | {"dataset": options.data}
+    config = train.preset(options.family, options.preset, **overrides)
+    out = Path(options.out or f"runs/{options.family}")
+    images = data.load(
+        options.data, config.split, on_bad=options.on_bad, report=lambda text: print(text, file=sys.stderr)
     )
+    model = train.train(
+        config, out, resume=options.resume, device=_device(options), progress=not options.no_progress, dataset=images,
+        tensorboard=options.tensorboard,
+    )  # fmt: skip
     if options.json:
-        print(json.dumps({"model": str(model), "log": str(Path(options.out) / train.LOG_FILE)}))
+        print(json.dumps({"model": str(model), "log": str(out / train.LOG_FILE)}))
     else:
         print(f"model: {model}\nnext:  genengine sample {options.family} --checkpoint {model} --out samples.png")
 
 
-def _model(options):
-    from genengine.models.flow import FlowMatching
+def settings(texts: Sequence[str]) -> dict:
+    """["a.b=1", "c=x"] as {"a": {"b": 1}, "c": "x"}."""
+    result: dict = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not all(name.split(".")):
+            raise ValueError(f"--set must look like NAME=VALUE, got {text!r}")
+        *outer, last = name.split(".")
+        place = result
+        for key in outer:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set {name} must not be inside another --set, got {key}")
+        try:
+            place[last] = json.loads(value)
+        except json.JSONDecodeError:
+            place[last] = value
+    return result
 
-    device = _device(options)
+
+def _model(options):
+    from genengine import models
+
+    device, family = _device(options), models.family(options.family)
     if options.checkpoint is None:
-        return FlowMatching.pretrained("digits", device=device)
-    return FlowMatching.load(options.checkpoint, device=device)
+        return family.pretrained("digits", device=device)
+    if Path(options.checkpoint).is_file():
+        return family.load(options.checkpoint, device=device)
+    return family.from_pretrained(options.checkpoint, device=device)
 
 
 def parse_labels(text: str, num_classes: int | None = None) -> list[int]:
@@ -285,33 +378,35 @@ def parse_labels(text: str, num_classes: int | None = None) -> list[int]:
 def _sample(options):
     import numpy as np
 
-    from genengine import data, images
+    from genengine import images
 
     if options.num < 0:
         raise ValueError(f"--num must be at least 0, got {options.num}")
     images.check_suffix(options.out, options.num)
     model = _model(options)
-    cycle = parse_labels(options.labels, model.net.config.num_classes or None)
-    labels = np.resize(np.array(cycle, dtype=np.int64), options.num)  # the cycle again and again
+    labels = None
+    if model.num_classes:
+        cycle = parse_labels(options.labels or f"0-{model.num_classes - 1}", model.num_classes)
+        labels = np.resize(np.array(cycle, dtype=np.int64), options.num)  # the cycle again and again
+    elif options.labels is not None:
+        raise ValueError(f"--labels must be left out for a model without classes, got {options.labels}")
     samples = model.sample(
-        options.num, labels, steps=options.steps, guidance=options.guidance, seed=options.seed, solver=options.solver,
-        progress=not options.no_progress, check_finite=True,
+        options.num, labels, seed=options.seed, progress=not options.no_progress, check_finite=True,
+        **_chosen(options, model),
     )  # fmt: skip
-    path = images.save(options.out, data.to_uint8(samples), labels)
+    path = images.save(options.out, data.to_uint8(samples, model.num_levels), labels)
     print(f"{options.num} samples: {path}")
 
 
 def _evaluate(options):
-    from genengine import data, evaluate
+    from genengine import evaluate
 
     model = _model(options)
+    chosen = _chosen(options, model)
     reference, held_out = data.digits(options.split), data.digits(HELD_OUT[options.split])
 
     def draw(classes, seed):
-        return model.sample(
-            len(classes), classes, steps=options.steps, guidance=options.guidance, seed=seed, solver=options.solver,
-            check_finite=True,
-        )  # fmt: skip
+        return model.sample(len(classes), classes, seed=seed, check_finite=True, **chosen)
 
     # the training images' own classes: their balance, and the order behind the figures in pretrained/README.md
     result = evaluate.evaluate_seeds(

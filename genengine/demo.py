@@ -46,7 +46,7 @@ def train_briefly(seed: int) -> None:
     from genengine import train
 
     print(f"2. Training the same network from nothing for {TRAIN_STEPS} steps (the shipped model had more)")
-    config = train.preset("digits", steps=TRAIN_STEPS, seed=seed)
+    config = train.preset("flow", steps=TRAIN_STEPS, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         train.train(config, folder, log_every=10)
         lines = (Path(folder) / train.LOG_FILE).read_text().splitlines()

@@ -1,7 +1,7 @@
-"""Training: AdamW, exponential moving average, atomic checkpoints and bit-equal resumption.
+"""Training, of every family: AdamW, exponential moving averages, atomic checkpoints and bit-equal resumption.
 
 Every draw is a function of (seed, image index, step), so the state of a run is the weights, their average,
-the optimizer's moments and the step number; nothing else is stored, and a run killed at any moment
+the optimizers' moments and the step number; nothing else is stored, and a run killed at any moment
 continues to the same bits as one that was left alone (same machine, library versions and number of threads).
 """
 
@@ -13,17 +13,18 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from genengine import data
+from genengine import data, models
 from genengine.models import checkpoint
-from genengine.models.flow import FlowMatching
-from genengine.nets.dit import DiT
+from genengine.models.base import WEIGHTS_FILE as MODEL_FILE
 from genengine.ops import ema_update
 
-STATE_FILE, MODEL_FILE, LOG_FILE = "state.safetensors", "model.safetensors", "log.jsonl"
+STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,145 +32,198 @@ class TrainConfig:
     """What determines a trained model; two equal configs on one machine give equal weights.
 
     Attributes:
-        family: "flow".  dataset: "digits".  split: "train", or "train_fit" while making choices.
-        net: name in `nets.dit.CONFIGS`.
-        steps: optimizer steps.  batch_size: images per step.
-        lr: peak learning rate, after `warmup` linear steps, then a cosine to zero at `steps`.
-        weight_decay: AdamW's, on matrices only.  clip_norm: largest gradient norm.
+        family: a name in `models.FAMILIES`.  model: the model's config, see its `config()`; image size, channels,
+            classes and levels are the data's.
+        dataset: what `data.load` takes, as text.  split: "train", or "train_fit" while making choices.
+        steps: iterations.  batch_size: images per optimizer step.
+        lr: peak learning rate, after `warmup` linear iterations; schedule: "cosine" to zero at `steps`, or "constant".
+        lr_scales: network -> factor of lr, 1 for those not named.  betas: AdamW's.
+        weight_decay: AdamW's, on matrices only.  clip_norm: largest gradient norm of a network.
         ema_decay: decay of the averaged weights, min(ema_decay, (1 + step) / (10 + step)).
-        class_drop: share of hidden labels.  time_mean, time_std: of the logit-normal times.
         precision: "fp32" or "bf16" (autocast; weights stay float32).
         storage: dtype of the final model file, "float32", "float16" or "bfloat16".
-        seed: int in [0, 2^64), of initial weights, data order, times, noise and hidden labels.
+        seed: int in [0, 2^64), of initial weights, data order and every draw of the model.
     """
 
     family: str = "flow"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
     dataset: str = "digits"
     split: str = "train"
-    net: str = "tiny"
     steps: int = 5000
     batch_size: int = 128
     lr: float = 2e-3
+    lr_scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"
     warmup: int = 200
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     ema_decay: float = 0.999
-    class_drop: float = 0.1
-    time_mean: float = 0.0
-    time_std: float = 1.0
     precision: str = "fp32"
     storage: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
         rules = {
-            "family": (self.family == "flow", "'flow'"),
-            "dataset": (self.dataset == "digits", "'digits'"),
+            "family": (self.family in models.FAMILIES, f"one of {', '.join(models.FAMILIES)}"),
+            "model": (isinstance(self.model, dict), "a dict"),
             "split": (self.split in data.SPLITS, f"one of {', '.join(data.SPLITS)}"),
-            "steps": (isinstance(self.steps, int) and self.steps >= 1, "an int >= 1"),
-            "batch_size": (isinstance(self.batch_size, int) and self.batch_size >= 1, "an int >= 1"),
+            "steps": (_whole(self.steps, 1), "an int >= 1"),
+            "batch_size": (_whole(self.batch_size, 1), "an int >= 1"),
             "lr": (0 < self.lr < math.inf, "a finite number > 0"),
-            "warmup": (isinstance(self.warmup, int) and self.warmup >= 0, "an int >= 0"),
+            "lr_scales": (all(0 <= scale < math.inf for scale in self.lr_scales.values()), "finite numbers >= 0"),
+            "betas": (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            "warmup": (_whole(self.warmup, 0), "an int >= 0"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number >= 0"),
             "clip_norm": (self.clip_norm > 0, "> 0 (inf for no clipping)"),
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
-            "class_drop": (0 <= self.class_drop < 1, "in [0, 1)"),
-            "time_std": (0 < self.time_std < math.inf, "a finite number > 0"),
-            "time_mean": (math.isfinite(self.time_mean), "finite"),
             "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             "storage": (self.storage in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
-            "seed": (isinstance(self.seed, int) and 0 <= self.seed < 2**64, "an int in [0, 2^64)"),
+            "seed": (_whole(self.seed, 0) and self.seed < 2**64, "an int in [0, 2^64)"),
         }
         for name, (good, expected) in rules.items():
             if not good:
                 raise ValueError(f"train/TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
 
 
-# name -> TrainConfig: `digits` makes the shipped model in pretrained/, `smoke` checks an installation.
-PRESETS = {
-    "digits": TrainConfig(),
-    "smoke": TrainConfig(steps=60, batch_size=64, warmup=10, ema_decay=0.9),
-}
+def _whole(value, least):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def preset(name, **overrides):
-    """A TrainConfig from `PRESETS`, with fields replaced.
+def preset(family, name="digits", **overrides):
+    """A TrainConfig from the family's presets, with fields replaced; "model" overrides are merged, nested ones too.
 
     Raises:
-        ValueError: unknown preset or field, or a value out of range.
+        ValueError: unknown family, preset or field, or a value out of range.
     """
-    if name not in PRESETS:
-        raise ValueError(f"train/preset: name must be one of {', '.join(PRESETS)}, got {name!r}")
+    presets = models.family(family).presets
+    if name not in presets:
+        raise ValueError(f"train/preset: name must be one of {', '.join(presets)}, got {name!r}")
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(f"train/preset: fields must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    return dataclasses.replace(PRESETS[name], **overrides)
+    return TrainConfig(**{"family": family, **_merged(presets[name], overrides)})
+
+
+def _merged(base, overrides):
+    """The dict `base` with `overrides` in place, dicts within dicts merged alike."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def learning_rate(config, step):
-    """lr min(1, (step + 1) / warmup) (1 + cos(pi step / steps)) / 2, for step = 0 .. steps - 1."""
+    """lr min(1, (step + 1) / warmup), times (1 + cos(pi step / steps)) / 2 if cosine, for step = 0 .. steps - 1."""
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if config.schedule == "constant":
+        return config.lr * warm
     return config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
 
 
-def build_model(config):
-    """The untrained FlowMatching model of a TrainConfig."""
-    net = DiT.from_config(config.net, seed=config.seed)
-    return FlowMatching(net, time_mean=config.time_mean, time_std=config.time_std, class_drop=config.class_drop)
+def build_model(config, dataset):
+    """The untrained model of a TrainConfig, for the images of a data set."""
+    family = models.family(config.family)
+    fitted = family.fit_config(config.model, dataset.image_shape, dataset.num_classes, dataset.num_levels)
+    return family.from_config({"family": config.family, **fitted}, seed=config.seed)
 
 
 class Run:
-    """State of one training run: model, averaged model, optimizer and step.
+    """State of one training run: model, averaged model, an optimizer per network, and the step.
 
     Args:
-        config: TrainConfig.  device: where to train.
+        config: TrainConfig.  device: where to train.  dataset: the images; default config.dataset's split.
     """
 
-    def __init__(self, config, device="cpu"):
+    def __init__(self, config, device="cpu", dataset=None):
         self.config, self.device, self.step = config, torch.device(device), 0
-        self.images, self.labels = data.digits(config.split)
-        self.sample_ids = torch.from_numpy(data.split_indices(config.split))
-        data.batch_indices(len(self.images), config.batch_size, 0)  # refuses a batch larger than the data
-        self.model, self.average = build_model(config), build_model(config)
-        self.model.net.to(self.device).train()
-        self.average.net.to(self.device).eval().requires_grad_(False)
-        parameters = dict(self.model.net.named_parameters())
+        self.dataset = data.load(config.dataset, config.split) if dataset is None else dataset
+        data.batch_indices(len(self.dataset), config.batch_size, 0)  # refuses a batch larger than the data
+        self.model = build_model(config, self.dataset).to(self.device).train()
+        self.average = build_model(config, self.dataset).to(self.device).eval()
+        for network in self.average.networks.values():
+            network.requires_grad_(False)
+        unknown = sorted(set(config.lr_scales) - set(self.model.networks))
+        if unknown:
+            raise ValueError(
+                f"train/Run: lr_scales must name networks among {', '.join(self.model.networks)}, got {unknown[0]!r}"
+            )
+        self.optimizers = {name: self._optimizer(network) for name, network in self.model.networks.items()}
+
+    def _optimizer(self, network):
+        config, parameters = self.config, list(network.parameters())
         groups = [
-            {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)
 
     def train_step(self):
-        """One optimizer step; returns the loss, a () tensor on the device."""
-        config, step, net = self.config, self.step, self.model.net
-        pick = data.batch_indices(len(self.images), config.batch_size, step, seed=config.seed)
-        x0 = self.images[pick].to(self.device)
+        """One iteration, all its turns; returns the terms of the losses, () tensors on the device, by name."""
+        turns, log = self.model.turns(self.step), {}
+        for place, turn in enumerate(turns):
+            terms = self._take(turn, self.step * len(turns) + place)
+            log |= {name if len(turns) == 1 else f"{turn.network}/{name}": value for name, value in terms.items()}
+        self.step += 1
+        self._average()
+        return log
+
+    def _take(self, turn, draw):
+        """One optimizer step, with the batch and the random numbers of number `draw`."""
+        config, networks = self.config, self.model.networks
+        for name, network in networks.items():
+            network.requires_grad_(name == turn.network)
+        pick = data.batch_indices(len(self.dataset), config.batch_size, draw, seed=config.seed)
+        x0, labels, sample_ids = self.dataset.batch(pick)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = self.model.loss(x0, self.labels[pick], seed=config.seed, sample_ids=self.sample_ids[pick], step=step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        self.optimizer.step()
-        self.step = step + 1
-        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            ema_update(list(self.average.net.parameters()), list(net.parameters()), decay)
-        return loss.detach()
+            terms = turn.terms(x0.to(self.device), labels, seed=config.seed, sample_ids=sample_ids, step=draw)
+        optimizer, network = self.optimizers[turn.network], networks[turn.network]
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step) * config.lr_scales.get(turn.network, 1.0)
+        optimizer.step()
+        return {name: value.detach() for name, value in terms.items()} | {"grad_norm": norm}
+
+    @torch.no_grad()
+    def _average(self):
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        for name in self.model.averaged:
+            mine, theirs = self.average.networks[name], self.model.networks[name]
+            ema_update(list(mine.parameters()), list(theirs.parameters()), decay)
+
+    @torch.no_grad()
+    def averaged_model(self):
+        """The model to keep: averaged weights where the family averages, all else as trained."""
+        for name, network in self.model.networks.items():
+            mine = self.average.networks[name]
+            if name not in self.model.averaged:
+                mine.load_state_dict(network.state_dict())
+            for kept, current in zip(mine.buffers(), network.buffers(), strict=True):
+                kept.copy_(current)
+        return self.average
 
     def state(self):
         """(tensors, config) of everything a resumed run needs."""
         tensors = {}
-        for name, module in (("model", self.model.net), ("average", self.average.net)):
-            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
-        for name, parameter in self.model.net.named_parameters():
-            for moment, value in self.optimizer.state.get(parameter, {}).items():
-                if moment != "step":
-                    tensors[f"optimizer.{moment}.{name}"] = value
-        return tensors, {"family": "training", "step": self.step, "train": dataclasses.asdict(self.config)}
+        for part, model in (("model", self.model), ("average", self.averaged_model())):
+            tensors |= {f"{part}.{key}": value for key, value in model.state_dict().items()}
+        for network, name, parameter in self._parameters():
+            for moment, value in self.optimizers[network].state.get(parameter, {}).items():
+                key = f"optimizer.{network}.{name}.{moment}"
+                tensors[key] = value.reshape(1) if moment == "step" else value
+        saved = {"family": "training", "step": self.step, "data": self.dataset.fingerprint}
+        return tensors, saved | {"train": _plain(self.config)}
+
+    def _parameters(self):
+        for network, module in self.model.networks.items():
+            for name, parameter in module.named_parameters():
+                yield network, name, parameter
 
     def save(self, path):
         """Write the state to one safetensors file, atomically."""
@@ -180,11 +234,23 @@ class Run:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a bad file, or one of a run with another configuration.
+            ValueError: a bad file, or one of a run with another configuration or other data.
         """
         tensors, saved = checkpoint.read(path)
-        mine = dataclasses.asdict(self.config)
-        theirs = saved.get("train")
+        self._check_same_run(saved, path)
+        parts = {"model": {}, "average": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            head, _, tail = name.partition(".")
+            if head not in parts:
+                raise ValueError(f"train/restore: {path} has the unexpected key {name}; it was not written by save")
+            parts[head][tail] = value
+        self.model.load_state_dict(parts["model"], path)
+        self.average.load_state_dict(parts["average"], path)
+        self.step = saved["step"]
+        self._restore_moments(parts["optimizer"], path)
+
+    def _check_same_run(self, saved, path):
+        mine, theirs = _plain(self.config), saved.get("train")
         if saved.get("family") != "training" or not isinstance(theirs, dict):
             raise ValueError(f"train/restore: {path} must be the state of a training run, got {saved.get('family')!r}")
         differ = [f"{key} {theirs.get(key)!r}, now {mine[key]!r}" for key in mine if theirs.get(key) != mine[key]]
@@ -193,54 +259,59 @@ class Run:
                 f"train/restore: {path} was trained with another configuration: {'; '.join(differ)}; "
                 "resume with the same options or start in a new folder"
             )
-        parts = {"model": {}, "average": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            head, _, tail = name.partition(".")
-            if head not in parts:
-                raise ValueError(f"train/restore: {path} has the unexpected key {name}; it was not written by save")
-            parts[head][tail] = value
+        if saved.get("data") != self.dataset.fingerprint:
+            raise ValueError(
+                f"train/restore: {path} was trained on other images than {self.dataset.name} holds now; restore them "
+                "or start in a new folder"
+            )
         if not isinstance(saved.get("step"), int) or not 0 <= saved["step"] <= self.config.steps:
             raise ValueError(
                 f"train/restore: {path} must have a step in 0 .. {self.config.steps}, got {saved.get('step')!r}; "
                 "it was not written by save"
             )
-        checkpoint.load_into(self.model.net, parts["model"], path)
-        checkpoint.load_into(self.average.net, parts["average"], path)
-        self.step = saved["step"]
-        self._restore_moments(parts["optimizer"], path)
 
     def _restore_moments(self, moments, path):
-        expected = {
-            f"{moment}.{name}": parameter
-            for name, parameter in self.model.net.named_parameters()
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
-        wrong = sorted(set(expected) ^ set(moments)) if self.step else []
-        wrong += [name for name in expected if name in moments and moments[name].shape != expected[name].shape]
-        if wrong:
-            raise ValueError(f"train/restore: {path} has missing, unexpected or misshapen optimizer.{wrong[0]}")
-        for name, value in moments.items():
-            moment, _, _ = name.partition(".")
-            state = self.optimizer.state[expected[name]]
-            state[moment] = value.to(self.device)
-            state["step"] = torch.tensor(float(self.step))
+        shapes = {"exp_avg": None, "exp_avg_sq": None, "step": (1,)}
+        left = dict(moments)
+        for network, name, parameter in self._parameters():
+            found = {moment: left.pop(f"optimizer.{network}.{name}.{moment}"[10:], None) for moment in shapes}
+            if not self.step or all(value is None for value in found.values()):  # a network that no turn has moved
+                continue
+            for moment, shape in shapes.items():
+                if found[moment] is None or tuple(found[moment].shape) != (shape or tuple(parameter.shape)):
+                    raise ValueError(
+                        f"train/restore: {path} has a missing or misshapen optimizer.{network}.{name}.{moment}"
+                    )
+            state = self.optimizers[network].state[parameter]
+            state["exp_avg"], state["exp_avg_sq"] = (found[m].to(self.device) for m in ("exp_avg", "exp_avg_sq"))
+            state["step"] = found["step"].reshape(())
+        if left:
+            raise ValueError(f"train/restore: {path} has the unexpected key optimizer.{next(iter(left))}")
 
 
-def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_every=500, log_every=50):
-    """Train a model into a folder: model.safetensors (averaged weights), state.safetensors, log.jsonl.
+def _plain(config):
+    """The config as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_every=500, log_every=50, dataset=None,
+          tensorboard=False):  # fmt: skip
+    """Train a model into a folder: model.safetensors and config.json (averaged weights), state.safetensors, log.jsonl.
 
     Args:
-        config: TrainConfig or a name in `PRESETS`.  out_dir: folder, made if needed.
+        config: TrainConfig, see `preset`.  out_dir: folder, made if needed.
         resume: continue from state.safetensors if the folder has one, to the same bits as without the break.
-        device: torch device.  progress: show a progress bar on stderr.
-        save_every: steps between states.  log_every: steps between log lines (step, loss, lr, seconds).
+        device: torch device.  progress: show a progress bar, and warnings, on stderr.
+        save_every: iterations between states.  log_every: iterations between log lines (step, terms, lr, seconds).
+        dataset: images in memory, a `data.Dataset`, instead of config.dataset.
+        tensorboard: also write the log for TensorBoard, if that is installed.
     Returns:
-        Path of the model file, for `FlowMatching.load`.
+        Path of the model file, for `Model.load`.
     Raises:
-        ValueError: a bad configuration or checkpoint; an existing state without `resume`; a loss that is not
-            finite.
+        ValueError: a bad configuration or checkpoint; an existing state without `resume`.
+        FloatingPointError: a loss or gradient that is not finite, naming the step; the last good state is kept.
+        RuntimeError: TensorBoard is missing.
     """
-    config = preset(config) if isinstance(config, str) else config
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     state_file = out_dir / STATE_FILE
@@ -249,41 +320,100 @@ def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_ev
             f"train/train: out_dir must hold no training state, got {state_file}; pass --resume to continue "
             "it or choose another folder"
         )
-    run = Run(config, device)
+    run = Run(config, device, dataset)
     if state_file.exists():
         run.restore(state_file)
     _trim_log(out_dir / LOG_FILE, run.step)
-    start, losses = time.monotonic(), []
-    bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
-    with bar, open(out_dir / LOG_FILE, "a", encoding="utf-8") as log:
+    with _Log(out_dir, run, progress, tensorboard) as log:
         while run.step < config.steps:
-            losses.append(run.train_step())
-            bar.update()
-            if run.step % log_every == 0 or run.step == config.steps:
-                mean = torch.stack(losses).mean().item()
-                losses.clear()
-                _write_log(log, run, mean, time.monotonic() - start)
-                bar.set_postfix(loss=f"{mean:.4f}")
-            if run.step % save_every == 0 or run.step == config.steps:
+            log.add(run.train_step())
+            last = run.step == config.steps
+            if run.step % log_every == 0 or last:
+                log.write()
+            if run.step % save_every == 0 or last:
+                log.check()
                 run.save(state_file)
-    model_file = out_dir / MODEL_FILE
-    run.average.save(model_file, dtype=getattr(torch, config.storage), extra={"train": dataclasses.asdict(config)})
-    return model_file
+    model = run.averaged_model()
+    everything = run.dataset.batch(torch.arange(len(run.dataset)))
+    model.finish(everything[0], everything[1], seed=config.seed)
+    model.save_pretrained(out_dir, dtype=getattr(torch, config.storage), extra={"train": _plain(config)})
+    return out_dir / MODEL_FILE
 
 
-def _write_log(log, run, loss, seconds):
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"train/train: the loss must stay finite, got {loss} at step {run.step}; lower lr or use precision fp32"
+class _Log:
+    """The progress bar, log.jsonl, TensorBoard, and the watch for numbers that are not finite."""
+
+    def __init__(self, out_dir, run, progress, tensorboard):
+        self.out_dir, self.run, self.start = out_dir, run, time.monotonic()
+        self.pending, self.seen = [], set()
+        self.board = _tensorboard(out_dir) if tensorboard else None
+        self.bar = tqdm(total=run.config.steps, initial=run.step, disable=not progress, unit="step")
+
+    def __enter__(self):
+        self.file = open(self.out_dir / LOG_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+    def add(self, terms):
+        self.pending.append(terms)
+        self.bar.update()
+
+    def check(self):
+        """Refuse what is not finite among the terms not yet written; returns their values by name, (steps,)."""
+        names = list(self.pending[0]) if self.pending else []
+        if not names:
+            return {}
+        rows = [torch.stack([terms[name].float() for name in names]) for terms in self.pending]
+        values = torch.stack(rows).double().cpu()  # one wait for the device
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            self._stop(names[column], float(values[row, column]), self.run.step - len(self.pending) + row + 1)
+        return dict(zip(names, values.unbind(1), strict=True))
+
+    def _stop(self, name, value, step):
+        state = self.out_dir / STATE_FILE
+        kept = f"the last good state is {state}" if state.exists() else "no state was saved yet"
+        raise FloatingPointError(
+            f"train/train: {name} must stay finite, got {value} at step {step}; {kept}; lower lr, or use precision fp32"
         )
-    entry = {
-        "step": run.step,
-        "loss": loss,
-        "lr": learning_rate(run.config, run.step - 1),
-        "seconds": seconds,
-    }
-    log.write(json.dumps(entry) + "\n")
-    log.flush()
+
+    def write(self):
+        means = {name: column.mean().item() for name, column in self.check().items()}
+        self.pending.clear()
+        run = self.run
+        pick = data.batch_indices(len(run.dataset), run.config.batch_size, run.step, seed=run.config.seed)
+        x0, labels, _ = run.dataset.batch(pick)
+        numbers, warnings = run.model.diagnose(x0.to(run.device), labels, seed=run.config.seed, step=run.step)
+        entry = {"step": run.step, **means, **numbers, "lr": learning_rate(run.config, run.step - 1)}
+        entry |= {"seconds": time.monotonic() - self.start} | ({"warnings": warnings} if warnings else {})
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        for name, value in (means | numbers).items() if self.board is not None else ():
+            self.board.add_scalar(name, value, run.step)
+        self.bar.set_postfix({k: f"{v:.4f}" for k, v in means.items() if k.endswith("loss")})
+        self._warn(warnings)
+
+    def _warn(self, warnings):
+        """Each warning once, however often its numbers change, above the bar."""
+        for text in warnings:
+            kind = text.split(":")[0]
+            if kind not in self.seen and not self.bar.disable:
+                self.seen.add(kind)
+                tqdm.write(f"step {self.run.step}: {text}", file=self.bar.fp)
+
+
+def _tensorboard(out_dir):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError("train/train: tensorboard=True needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter(str(out_dir))
 
 
 def _trim_log(path, step):

@@ -1,6 +1,7 @@
 """Training: the loss falls, a killed run resumes to the same bits, and bad files are refused by name."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -15,10 +16,11 @@ import safetensors.torch
 import torch
 
 import genengine
+from genengine import data, models
 from genengine.models import FlowMatching, checkpoint
-from genengine.train import LOG_FILE, PRESETS, STATE_FILE, Run, TrainConfig, learning_rate, preset, train
+from genengine.train import LOG_FILE, STATE_FILE, Run, TrainConfig, learning_rate, preset, train
 
-SHORT = TrainConfig(steps=12, batch_size=16, warmup=4, ema_decay=0.9, seed=3)
+SHORT = preset("flow", steps=12, batch_size=16, warmup=4, ema_decay=0.9, seed=3)
 ROOT = Path(genengine.__file__).resolve().parents[1]
 
 
@@ -51,7 +53,7 @@ def one_thread():
 
 
 def test_the_loss_falls(tmp_path):
-    config = preset("smoke", steps=80, batch_size=48, seed=1)
+    config = preset("flow", "smoke", steps=80, batch_size=48, seed=1)
     run_train(config, tmp_path, save_every=1000, log_every=10)
     losses = [entry["loss"] for entry in log_of(tmp_path)]
     assert losses[0] > 1.2 and losses[-1] < 0.8 * losses[0]
@@ -251,7 +253,7 @@ def test_resuming_checks_the_state(trained, tmp_path):
     with pytest.raises(ValueError, match="must be the state of a training run, got 'flow'"):
         Run(SHORT).restore(trained)
     path = tmp_path / STATE_FILE
-    lacking = next(k for k in tensors if k.startswith("optimizer.exp_avg_sq."))
+    lacking = next(k for k in tensors if k.endswith(".exp_avg_sq"))
     for key in (lacking, "model.pos_embed", "average.final_layer.linear.bias"):
         checkpoint.write(path, {k: v for k, v in tensors.items() if k != key}, saved)
         with pytest.raises(ValueError, match=key.removeprefix("model.").removeprefix("average.").replace(".", r"\.")):
@@ -269,17 +271,24 @@ def test_resuming_checks_the_state(trained, tmp_path):
 
 def test_configuration_is_validated():
     bad = {"steps": 0, "batch_size": 1.5, "lr": math.nan, "ema_decay": 1.0, "precision": "fp8",
-           "split": "valid", "family": "gan", "seed": -1, "clip_norm": 0.0, "warmup": -1}  # fmt: skip
+           "split": "valid", "family": "ganz", "betas": (0.9, 1.0),
+           "schedule": "linear", "lr_scales": {"net": -1.0}, "seed": -1, "clip_norm": 0.0, "warmup": -1}  # fmt: skip
     for field, value in bad.items():
         with pytest.raises(ValueError, match=f"train/TrainConfig: {field} must be"):
             TrainConfig(**{field: value})
     with pytest.raises(ValueError, match="name must be one of digits, smoke"):
-        preset("huge")
+        preset("flow", "huge")
+    with pytest.raises(ValueError, match="family must be one of flow.*got 'ganz'"):
+        preset("ganz")
     with pytest.raises(ValueError, match="fields must be among.*got stepz"):
-        preset("digits", stepz=3)
+        preset("flow", stepz=3)
     with pytest.raises(ValueError, match=r"batch_size must be 1\.\.1437"):
-        Run(TrainConfig(batch_size=1438))
-    assert preset("digits", steps=7).steps == 7 and PRESETS["digits"].steps > 7
+        Run(preset("flow", batch_size=1438))
+    with pytest.raises(ValueError, match="lr_scales must name networks among net, got 'generator'"):
+        Run(preset("flow", lr_scales={"generator": 2.0}))
+    assert preset("flow", steps=7).steps == 7 and preset("flow").steps > 7
+    deep = preset("flow", model={"net": {"dim": 32}, "time_std": 0.5}).model
+    assert deep["net"] == {"name": "dit", "config": "tiny", "dim": 32} and deep["time_std"] == 0.5
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -292,6 +301,61 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 def test_a_diverged_run_stops_and_says_so(tmp_path):
     config = dataclasses.replace(SHORT, lr=1e30, warmup=0, clip_norm=math.inf)
-    with pytest.raises(ValueError, match="the loss must stay finite, got .* lower lr"):
+    with pytest.raises(FloatingPointError, match=r"must stay finite, got .* at step \d+; .*; lower lr"):
         run_train(config, tmp_path, log_every=1)
     assert not (tmp_path / STATE_FILE).exists() or checkpoint.read(tmp_path / STATE_FILE)[1]["step"] < 12
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
+    healthy = FlowMatching.terms
+
+    def terms(self, *args, step, **options):
+        result = healthy(self, *args, step=step, **options)
+        return result if step < 9 else {"loss": result["loss"] * math.nan}
+
+    monkeypatch.setattr(FlowMatching, "terms", terms)
+    message = r"loss must stay finite, got nan at step 10; the last good state is .*state\.safetensors; lower lr"
+    with pytest.raises(FloatingPointError, match=message):
+        run_train(SHORT, tmp_path, log_every=100)
+    assert checkpoint.read(tmp_path / STATE_FILE)[1]["step"] == 8
+    monkeypatch.undo()
+    whole = run_train(SHORT, tmp_path / "whole")
+    assert contents(run_train(SHORT, tmp_path, resume=True)) == contents(whole)
+
+
+def test_a_run_knows_its_images(tmp_path):
+    pairs = [(torch.full((3, 8, 8), i, dtype=torch.uint8), i % 2) for i in range(20)]
+    images = data.from_iterable(pairs)
+    run_train(SHORT, tmp_path, dataset=images)
+    assert FlowMatching.from_pretrained(tmp_path).image_shape == (3, 8, 8)
+    other = data.from_iterable([(255 - image, label) for image, label in pairs])
+    with pytest.raises(ValueError, match="trained on other images than iterable holds now"):
+        run_train(SHORT, tmp_path, dataset=other, resume=True)
+
+
+def test_the_folder_describes_itself(trained):
+    folder = trained.parent
+    model = FlowMatching.from_pretrained(folder)
+    described = json.loads((folder / "config.json").read_text())
+    assert described["family"] == "flow" and described["num_levels"] == 17 and model.num_levels == 17
+    assert type(models.load(trained)) is FlowMatching
+    (folder / "config.json").write_text(json.dumps(described | {"class_drop": 0.5}))
+    with pytest.raises(ValueError, match="config.json must describe the weights beside it"):
+        FlowMatching.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+def test_what_training_ends_with_sees_all_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(FlowMatching, "finish", lambda self, x0, labels, *, seed: seen.append((len(x0), len(labels))))
+    run_train(SHORT, tmp_path)
+    assert seen == [(1437, 1437)]
+
+
+def test_tensorboard_is_asked_for_by_name(tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(RuntimeError, match="needs TensorBoard: pip install tensorboard"):
+            run_train(SHORT, tmp_path, tensorboard=True)
+    else:
+        run_train(SHORT, tmp_path, tensorboard=True)
+        assert list(tmp_path.glob("events.out.tfevents*"))

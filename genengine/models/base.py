@@ -115,6 +115,24 @@ class Model:
         """Looked at when training logs: numbers for the log, and warnings for the user's eye."""
         return {}, []
 
+    def finish(self, x0: Tensor, labels: Tensor | None, *, seed: int) -> None:
+        """Called once when training ends, on the averaged model, with all training images: fit what is left."""
+
+    @classmethod
+    def fit_config(cls, config: Mapping, image_shape, num_classes: int, num_levels: int) -> dict:
+        """The config with the sizes of a data set in place: image_shape (C, H, W), classes and levels.
+
+        Raises:
+            ValueError: images that are not square; the network's own refusal comes when it is built.
+        """
+        channels, height, width = image_shape
+        if height != width:
+            raise ValueError(
+                f"{cls._name()}: images must be square, got {height} x {width}; crop or resize them beforehand"
+            )
+        sizes = {"image_size": height, "in_channels": channels, "num_classes": num_classes}
+        return {**config, "net": {**config.get("net", {}), **sizes}, "num_levels": num_levels}
+
     # ---- what a family inherits --------------------------------------------------------------------------------
 
     def loss(self, x0: Tensor, labels: Tensor | None = None, *, seed, sample_ids=None, step=0) -> Tensor:

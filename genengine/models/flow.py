@@ -75,8 +75,11 @@ class FlowMatching(Model):
         "digits": {
             "model": {
                 "net": {"name": "dit", "config": "tiny"}, "time_mean": 0.0, "time_std": 1.0, "class_drop": 0.1,
-                "num_levels": 17,
             },
+        },
+        "smoke": {
+            "model": {"net": {"name": "dit", "config": "tiny"}},
+            "steps": 60, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,
         },
     }  # fmt: skip
     options = (
@@ -229,4 +232,4 @@ class FlowMatching(Model):
         for key, value in rest.items():
             if not isinstance(value, (int, float)):
                 raise ValueError(f"models/FlowMatching.from_config: entry {key!r} must be a number, got {value!r}")
-        return cls(DiT.from_config(net.pop("config", net), seed=seed), _path(path), **rest)
+        return cls(DiT.from_config(net.pop("config", {}), seed=seed, **net), _path(path), **rest)

@@ -13,7 +13,7 @@ from genengine import data, models, ops, paths
 from genengine.evaluate import evaluate_samples
 from genengine.models import FlowMatching, checkpoint
 from genengine.nets.dit import DiT
-from genengine.train import PRESETS
+from genengine.train import preset
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 16, "depth": 2, "num_heads": 2,
          "num_classes": 3, "learn_sigma": False, "time_features": 8}  # fmt: skip
@@ -218,7 +218,7 @@ def test_the_shipped_model_is_small_and_says_how_it_was_made():
     assert path.stat().st_size < 2_000_000
     record = json.loads((folder / "flow_digits.json").read_text(encoding="utf-8"))
     _, config = checkpoint.read(path)
-    assert record["train"] == config["extra"]["train"] == dataclasses.asdict(PRESETS["digits"])
+    assert record["train"] == config["extra"]["train"] == json.loads(json.dumps(dataclasses.asdict(preset("flow"))))
     assert record["command"].startswith("genengine train flow") and record["test"]["passes"]
     assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match="name must be one of digits, got 'faces'"):
