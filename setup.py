@@ -126,7 +126,7 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[
-        "genengine", "genengine.ops", "genengine.nets", "genengine.models", "genengine.testing",
+        "genengine", "genengine.data", "genengine.ops", "genengine.nets", "genengine.models", "genengine.testing",
         "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},

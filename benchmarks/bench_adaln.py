@@ -14,13 +14,13 @@ SHAPE = (16, 256, 1152)
 EPS = 1e-6
 
 
-def eager_adaln(x, scale, shift):
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+def eager_adaln(x, scale, shift, eps=EPS):
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
 
 
-def eager_gated_adaln(x, branch, gate, scale, shift):
+def eager_gated_adaln(x, branch, gate, scale, shift, eps=EPS):
     x = x + gate[:, None] * branch
-    return x, eager_adaln(x, scale, shift)
+    return x, eager_adaln(x, scale, shift, eps)
 
 
 class Work:

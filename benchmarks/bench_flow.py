@@ -1,57 +1,20 @@
 """The demo's sampler, whole: tiny DiT, guidance, 50 Euler steps, against the pipeline as people write it in PyTorch.
 
-The eager pipeline has the same weights and the same mathematics: layer norm, modulation and gates as separate
-operations, every modulation computed in every step, guidance and the Euler update by hand.
+The eager pipeline has the same network and weights, its ops in plain PyTorch (`eager.ops`): layer norm, modulation and
+gates as separate operations, every modulation computed in every step, guidance and the Euler update by hand.
 
     python -m genengine.benchmarks.bench_flow        # where our own time goes, operation by operation, one thread
 """
 
 import torch
-import torch.nn.functional as F
 
 from genengine import ops, paths, schedules, solvers
+from genengine.benchmarks import eager
 from genengine.benchmarks.harness import Benchmark, faster
 from genengine.nets.dit import DiT
 from genengine.sampler import sample
 
 STEPS, GUIDANCE = 50, 2.0
-
-
-class EagerDiT(torch.nn.Module):
-    """The forward pass of a `DiT`, written with torch's own operations around the same weights."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, t, y):
-        net, dim = self.net, self.net.config.dim
-        c = F.silu(net.t_embedder(t) + net.y_embedder(y))
-        weights = net.modulation.weight.split(6 * dim)
-        biases = net.modulation.bias.split(6 * dim)
-        x = net.x_embedder(x) + net.pos_embed
-        for block, weight, bias in zip(net.blocks, weights, biases, strict=False):
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = F.linear(c, weight, bias).chunk(6, dim=1)
-            x = x + gate_a[:, None] * self.attention(block.attn, self.modulate(x, shift_a, scale_a))
-            x = x + gate_m[:, None] * self.mlp(block.mlp, self.modulate(x, shift_m, scale_m))
-        shift, scale = F.linear(c, weights[-1], biases[-1]).chunk(2, dim=1)
-        x = net.final_layer.linear(self.modulate(x, shift, scale))
-        size, patch = net.grid[0], net.config.patch_size
-        x = x.view(len(x), size, size, patch, patch, net.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), net.out_channels, size * patch, size * patch)
-
-    @staticmethod
-    def modulate(x, shift, scale):
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-    @staticmethod
-    def mlp(mlp, x):
-        return mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh"))
-
-    def attention(self, attn, x):
-        b, n, d = x.shape
-        q, k, v = attn.qkv(x).view(b, n, 3, self.net.config.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
 
 
 def eager_pipeline(model, x, y, null, steps=STEPS, guidance=GUIDANCE):
@@ -81,7 +44,7 @@ class Work:
         self.table = solvers.euler(
             paths.RectifiedFlow(), schedules.uniform(STEPS), prediction="velocity", guidance_scale=GUIDANCE
         )
-        self.eager_net, self.compiled_net = EagerDiT(self.net), None
+        self.eager_net, self.compiled_net = eager.calling(self.net.forward), None
         self.x = ops.normal(self.shape, seed=0, device=device)
 
     def fused(self):
