@@ -25,6 +25,7 @@ class Dataset:
         class_names: one per class; () for images without classes, whose labels are all 0.
         sample_ids: (N,) int64, the images' indices in the whole set, which the training noise depends on; default
             0 .. N-1.
+        files: the images' names, or ().
     Raises:
         ValueError: shapes, dtypes or values that do not fit, by name.
     """
@@ -35,6 +36,7 @@ class Dataset:
     num_levels: int
     class_names: tuple[str, ...] = ()
     sample_ids: torch.Tensor | None = None
+    files: tuple[str, ...] = ()
 
     def __post_init__(self):
         n = len(self.levels)
@@ -84,7 +86,17 @@ class Dataset:
     def subset(self, pick) -> Dataset:
         """The images at `pick`, which keep their sample_ids."""
         parts = {name: getattr(self, name)[pick] for name in ("levels", "labels", "sample_ids")}
-        return dataclasses.replace(self, **parts)
+        files = tuple(self.files[i] for i in torch.as_tensor(pick).tolist()) if self.files else ()
+        return dataclasses.replace(self, **parts, files=files)
+
+    def with_levels(self, num_levels: int) -> Dataset:
+        """The same images on another number of levels, each pixel at the nearest."""
+        if num_levels == self.num_levels:
+            return self
+        scale = (num_levels - 1) / (self.num_levels - 1)
+        return dataclasses.replace(
+            self, levels=(self.levels.float() * scale).round().to(torch.uint8), num_levels=num_levels
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -93,7 +93,8 @@ def from_folder(folder, *, on_bad: str = "refuse", report=None) -> Dataset:
     grey = all(array.ndim == 2 for _, _, array in read)
     stack = np.stack([array if grey else _rgb(array) for _, _, array in read])
     labels = torch.tensor([label for _, label, _ in read])
-    return Dataset(str(folder), _planes(stack), labels, 256, tuple(classes))
+    files = tuple(str(file.relative_to(folder)) for file, _, _ in read)
+    return Dataset(str(folder), _planes(stack), labels, 256, tuple(classes), files=files)
 
 
 def from_npz(path) -> Dataset:

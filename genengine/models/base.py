@@ -111,6 +111,10 @@ class Model:
         """The networks whose moving average is what is saved and sampled."""
         return tuple(self.networks)
 
+    def measure(self, x0: Tensor, labels: Tensor | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """What `evaluate` reports about given images: name -> (B,); bits_per_dim first, where there is a likelihood."""
+        return {} if self.likelihood is None else {"bits_per_dim": self.bits_per_dim(x0, labels, seed=seed)}
+
     def diagnose(self, x0: Tensor, labels: Tensor, *, seed: int, step: int) -> tuple[dict[str, float], list[str]]:
         """Looked at when training logs: numbers for the log, and warnings for the user's eye."""
         return {}, []
