@@ -73,6 +73,18 @@ def _with_seed(command):
     command.add_argument("--seed", type=int, default=0, help="an integer in [0, 2^64) (default 0)")
 
 
+def _with_data(command):
+    command.add_argument(
+        "--data", default="digits",
+        help="digits; a folder of images, one subfolder per class; an .npz archive (arr_0 uint8 NHWC, arr_1 labels); "
+        "shapes-N or textures-N, drawn at N x N (default digits)",
+    )  # fmt: skip
+    command.add_argument(
+        "--on-bad", choices=data.ON_BAD, default="refuse",
+        help="what to do about unreadable or odd-sized files of a folder (default refuse)",
+    )  # fmt: skip
+
+
 def _with_family(command):
     from genengine import models
 
@@ -162,17 +174,7 @@ def _add_train(commands):
         "genengine train vae --data photos/ --set batch_size=64 --set model.beta=0.5 --out runs/vae",
     )  # fmt: skip
     _with_family(command)
-    command.add_argument(
-        "--data", default="digits",
-        help="digits; a folder of images, one subfolder per class; an .npz archive (arr_0 uint8 NHWC, arr_1 labels); "
-        "shapes-N or textures-N, drawn at N x N (default digits)",
-    )  # fmt: skip
-    command.add_argument(
-        "--on-bad",
-        choices=data.ON_BAD,
-        default="refuse",
-        help="unreadable or odd-sized files of a folder (default refuse)",
-    )  # fmt: skip
+    _with_data(command)
     command.add_argument(
         "--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute), and others"
     )
@@ -227,7 +229,13 @@ def _add_evaluate(commands):
         help="what the model was trained on: train, measured against test, or train_fit, against validation "
         "(default train)",
     )  # fmt: skip
+    _with_data(command)
     command.add_argument("--seeds", type=int, default=5, help="number of sampling seeds (default 5, at least 2)")
+    command.add_argument("--no-baselines", action="store_true", help="leave out the baselines")
+    command.add_argument(
+        "--density", default=None, metavar="DATA",
+        help="instead, report which images of a folder or .npz are unlikely or too likely under the model",
+    )  # fmt: skip
     _with_threads(command)
     _with_device(command)
     _with_json(command)
@@ -403,23 +411,27 @@ def _evaluate(options):
 
     model = _model(options)
     chosen = _chosen(options, model)
-    reference, held_out = data.digits(options.split), data.digits(HELD_OUT[options.split])
-
-    def draw(classes, seed):
-        return model.sample(len(classes), classes, seed=seed, check_finite=True, **chosen)
-
-    # the training images' own classes: their balance, and the order behind the figures in pretrained/README.md
-    result = evaluate.evaluate_seeds(
-        draw, reference[1], seeds=range(options.seeds), reference=reference, held_out=held_out
-    )
-    if options.json:
-        print(json.dumps(result, indent=1))
+    if options.density is not None:
+        _density(options, model)
         return
-    for name, value in result["mean"].items():
-        spread = f" +- {result['std'][name]:.4f}" if name in result["std"] else ""
-        bar = "  (bar {} {})".format(*evaluate.QUALITY_BARS[name]) if name in evaluate.QUALITY_BARS else ""
-        print(f"{name:20s} {value:.4f}{spread}{bar}" if isinstance(value, float) else f"{name:20s} {value}")
-    print(f"{options.seeds} seeds; {'every bar is met' if result['passes'] else 'a bar is MISSED'}")
+    seen, unseen = (
+        data.load(options.data, part, on_bad=options.on_bad) for part in (options.split, HELD_OUT[options.split])
+    )
+    result = evaluate.evaluate_model(
+        model, seen, unseen, seeds=range(options.seeds), options=chosen, with_baselines=not options.no_baselines
+    )
+    print(json.dumps(result, indent=1) if options.json else evaluate.text(result))
+
+
+def _density(options, model):
+    """Which images of a folder or archive the model finds odd, against the held-out images of its own data."""
+    from genengine import evaluate
+
+    images = data.load(options.density, "all", on_bad=options.on_bad, report=lambda text: print(text, file=sys.stderr))
+    usual = data.load(options.data, HELD_OUT[options.split], on_bad=options.on_bad)
+    images, usual = (part.with_levels(model.num_levels) for part in (images, usual))
+    report = evaluate.outliers(model, images, usual)
+    print(json.dumps(report, indent=1) if options.json else evaluate.outlier_text(report))
 
 
 def _bench(options):

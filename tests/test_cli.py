@@ -151,14 +151,14 @@ def test_split_chooses_the_training_images_and_what_they_are_measured_against(tm
         assert config["extra"]["train"]["split"] == (split or "train")
     seen = {}
     monkeypatch.setattr(
-        evaluate, "evaluate_seeds", lambda draw, labels, **options: seen.update(options, labels=labels) or {}
+        evaluate, "evaluate_model", lambda model, seen_, unseen, **options: seen.update(sets=(seen_, unseen)) or {}
     )
     for split, held_out in (("train", "test"), ("train_fit", "validation")):
         status, _, err = run("evaluate", *common, "--split", split, "--json", capsys=capsys)
         assert status == 0, err
-        assert np.array_equal(seen["labels"], data.digits(split)[1])  # in their own order, as recorded
-        assert np.array_equal(seen["reference"][0], data.digits(split)[0])
-        assert np.array_equal(seen["held_out"][0], data.digits(held_out)[0])
+        for part, name in zip(seen["sets"], (split, held_out), strict=True):
+            assert np.array_equal(part.labels, data.digits(name)[1])  # in their own order, as recorded
+            assert np.array_equal(part.images, data.digits(name)[0])
 
 
 def test_the_recorded_command_is_one_that_the_parser_knows():

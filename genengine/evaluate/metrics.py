@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+# Which way is better; a share of 0.5 and a ratio of 1 are innocent, not best.
+ARROWS = {
+    "frechet_distance": "lower", "class_frechet_distance": "lower", "sliced_wasserstein": "lower",
+    "knn_accuracy": "higher", "precision": "higher", "recall": "higher", "density": "near 1", "coverage": "higher",
+    "class_entropy": "higher", "nn_distance_ratio": "near 1", "nearer_train_share": "near .5",
+}  # fmt: skip
+
 
 def squared_distances(a, b):
     """Squared Euclidean distances D_ij = |a_i - b_j|^2.

@@ -14,6 +14,7 @@ from genengine import ops
 from genengine.data import digits, to_levels
 from genengine.evaluate import metrics
 from genengine.evaluate.features import class_features
+from genengine.evaluate.table import met
 
 # metric: (sense, bar), for 1,437 class-balanced digits against the training split.
 QUALITY_BARS = {
@@ -36,8 +37,7 @@ class Report(dict):
             value = self.get(name)
             if value is None and name == "knn_accuracy" and "num_samples" in self:
                 continue
-            good = value is not None and (value <= bar if sense == "<=" else value >= bar)
-            if not good:
+            if value is None or not met(value, (sense, bar)):
                 missed.append(f"{name} {'missing' if value is None else format(value, '.4f')}, bar {sense} {bar}")
         return missed
 
