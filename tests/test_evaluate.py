@@ -11,10 +11,19 @@ from genengine import data
 from genengine.evaluate import (
     QUALITY_BARS,
     Report,
+    baselines,
+    class_features,
+    evaluate_model,
     evaluate_samples,
     evaluate_seeds,
     frechet_distance,
+    knn_classify,
+    live_features,
     nearer_train_share,
+    outlier_text,
+    outliers,
+    sliced_wasserstein,
+    text,
 )
 
 
@@ -190,3 +199,106 @@ def test_seeds_are_averaged(train):
     assert result["passes_each"] == [False] * 3 and json.dumps(result)
     with pytest.raises(ValueError, match="seeds must be at least two"):
         evaluate_seeds(draw, labels, seeds=[1])
+
+
+def test_sliced_wasserstein_of_known_distances():
+    x = np.random.default_rng(0).standard_normal((500, 3))
+    directions = np.eye(3)
+    assert sliced_wasserstein(x, x[::-1], directions) == 0.0
+    assert sliced_wasserstein(x + [1.0, 0.0, -2.0], x, directions) == pytest.approx(1.0)  # (1 + 0 + 2) / 3
+    assert sliced_wasserstein(np.repeat(x, 2, axis=0), x, directions) == pytest.approx(0.0)  # unequal sizes
+
+
+def test_a_dead_feature_does_not_drown_the_others(train):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((300, 4)), rng.standard_normal((300, 4))
+    b[:, 2] = 1e-9 * b[:, 2]
+    kept_a, kept_b = live_features(a, b)
+    assert kept_a.shape == kept_b.shape == (300, 3) and np.array_equal(kept_a[:, 2], a[:, 3])
+    images, labels = train
+    report = evaluate_samples(images, labels)
+    assert report["class_frechet_distance"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_class_features_read_the_class_where_pixels_cannot(train):
+    """Images of the wrong classes: the same pixels overall, but nine of ten classes gone."""
+    images, labels = train
+    one = np.resize(images[labels == 3], images.shape)
+    assert evaluate_samples(one, labels)["class_frechet_distance"] > 5.0
+    pixels = (data.to_levels(images) / 16).reshape(len(images), -1).astype(np.float64)
+    features = class_features(pixels, pixels, labels)
+    assert features.shape == (1437, 32) and np.array_equal(features, class_features(pixels, pixels, labels))
+    near = knn_classify(((features[:200, None] - features[None]) ** 2).sum(2), labels, k=3)
+    assert (near == labels[:200]).mean() > 0.99
+
+
+def test_the_baselines_fool_some_metrics_and_not_others(train):
+    held_out = data.digits("test")
+    found = baselines(train[1], reference=train, held_out=held_out)
+    histograms, gaussians = found["class histograms"], found["class Gaussians"]
+    assert histograms["knn_accuracy"] > 0.93 and histograms["precision"] < 0.15 and histograms["coverage"] < 0.15
+    assert 0.05 < gaussians["frechet_distance"] < 0.1 and gaussians["nearer_train_share"] < 0.6
+    assert found["copies"]["nn_distance_ratio"] == 0.0 and found["copies"]["nearer_train_share"] > 0.61
+    noisy = found["noisy copies"]
+    assert noisy["frechet_distance"] < 0.06 and noisy["coverage"] > 0.8 and noisy["nearer_train_share"] > 0.61
+    again = baselines(train[1], reference=train, held_out=held_out)
+    assert json.dumps(again) == json.dumps(found)
+
+
+class Bits:
+    """A model that finds an image as likely as its first pixel says."""
+
+    family, likelihood, num_classes, device = "bits", "exact", 0, torch.device("cpu")
+
+    def measure(self, x0, labels, *, seed):
+        assert labels is None
+        return {"bits_per_dim": x0[:, 0, 0, 0]}
+
+
+def test_outliers_are_those_outside_of_what_is_usual():
+    def images(levels):
+        planes = torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1)
+        return data.Dataset(
+            "x", planes, torch.zeros(len(levels), dtype=torch.int64), 256, files=tuple(map(str, levels))
+        )
+
+    usual, odd = images(list(range(100, 150))), images([120, 250, 140, 3, 180])
+    report = outliers(Bits(), odd, usual)
+    assert [entry["file"] for entry in report["outliers"]] == ["250", "3", "180"]
+    assert [entry["why"] for entry in report["outliers"]] == ["unlikely", "too likely", "unlikely"]
+    assert report["num_images"] == 5 and len(report["bits"]) == 5 and report["low"] < report["high"]
+    shown = outlier_text(report, most=2)
+    assert "3 outliers, the farthest first:" in shown and "... and 1 more" in shown and "too likely  3" in shown
+    assert "0 outliers" in outlier_text(outliers(Bits(), images([120, 130]), usual))
+    with pytest.raises(ValueError, match="0 < share < 0.5"):
+        outliers(Bits(), odd, usual, share=0.5)
+    model = Bits()
+    model.likelihood = None
+    with pytest.raises(ValueError, match="bits has no likelihood"):
+        outliers(model, odd, usual)
+
+
+def test_the_whole_evaluation_names_what_is_missed():
+    train_set, held_out = data.load("digits", "train"), data.load("digits", "test")
+
+    class Copier(Bits):
+        num_levels, num_classes = 17, 10
+        bars = {
+            "frechet_distance": ("<=", 0.03),
+            "coverage": (">=", 1.5),
+            "bits_per_dim": ("<=", -0.9),
+            "mse": ("<=", 1),
+        }
+
+        def sample(self, num, labels, *, seed, check_finite):
+            assert num == 1437 and torch.equal(labels, train_set.labels)
+            return train_set.images
+
+        def measure(self, x0, labels, *, seed):
+            return {"bits_per_dim": x0.mean((1, 2, 3))}
+
+    result = evaluate_model(Copier(), train_set, held_out, seeds=range(2), with_baselines=False)
+    assert [failure.split(",")[0].split()[0] for failure in result["failures"]] == ["coverage", "bits_per_dim", "mse"]
+    assert result["measured"]["bits_per_dim"]["held_out"] == pytest.approx(float(held_out.images.mean()), abs=1e-5)
+    shown = text(result)
+    assert "MISSED: coverage" in shown and "frechet_distance" in shown and json.dumps(result)

@@ -201,7 +201,7 @@ def _plane(image, index, num_levels):
 def _planes(images):
     """uint8 (N, H, W) or (N, H, W, C) to a tensor (N, C, H, W)."""
     images = images[..., None] if images.ndim == 3 else images
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def _rgb(array):

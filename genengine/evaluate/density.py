@@ -35,7 +35,7 @@ def outliers(model, dataset: Dataset, usual: Dataset, *, seed: int = 0, share: f
         model: with a likelihood.  dataset: the images in question.  usual: images of the model's kind that it was not
             trained on.  share: expected share of usual images on either side, in (0, 0.5).
     Returns:
-        dict with num_images, mean, usual_mean, low, high (the bounds), outliers (a list of index, file, bits, why, the
+        dict with num_images, mean, usual_mean, low, high (the bounds), share, outliers (a list of index, file, bits, why, the
         farthest first) and bits (all, in order).
     Raises:
         ValueError: a model without a likelihood, no images, or a share out of range.
@@ -60,7 +60,7 @@ def outliers(model, dataset: Dataset, usual: Dataset, *, seed: int = 0, share: f
     ]  # fmt: skip
     return {
         "num_images": len(bits), "mean": float(bits.mean()), "usual_mean": float(usual_bits.mean()), "low": float(low),
-        "high": float(high), "outliers": found, "bits": bits.tolist(),
+        "high": float(high), "share": share, "outliers": found, "bits": bits.tolist(),
     }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def outlier_text(report: dict, most: int = 20) -> str:
     found = report["outliers"]
     lines = [
         f"{report['num_images']} images: {report['mean']:.3f} bits per dimension on average; usual images take "
-        f"{report['usual_mean']:.3f}, and 98 % of them {report['low']:.3f} to {report['high']:.3f}",
+        f"{report['usual_mean']:.3f}, and {100 - 200 * report['share']:g} % of them {report['low']:.3f} to {report['high']:.3f}",
         f"{len(found)} outliers" + (", the farthest first:" if found else ""),
     ]
     lines += [
