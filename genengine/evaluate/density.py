@@ -35,8 +35,8 @@ def outliers(model, dataset: Dataset, usual: Dataset, *, seed: int = 0, share: f
         model: with a likelihood.  dataset: the images in question.  usual: images of the model's kind that it was not
             trained on.  share: expected share of usual images on either side, in (0, 0.5).
     Returns:
-        dict with num_images, mean, usual_mean, low, high (the bounds), share, outliers (a list of index, file, bits, why, the
-        farthest first) and bits (all, in order).
+        dict with num_images, mean, usual_mean, low, high (the bounds), share, outliers (a list of index, file, bits,
+        why, the farthest first) and bits (all, in order).
     Raises:
         ValueError: a model without a likelihood, no images, or a share out of range.
     """
@@ -67,9 +67,10 @@ def outliers(model, dataset: Dataset, usual: Dataset, *, seed: int = 0, share: f
 def outlier_text(report: dict, most: int = 20) -> str:
     """The report for a reader: the summary, then the oddest images."""
     found = report["outliers"]
+    usual = 100 - 200 * report["share"]
     lines = [
         f"{report['num_images']} images: {report['mean']:.3f} bits per dimension on average; usual images take "
-        f"{report['usual_mean']:.3f}, and {100 - 200 * report['share']:g} % of them {report['low']:.3f} to {report['high']:.3f}",
+        f"{report['usual_mean']:.3f}, and {usual:g} % of them {report['low']:.3f} to {report['high']:.3f}",
         f"{len(found)} outliers" + (", the farthest first:" if found else ""),
     ]
     lines += [
