@@ -6,6 +6,9 @@ into everything its blocks need of it, and runs from there: so a sampling run co
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,15 +17,38 @@ from torch import nn
 class Conditioned(nn.Module):
     """Base of networks out = net(x, t, y), x (B, C, H, W), t (B,), y (B,) or None.
 
-    A subclass sets `config` (image_size, in_channels, num_classes), `t_embedder`, `y_embedder` (None without classes)
-    and `modulation`, a linear layer, and writes `_run(x, modulation)`.
+    A subclass names its frozen dataclass `config_class` and the sizes `configs`; sets `config` (image_size, in_channels,
+    num_classes), `t_embedder`, `y_embedder` (None without classes) and `modulation`, a linear layer; and writes
+    `_run(x, modulation)`.
     """
 
+    config_class: type
+    configs: Mapping[str, Mapping]
     max_table_bytes = 2 << 30  # `for_schedule` keeps all modulation rows up to this size, else recomputes
 
     def _run(self, x, modulation):
         """The network behind its embeddings: x (B, C, H, W), modulation (B, M)."""
         raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config, *, seed=0, **overrides):
+        """Build from a name in `configs`, a dict of config fields or a config; overrides replace fields.
+
+        Raises:
+            ValueError: unknown name or field, or a value that does not fit.
+        """
+        name = f"nets/{cls.__name__}"
+        if isinstance(config, str):
+            if config not in cls.configs:
+                raise ValueError(f"{name}: config must be one of {', '.join(cls.configs)}, got {config!r}")
+            config = cls.configs[config]
+        fields = dataclasses.asdict(config) if isinstance(config, cls.config_class) else dict(config)
+        fields.update(overrides)
+        known = [field.name for field in dataclasses.fields(cls.config_class)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"{name}: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
+        return cls(cls.config_class(**fields), seed=seed)
 
     @property
     def null_class(self):

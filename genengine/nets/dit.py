@@ -120,6 +120,8 @@ class DiT(Conditioned):
     Reference: Peebles & Xie, Scalable Diffusion Models with Transformers, 2023.
     """
 
+    config_class, configs = DiTConfig, CONFIGS
+
     def __init__(self, config, *, seed=0):
         super().__init__()
         self.config = config
@@ -135,26 +137,6 @@ class DiT(Conditioned):
         self.register_state_dict_post_hook(_split_modulation)
         self.register_load_state_dict_pre_hook(_join_modulation)
         self.reset_parameters(seed)
-
-    @classmethod
-    def from_config(cls, config, *, seed=0, **overrides):
-        """Build from a name in `CONFIGS`, a dict of `DiTConfig` fields or a DiTConfig, fields replaced by
-        `overrides`.
-
-        Raises:
-            ValueError: unknown name or field, or values that do not fit together.
-        """
-        if isinstance(config, str):
-            if config not in CONFIGS:
-                raise ValueError(f"nets/DiT: config must be one of {', '.join(CONFIGS)}, got {config!r}")
-            config = CONFIGS[config]
-        fields = dataclasses.asdict(config) if isinstance(config, DiTConfig) else dict(config)
-        fields.update(overrides)
-        known = [field.name for field in dataclasses.fields(DiTConfig)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"nets/DiT: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(DiTConfig(**fields), seed=seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed):
