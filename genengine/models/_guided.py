@@ -61,9 +61,7 @@ class Guided(Model):
                 f"{self._name()}.sample: guidance must be a finite number or (num,) = ({num},) of them, got {got}"
             )
         if self.num_classes == 0 and np.any(weights != 1.0):
-            raise ValueError(
-                f"{self._name()}.sample: guidance must be 1 for a network without classes, got {guidance}"
-            )
+            raise ValueError(f"{self._name()}.sample: guidance must be 1 for a network without classes, got {guidance}")
         if weights.ndim == 0:
             return float(weights)
         return weights if num else 1.0  # no sample, no weight
@@ -159,9 +157,7 @@ def describe_path(path):
 
 def rebuild_path(where, fields):
     """The path that `describe_path` described; `where` begins the message of a ValueError."""
-    fields = {
-        name: rebuild_path(where, value) if isinstance(value, dict) else value for name, value in fields.items()
-    }
+    fields = {name: rebuild_path(where, value) if isinstance(value, dict) else value for name, value in fields.items()}
     name = fields.pop("name", None)
     path_class = getattr(paths, name, None) if isinstance(name, str) else None
     if not (dataclasses.is_dataclass(path_class) and issubclass(path_class, paths.Path)):  # not an abstract one

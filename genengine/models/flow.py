@@ -6,9 +6,6 @@ logit-normal training times: Esser et al. 2024; classifier-free guidance: Ho & S
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from genengine import ops, paths, prediction, schedules, solvers
 from genengine.models._guided import Guided
 from genengine.models.base import Option

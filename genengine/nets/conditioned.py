@@ -17,9 +17,9 @@ from torch import nn
 class Conditioned(nn.Module):
     """Base of networks out = net(x, t, y), x (B, C, H, W), t (B,), y (B,) or None.
 
-    A subclass names its frozen dataclass `config_class` and the sizes `configs`; sets `config` (image_size, in_channels,
-    num_classes), `t_embedder`, `y_embedder` (None without classes) and `modulation`, a linear layer; and writes
-    `_run(x, modulation)`.
+    A subclass names its frozen dataclass `config_class` and the sizes `configs`; sets `config` (image_size,
+    in_channels, num_classes), `t_embedder`, `y_embedder` (None without classes) and `modulation`, a linear layer; and
+    writes `_run(x, modulation)`.
     """
 
     config_class: type

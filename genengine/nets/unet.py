@@ -94,7 +94,7 @@ class UNetConfig:
         if unknown:
             raise ValueError(f"nets/UNet: attention must be among {self.resolutions}, got {unknown[0]}")
         for width in (self.channels * self.multipliers[-1], *self._attention_widths()):
-            if (width % self.head_dim if self.head_dim else width > MAX_HEAD_DIM):
+            if width % self.head_dim if self.head_dim else width > MAX_HEAD_DIM:
                 raise ValueError(
                     f"nets/UNet: head_dim must divide the width {width} of a resolution with attention and give heads "
                     f"of at most {MAX_HEAD_DIM}, got head_dim={self.head_dim}"
@@ -174,10 +174,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, scale, shift):
         h = self.conv1(self.norm1(x))
-        if scale is None:  # the modulation is "add"
-            h = self.norm2(h + shift[:, :, None, None])
-        else:
-            h = self.norm2(h, scale, shift)
+        adds = scale is None
+        h = self.norm2(h + shift[:, :, None, None]) if adds else self.norm2(h, scale, shift)
         return (x if self.skip is None else self.skip(x)) + self.conv2(h)
 
 
