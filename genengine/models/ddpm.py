@@ -57,15 +57,13 @@ class DDPM(Guided):
         "digits": {
             "model": {
                 "net": {"name": "unet", "config": "tiny", "learn_sigma": True, "fourier": [3, 4]},
-                "path": {"name": "Cosine", "s": 0.02}, "num_timesteps": 250, "prediction": "v", "loss": "simple",
-                "vlb_weight": 0.001, "class_drop": 0.1, "num_levels": 17,
+                "path": {"name": "Cosine", "s": 0.02}, "num_timesteps": 500, "prediction": "v", "loss": "simple",
+                "vlb_weight": 0.001, "class_drop": 0.1,
             },
-            "storage": "float16",
+            "steps": 4000, "batch_size": 64, "storage": "float16",
         },
         "smoke": {
-            "model": {
-                "net": {"name": "unet", "config": "tiny"}, "num_timesteps": 100, "prediction": "v", "num_levels": 17,
-            },
+            "model": {"net": {"name": "unet", "config": "tiny"}, "num_timesteps": 100, "prediction": "v"},
             "steps": 60, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,
         },
     }  # fmt: skip
