@@ -1,9 +1,23 @@
 import numpy as np
 import pytest
 
-from genengine.paths import EDM, VE, Cosine, DDPMLinear, RectifiedFlow, ScaledLinear, VPLinear
+from genengine.paths import (
+    EDM,
+    VE,
+    Cosine,
+    DDPMCosine,
+    DDPMLinear,
+    RectifiedFlow,
+    ScaledLinear,
+    VPLinear,
+    ZeroTerminalSNR,
+)
 
-VP = [VPLinear(), VPLinear(0.5, 8.0), Cosine(), Cosine(s=0.0), DDPMLinear(), ScaledLinear()]
+VP = [
+    VPLinear(), VPLinear(0.5, 8.0), Cosine(), Cosine(s=0.0), DDPMLinear(), ScaledLinear(), DDPMCosine(),
+    ZeroTerminalSNR(ScaledLinear()), ZeroTerminalSNR(DDPMLinear()),
+]  # fmt: skip
+COSINE = np.cos((np.arange(11) / 10 + 0.01) / 1.01 * np.pi / 2) ** 2  # Nichol 2021 eq. 17
 OTHERS = [RectifiedFlow(), EDM(), EDM(sigma_max=3.0), VE()]
 ALL = VP + OTHERS
 # off the knots i/1000 and i/20 of the discrete paths, where log alpha has kinks
@@ -76,6 +90,7 @@ def test_closed_forms():
         (DDPMLinear(), np.linspace(1e-4, 0.02, 1000)),
         (ScaledLinear(), np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),
         (DDPMLinear(0.01, 0.5, 20), np.linspace(0.01, 0.5, 20)),
+        (DDPMCosine(0.01, 10, 0.9), np.minimum(1 - COSINE[1:] / COSINE[:-1], 0.9)),
     ],
     ids=repr,
 )
@@ -88,6 +103,20 @@ def test_discrete_paths_hit_the_training_steps(path, betas):
     left = np.log(np.cumprod(1 - betas))
     left = 0.5 * np.diff(np.concatenate([[0], left])) * len(betas)
     np.testing.assert_allclose(path.d_alpha(t) / path.alpha(t), left, rtol=1e-9)
+
+
+@pytest.mark.parametrize("base", [ScaledLinear(), DDPMLinear(0.01, 0.5, 20)], ids=repr)
+def test_zero_terminal_snr_is_the_papers_algorithm(base):
+    """Lin 2024, Alg. 1: shift sqrt(alpha bar) to 0 at the last step, scale it back at the first."""
+    root = np.sqrt(np.cumprod(1 - base.betas))
+    expected = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    path, t = ZeroTerminalSNR(base), (np.arange(len(root)) + 1) / len(root)
+    np.testing.assert_allclose(path.alpha(t), expected, rtol=1e-11, atol=1e-16)
+    assert path.alpha(1.0) == 0.0 and path.log_snr(1.0) == -np.inf and path.alpha(t[0]) == pytest.approx(root[0])
+    np.testing.assert_allclose(np.sqrt(np.cumprod(1 - path.betas)), expected, rtol=1e-10, atol=1e-15)
+    left = np.diff(np.concatenate([[1.0], expected])) * len(root)
+    np.testing.assert_allclose(path.d_alpha(t), left, rtol=1e-9)
+    np.testing.assert_allclose(path.model_time(t), np.arange(len(root)), atol=1e-10)
 
 
 def test_discrete_inverse_says_when_a_level_is_never_reached():
@@ -122,6 +151,11 @@ def test_times_outside_are_refused(path, t):
         lambda: DDPMLinear(0.1, 1.0),
         lambda: ScaledLinear(num_timesteps=0),
         lambda: ScaledLinear(num_timesteps=10.5),
+        lambda: DDPMCosine(1.0),
+        lambda: DDPMCosine(beta_max=1.0),
+        lambda: DDPMCosine(num_timesteps=0),
+        lambda: ZeroTerminalSNR(Cosine()),
+        lambda: ZeroTerminalSNR(DDPMLinear(num_timesteps=1)),
     ],
 )
 def test_bad_arguments_are_refused(make):

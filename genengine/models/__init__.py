@@ -4,9 +4,10 @@
 """
 
 from genengine.models.base import Model, Option, Turn
+from genengine.models.ddpm import DDPM
 from genengine.models.flow import FlowMatching
 
-FAMILIES = {model.family: model for model in (FlowMatching,)}
+FAMILIES = {model.family: model for model in (DDPM, FlowMatching)}
 
 
 def family(name: str) -> type[Model]:
@@ -32,4 +33,4 @@ def load(path, *, device="cpu") -> Model:
     return family(config.get("family", "")).load(path, device=device)
 
 
-__all__ = ["FAMILIES", "FlowMatching", "Model", "Option", "Turn", "family", "load"]
+__all__ = ["DDPM", "FAMILIES", "FlowMatching", "Model", "Option", "Turn", "family", "load"]

@@ -6,64 +6,26 @@ logit-normal training times: Esser et al. 2024; classifier-free guidance: Ho & S
 
 from __future__ import annotations
 
-import dataclasses
-
-import numpy as np
-import torch
-
-from genengine import ops, paths, prediction, sampler, schedules, solvers
-from genengine.models.base import Model, Option
-from genengine.nets.dit import DiT
+from genengine import ops, paths, prediction, schedules, solvers
+from genengine.models._guided import Guided
+from genengine.models.base import Option
 
 SOLVERS = ("euler", "heun")
+TIMES = ("logit_normal", "uniform", "shifted")
+# The entries of a config beside net and path.
+DEFAULTS = {"times": TIMES, "time_mean": 0.0, "time_std": 1.0, "time_shift": 3.0, "class_drop": 0.1, "num_levels": 256}
 
 
-def _guidance(num, guidance):
-    """The guidance as a float, or as a float64 array (num,) with one weight per sample."""
-    if isinstance(guidance, torch.Tensor):
-        guidance = guidance.detach().cpu().numpy()
-    weights = np.asarray(guidance, dtype=np.float64)
-    if weights.shape not in ((), (num,)) or not np.isfinite(weights).all():
-        got = f"shape {weights.shape}" if weights.ndim else f"{weights}"
-        raise ValueError(
-            f"models/FlowMatching.sample: guidance must be a finite number or (num,) = ({num},) of them, got {got}"
-        )
-    if weights.ndim == 0:
-        return float(weights)
-    return weights if num else 1.0  # no sample, no weight
-
-
-def _named(config, entry, default=None):
-    """A copy of the dict config[entry], which has a name; `default` where there is none."""
-    value = config.get(entry, default)
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ValueError(
-            f"models/FlowMatching.from_config: entry {entry!r} must be a dict with a name, got {value!r:.60}"
-        )
-    return dict(value)
-
-
-def _path(fields):
-    """The path that `FlowMatching.config` described."""
-    fields = dict(fields)
-    name = fields.pop("name")
-    path_class = getattr(paths, name, None)
-    if not (dataclasses.is_dataclass(path_class) and issubclass(path_class, paths.Path)):  # not an abstract one
-        raise ValueError(f"models/FlowMatching.from_config: entry 'path': unknown path {name!r}")
-    try:
-        return path_class(**fields)
-    except TypeError as error:
-        raise ValueError(f"models/FlowMatching.from_config: entry 'path': {error}") from error
-
-
-class FlowMatching(Model):
+class FlowMatching(Guided):
     """A network, a path, `loss` and `sample`.
 
     Args:
         net: module net(x, t, y) -> output with x's shape; has `config` with image_size, in_channels and
-            num_classes (`DiT` does).
+            num_classes (`DiT` and `UNet` do).
         path: path from data (t = 0) to noise (t = 1); default RectifiedFlow().
-        time_mean, time_std: t = sigmoid(time_mean + time_std z), z ~ N(0, 1), in training; time_std > 0.
+        times: how training times are drawn: "logit_normal", "uniform", or "shifted" towards noise.
+        time_mean, time_std: of "logit_normal": t = sigmoid(time_mean + time_std z), z ~ N(0, 1); time_std > 0.
+        time_shift: of "shifted": t = time_shift u / (1 + (time_shift - 1) u), u uniform; > 0.
         class_drop: probability in [0, 1) of hiding the label in training, needed for guidance.
         num_levels: values of a pixel, see `Model`.
     Raises:
@@ -95,31 +57,29 @@ class FlowMatching(Model):
         "nearer_train_share": ("<=", 0.61),
     }
 
-    def __init__(self, net, path=None, *, time_mean=0.0, time_std=1.0, class_drop=0.1, num_levels=256):
+    def __init__(
+        self, net, path=None, *, times="logit_normal", time_mean=0.0, time_std=1.0, time_shift=3.0, class_drop=0.1,
+        num_levels=256,
+    ):  # fmt: skip
         if getattr(net.config, "learn_sigma", False):
             raise ValueError("models/FlowMatching: net must have learn_sigma=False; a velocity has no variance")
-        if not time_std > 0 or not 0 <= class_drop < 1:
+        if times not in TIMES:
+            raise ValueError(f"models/FlowMatching: times must be one of {', '.join(TIMES)}, got {times!r}")
+        if not time_std > 0 or not time_shift > 0:
             raise ValueError(
-                "models/FlowMatching: time_std must be > 0 and class_drop in [0, 1), got "
-                f"time_std={time_std}, class_drop={class_drop}"
+                f"models/FlowMatching: time_std must be > 0, and so must time_shift, got time_std={time_std}, "
+                f"time_shift={time_shift}"
             )
-        config = net.config
-        super().__init__(
-            {"net": net}, (config.in_channels, config.image_size, config.image_size), config.num_classes, num_levels
-        )
-        self.net = net
-        self.path = paths.RectifiedFlow() if path is None else path
-        self.time_mean, self.time_std, self.class_drop = time_mean, time_std, class_drop
+        super().__init__(net, paths.RectifiedFlow() if path is None else path, class_drop, num_levels)
+        self.times, self.time_mean, self.time_std, self.time_shift = times, time_mean, time_std, time_shift
 
     def draw_times(self, num, *, seed, sample_ids=None, step=0):
-        """Logit-normal training times, (num,) float32 on the CPU, a function of (seed, sample, step)."""
-        z = ops.normal((num, 1), seed=seed, sample_ids=sample_ids, step=step, stream="time")
-        return schedules.logit_normal_times(z[:, 0], self.time_mean, self.time_std)
-
-    def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
-        """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
-        u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
-        return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
+        """Training times, (num,) float32 on the CPU, a function of (seed, sample, step)."""
+        draw = {"seed": seed, "sample_ids": sample_ids, "step": step, "stream": "time"}
+        if self.times == "logit_normal":
+            return schedules.logit_normal_times(ops.normal((num, 1), **draw)[:, 0], self.time_mean, self.time_std)
+        u = ops.uniform((num, 1), **draw)[:, 0]
+        return u if self.times == "uniform" else schedules.shifted_times(u, self.time_shift)
 
     def terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
         """Mean squared error of the velocity.
@@ -130,15 +90,8 @@ class FlowMatching(Model):
         draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
         t = self.draw_times(len(x0), **draw)
         row = self.path.coefficients(t.double().numpy())
-        pair = prediction.target("velocity", *row)
-        alpha, sigma, c_x0, c_eps = (
-            torch.from_numpy(np.asarray(c, dtype=np.float32)).to(x0.device) for c in (*row[:2], *pair)
-        )
-        if sample_ids is not None:
-            draw["sample_ids"] = sample_ids.to(x0.device)
-        x_t, target = ops.diffuse(x0, alpha, sigma, c_x0, c_eps, **draw)
-        if labels is not None:
-            labels = self.drop_labels(labels.cpu(), seed=seed, sample_ids=sample_ids, step=step).to(x0.device)
+        coefficients = (*row[:2], *prediction.target("velocity", *row))
+        x_t, target, labels = self._noised(x0, labels, coefficients, **draw)
         output = self.net(x_t, t.to(x0.device), labels)
         return {"loss": (output.float() - target.float()).square().mean()}
 
@@ -171,65 +124,27 @@ class FlowMatching(Model):
         """
         if solver not in SOLVERS:
             raise ValueError(f"models/FlowMatching.sample: solver must be one of {SOLVERS}, got {solver!r}")
-        sample_ids = self._sample_ids(num, first_id)
+        self._sample_ids(num, first_id)
         labels = self._labels(num, labels)
-        guidance = _guidance(num, guidance)
-        guided = bool(np.any(guidance != 1.0))
-        if guided and labels is None:
-            raise ValueError(
-                f"models/FlowMatching.sample: guidance must be 1 for a network without classes, got {guidance}"
-            )
+        guidance = self._guidance(num, guidance)
         table = getattr(solvers, solver)(
             self.path, schedules.uniform(steps), prediction="velocity", guidance_scale=guidance
         )
-        was_training = self.net.training
-        self.net.eval()
-        try:
-            return sampler.sample(
-                self.net,
-                table,
-                (num, *self.image_shape),
-                cond=None if labels is None else {"y": labels},
-                uncond={"y": torch.full_like(labels, self.net.null_class)} if guided else None,
-                seed=seed,
-                sample_ids=sample_ids,
-                progress=progress,
-                check_finite=check_finite,
-            )
-        finally:
-            self.net.train(was_training)
+        return self._run_table(
+            table, self.net, num, labels, guidance, seed=seed, first_id=first_id, progress=progress,
+            check_finite=check_finite,
+        )  # fmt: skip
 
     def config(self):
         """JSON-serialisable description from which `from_config` rebuilds the model, weights apart."""
-        path = {"name": type(self.path).__name__, **dataclasses.asdict(self.path)}
-        return {
-            "family": "flow",
-            "net": {"name": "dit", **dataclasses.asdict(self.net.config)},
-            "path": path,
-            "time_mean": self.time_mean,
-            "time_std": self.time_std,
-            "class_drop": self.class_drop,
-            "num_levels": self.num_levels,
-        }
+        return self._describe() | {name: getattr(self, name) for name in DEFAULTS}
 
     @classmethod
     def from_config(cls, config, *, seed=0):
         """Rebuild an untrained model from `config()`; `seed` sets the initial weights.
 
         Raises:
-            ValueError: another family, an unknown network or path, a missing entry.
+            ValueError: another family, an unknown network, path or entry, an entry of the wrong type.
         """
-        if config.get("family") != "flow":
-            raise ValueError(
-                f"models/FlowMatching.from_config: entry 'family' must be 'flow', got {config.get('family')!r}"
-            )
-        net, path = _named(config, "net"), _named(config, "path", {"name": "RectifiedFlow"})
-        if net.pop("name") != "dit":
-            raise ValueError(
-                f"models/FlowMatching.from_config: entry 'net' must have the name 'dit', got {config['net']['name']!r}"
-            )
-        rest = {key: config[key] for key in ("time_mean", "time_std", "class_drop", "num_levels") if key in config}
-        for key, value in rest.items():
-            if not isinstance(value, (int, float)):
-                raise ValueError(f"models/FlowMatching.from_config: entry {key!r} must be a number, got {value!r}")
-        return cls(DiT.from_config(net.pop("config", {}), seed=seed, **net), _path(path), **rest)
+        net, path, rest = cls._rebuild(config, DEFAULTS, seed)
+        return cls(net, path, **rest)

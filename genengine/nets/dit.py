@@ -14,11 +14,11 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from genengine import ops
 from genengine.nets import layers
+from genengine.nets.conditioned import Conditioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class FinalLayer(nn.Module):
         self.linear = layers.linear(config.dim, config.patch_size**2 * out_channels)
 
 
-class DiT(nn.Module):
+class DiT(Conditioned):
     """Diffusion transformer: out = DiT(x, t, y), with the shape of x (twice the channels if `learn_sigma`).
 
     Per block, with LN without affine parameters and shift, scale, gate linear in silu(time + class):
@@ -120,7 +120,7 @@ class DiT(nn.Module):
     Reference: Peebles & Xie, Scalable Diffusion Models with Transformers, 2023.
     """
 
-    max_table_bytes = 2 << 30  # `for_schedule` keeps all modulation rows up to this size, else recomputes
+    config_class, configs = DiTConfig, CONFIGS
 
     def __init__(self, config, *, seed=0):
         super().__init__()
@@ -138,26 +138,6 @@ class DiT(nn.Module):
         self.register_load_state_dict_pre_hook(_join_modulation)
         self.reset_parameters(seed)
 
-    @classmethod
-    def from_config(cls, config, *, seed=0, **overrides):
-        """Build from a name in `CONFIGS`, a dict of `DiTConfig` fields or a DiTConfig, fields replaced by
-        `overrides`.
-
-        Raises:
-            ValueError: unknown name or field, or values that do not fit together.
-        """
-        if isinstance(config, str):
-            if config not in CONFIGS:
-                raise ValueError(f"nets/DiT: config must be one of {', '.join(CONFIGS)}, got {config!r}")
-            config = CONFIGS[config]
-        fields = dataclasses.asdict(config) if isinstance(config, DiTConfig) else dict(config)
-        fields.update(overrides)
-        known = [field.name for field in dataclasses.fields(DiTConfig)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"nets/DiT: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(DiTConfig(**fields), seed=seed)
-
     @torch.no_grad()
     def reset_parameters(self, seed):
         """Glorot-uniform products, zero biases, N(0, 0.02^2) embeddings, and zero adaLN and output layers, so
@@ -172,63 +152,6 @@ class DiT(nn.Module):
             else:
                 layers.init_xavier_(parameter, seed=seed, index=index)
 
-    @property
-    def null_class(self):
-        """The label that means "no class": num_classes."""
-        return self.config.num_classes
-
-    def condition(self, t, y=None):
-        """silu(time embedding + class embedding): t (B,) float, y (B,) int64 or None (no class) -> (B, D)."""
-        self._check_labels(y, len(t), may_sync=False)
-        c = self.t_embedder(t)
-        if self.y_embedder is not None:
-            if y is None:
-                y = torch.full(t.shape, self.null_class, dtype=torch.int64, device=t.device)
-            c = c + self.y_embedder(y)
-        return F.silu(c)
-
-    def _check_labels(self, y, b, *, may_sync):
-        """Refuse labels that fit neither the batch nor the classes; values on a GPU are read if `may_sync`."""
-        if y is None:
-            return
-        if self.y_embedder is None:
-            raise ValueError("nets/DiT: y must be None for a network with num_classes = 0, got labels")
-        expected = f"nets/DiT: y must be (B,) = ({b},) int64 in 0 .. {self.null_class}"
-        if not isinstance(y, torch.Tensor) or y.dtype not in (torch.int64, torch.int32):
-            got = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
-            raise TypeError(f"{expected}, got {got}; convert it with torch.as_tensor(y).long()")
-        if tuple(y.shape) != (b,):
-            raise ValueError(f"{expected}, got shape {tuple(y.shape)}; give one label per sample")
-        readable = may_sync or (y.device.type == "cpu" and not torch.compiler.is_compiling())
-        if b and readable:
-            low, high = (int(value) for value in y.aminmax())
-            if low < 0 or high > self.null_class:
-                raise ValueError(f"{expected}, got {low if low < 0 else high}; {self.null_class} means no class")
-
-    def forward(self, x, t, y=None):
-        """Args:
-            x: (B, C, H, W), floating point.
-            t: (B,) float32, time in [0, 1] (times 1000 / time_scale).
-            y: (B,) int64 in 0 .. num_classes, num_classes meaning "no class"; None for no class.
-        Returns:
-            (B, C or 2C, H, W), x's dtype outside autocast.
-        Raises:
-            ValueError: x does not fit the config; t or y does not fit x; y given to an unconditional network,
-                or out of range (on a CPU: on a GPU a look at the values would stall it).
-            TypeError: y is no integer tensor.
-        """
-        size, channels = self.config.image_size, self.config.in_channels
-        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, size, size):
-            raise ValueError(
-                f"nets/DiT: x must be (B, C, H, W) = (B, {channels}, {size}, {size}), got {tuple(x.shape)}; "
-                "resize x or build the network with another image_size"
-            )
-        if tuple(t.shape) != (len(x),):
-            raise ValueError(
-                f"nets/DiT: t must be (B,) = ({len(x)},) like x, got {tuple(t.shape)}; expand one time with t.expand(B)"
-            )
-        return self._run(x, self.modulation(self.condition(t, y)))
-
     def _run(self, x, modulation):
         b, d = x.shape[0], self.config.dim
         # 6 depth + 2 views (B, D); row stride (6 depth + 2) D
@@ -241,41 +164,6 @@ class DiT(nn.Module):
             x, h = ops.gated_adaln(x, block.attn(h), r[2], r[4], r[3])
             x, h = ops.gated_adaln(x, block.mlp(h), r[5], r[7], r[6])
         return layers.unpatchify(self.final_layer.linear(h), self.grid, self.config.patch_size, self.out_channels)
-
-    def for_schedule(self, t_rows, y=None):
-        """All modulations of a sampling run in one product, before its loop.
-
-        Equal (t, y) pairs are computed once. The returned function only gathers, so it can be captured in a
-        CUDA graph. Above `max_table_bytes` the embeddings are kept instead and each step does one product.
-        Call both under the same gradient mode.
-
-        Args:
-            t_rows: (R, B) float32, model time of each table row and sample.  y: (B,) int64 or None.
-        Returns:
-            step_fn(x, row) -> output, with x (B, C, H, W) and row (B,) integer, on the device; rows beyond
-            the last are read as the last (a finished sample).
-        Raises:
-            ValueError, TypeError: y as in `forward`, its values checked on every device.
-        """
-        num_rows, b = t_rows.shape
-        self._check_labels(y, b, may_sync=True)
-        labels = torch.full((b,), self.null_class, device=t_rows.device) if y is None else y
-        times, place = torch.unique(t_rows, return_inverse=True)
-        count = self.null_class + 1
-        pairs, place = torch.unique(place * count + labels, return_inverse=True)  # place (R, B)
-        c = self.condition(times[pairs // count], pairs % count if self.y_embedder is not None else None)
-        size = len(pairs) * self.modulation.out_features * c.element_size()
-        table = self.modulation(c) if size <= self.max_table_bytes else None
-        # Written anew by each step; out= and autograd exclude each other.
-        rows = None if table is None or table.requires_grad else table.new_empty(b, table.shape[1])
-
-        def step_fn(x, row):
-            index = place.gather(0, row.long().clamp(max=num_rows - 1).unsqueeze(0)).squeeze(0)
-            if table is None:
-                return self._run(x, self.modulation(c.index_select(0, index)))
-            return self._run(x, torch.index_select(table, 0, index, out=rows))
-
-        return step_fn
 
 
 def _modulation_parts(net, prefix):

@@ -188,7 +188,7 @@ def test_a_network_that_is_not_finite_is_caught_on_request():
 def test_bad_models_are_refused():
     with pytest.raises(ValueError, match="learn_sigma=False"):
         model(net={"learn_sigma": True})
-    with pytest.raises(ValueError, match=r"class_drop in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"class_drop must be in \[0, 1\)"):
         model(class_drop=1.0)
     with pytest.raises(ValueError, match="time_std must be > 0"):
         model(time_std=0.0)

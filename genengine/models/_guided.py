@@ -1,0 +1,168 @@
+"""What diffusion and flow models share: network and path from a config, hidden labels, guided sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from genengine import ops, paths, sampler
+from genengine.models.base import Model
+from genengine.nets.dit import DiT
+from genengine.nets.unet import UNet
+
+NETS = {"dit": DiT, "unet": UNet}
+
+
+class Guided(Model):
+    """A network net(x, t, y), a path, labels that are hidden at the rate `class_drop`, and guidance.
+
+    Args:
+        net: module net(x, t, y) -> output; has `config` with image_size, in_channels and num_classes, and `null_class`.
+        path: path from data (t = 0) to noise (t = 1).
+        class_drop: probability in [0, 1) of hiding the label in training.  num_levels: see `Model`.
+    """
+
+    def __init__(self, net, path, class_drop, num_levels):
+        if not 0 <= class_drop < 1:
+            raise ValueError(f"{self._name()}: class_drop must be in [0, 1), got {class_drop}")
+        config = net.config
+        shape = (config.in_channels, config.image_size, config.image_size)
+        super().__init__({"net": net}, shape, config.num_classes, num_levels)
+        self.net, self.path, self.class_drop = net, path, class_drop
+
+    def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
+        """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
+        u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
+        return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
+
+    def _noised(self, x0, labels, coefficients, *, seed, sample_ids, step):
+        """(x_t, target, labels) of a training batch: noise of stream "diffuse", labels hidden; on x0's device.
+
+        coefficients: alpha, sigma, c_x0, c_eps, float64 arrays (B,), see `ops.diffuse`.
+        """
+        rows = (torch.from_numpy(np.asarray(c, dtype=np.float32)).to(x0.device) for c in coefficients)
+        on_device = None if sample_ids is None else sample_ids.to(x0.device)
+        x_t, target = ops.diffuse(x0, *rows, seed=seed, sample_ids=on_device, step=step)
+        if labels is not None:
+            hidden = self.drop_labels(labels.cpu(), seed=seed, sample_ids=sample_ids, step=step)
+            labels = hidden.to(x0.device)
+        return x_t, target, labels
+
+    def _guidance(self, num, guidance):
+        """The guidance as a float, or as a float64 array (num,) with one weight per sample."""
+        if isinstance(guidance, torch.Tensor):
+            guidance = guidance.detach().cpu().numpy()
+        weights = np.asarray(guidance, dtype=np.float64)
+        if weights.shape not in ((), (num,)) or not np.isfinite(weights).all():
+            got = f"shape {weights.shape}" if weights.ndim else f"{weights}"
+            raise ValueError(
+                f"{self._name()}.sample: guidance must be a finite number or (num,) = ({num},) of them, got {got}"
+            )
+        if self.num_classes == 0 and np.any(weights != 1.0):
+            raise ValueError(f"{self._name()}.sample: guidance must be 1 for a network without classes, got {guidance}")
+        if weights.ndim == 0:
+            return float(weights)
+        return weights if num else 1.0  # no sample, no weight
+
+    def _run_table(self, table, denoiser, num, labels, guidance, *, seed, first_id, progress, check_finite, noise=None):
+        """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
+        sample_ids = self._sample_ids(num, first_id)
+        guided = bool(np.any(guidance != 1.0))
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            return sampler.sample(
+                denoiser,
+                table,
+                (num, *self.image_shape),
+                cond=None if labels is None else {"y": labels},
+                uncond={"y": torch.full_like(labels, self.net.null_class)} if guided else None,
+                seed=seed,
+                sample_ids=sample_ids,
+                noise=noise,
+                progress=progress,
+                check_finite=check_finite,
+            )
+        finally:
+            self.net.train(was_training)
+
+    def _path_labels(self, num, labels, method):
+        """Labels for a likelihood: as `_labels`, but None means that of no class."""
+        if labels is None:
+            return None if self.num_classes == 0 else torch.full((num,), self.net.null_class, device=self.device)
+        return self._labels(num, labels, method)
+
+    def _describe(self):
+        """The entries "net" and "path" of `config`."""
+        (name,) = [name for name, net_class in NETS.items() if type(self.net) is net_class]
+        net = {"name": name, **dataclasses.asdict(self.net.config)}
+        return {"family": self.family, "net": net, "path": describe_path(self.path)}
+
+    @classmethod
+    def _rebuild(cls, config, defaults, seed):
+        """(net, path, rest) from a config: rest are the entries that `defaults` names, of the types it shows.
+
+        defaults: entry -> the tuple of allowed values, or a default whose type counts (a float takes an int too, None
+        anything).
+        """
+        where = f"{cls._name()}.from_config"
+        if config.get("family") != cls.family:
+            raise ValueError(f"{where}: entry 'family' must be {cls.family!r}, got {config.get('family')!r}")
+        unknown = sorted(set(config) - {"family", "net", "path", "extra", *defaults})
+        if unknown:
+            raise ValueError(
+                f"{where}: entries must be among family, net, path, {', '.join(defaults)}, got {unknown[0]!r}"
+            )
+        fields = _named(where, config, "net")
+        name = fields.pop("name")
+        if name not in NETS:
+            raise ValueError(f"{where}: entry 'net' must have the name {' or '.join(map(repr, NETS))}, got {name!r}")
+        net = NETS[name].from_config(fields.pop("config", {}), seed=seed, **fields)
+        path = rebuild_path(where, _named(where, config, "path")) if "path" in config else None
+        rest = {key: config[key] for key in defaults if key in config}
+        for key, value in rest.items():
+            _check_entry(where, key, value, defaults[key])
+        return net, path, rest
+
+
+def _check_entry(where, key, value, default):
+    if isinstance(default, tuple):
+        if value not in default:
+            raise ValueError(f"{where}: entry {key!r} must be one of {', '.join(map(repr, default))}, got {value!r}")
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: entry {key!r} must be true or false, got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else int):
+        kind = "a number" if isinstance(default, float) else "an int"
+        raise ValueError(f"{where}: entry {key!r} must be {kind}, got {value!r}")
+
+
+def _named(where, config, entry):
+    """A copy of the dict config[entry], which has a name."""
+    value = config.get(entry)
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError(f"{where}: entry {entry!r} must be a dict with a name, got {value!r:.60}")
+    return dict(value)
+
+
+def describe_path(path):
+    """A path as a JSON-serialisable dict: its class under "name", and its fields, a path within it likewise."""
+    fields = {field.name: getattr(path, field.name) for field in dataclasses.fields(path)}
+    return {"name": type(path).__name__} | {
+        name: describe_path(value) if isinstance(value, paths.Path) else value for name, value in fields.items()
+    }
+
+
+def rebuild_path(where, fields):
+    """The path that `describe_path` described; `where` begins the message of a ValueError."""
+    fields = {name: rebuild_path(where, value) if isinstance(value, dict) else value for name, value in fields.items()}
+    name = fields.pop("name", None)
+    path_class = getattr(paths, name, None) if isinstance(name, str) else None
+    if not (dataclasses.is_dataclass(path_class) and issubclass(path_class, paths.Path)):  # not an abstract one
+        raise ValueError(f"{where}: entry 'path': unknown path {name!r}")
+    try:
+        return path_class(**fields)
+    except TypeError as error:
+        raise ValueError(f"{where}: entry 'path': {error}") from error
