@@ -5,8 +5,9 @@
 
 from genengine.models.base import Model, Option, Turn
 from genengine.models.flow import FlowMatching
+from genengine.models.pixelcnn import PixelCNN
 
-FAMILIES = {model.family: model for model in (FlowMatching,)}
+FAMILIES = {model.family: model for model in (FlowMatching, PixelCNN)}
 
 
 def family(name: str) -> type[Model]:
@@ -32,4 +33,4 @@ def load(path, *, device="cpu") -> Model:
     return family(config.get("family", "")).load(path, device=device)
 
 
-__all__ = ["FAMILIES", "FlowMatching", "Model", "Option", "Turn", "family", "load"]
+__all__ = ["FAMILIES", "FlowMatching", "Model", "Option", "PixelCNN", "Turn", "family", "load"]
