@@ -5,9 +5,10 @@
 
 from genengine.models.base import Model, Option, Turn
 from genengine.models.flow import FlowMatching
+from genengine.models.gan import GAN
 from genengine.models.pixelcnn import PixelCNN
 
-FAMILIES = {model.family: model for model in (FlowMatching, PixelCNN)}
+FAMILIES = {model.family: model for model in (FlowMatching, GAN, PixelCNN)}
 
 
 def family(name: str) -> type[Model]:
@@ -33,4 +34,4 @@ def load(path, *, device="cpu") -> Model:
     return family(config.get("family", "")).load(path, device=device)
 
 
-__all__ = ["FAMILIES", "FlowMatching", "Model", "Option", "PixelCNN", "Turn", "family", "load"]
+__all__ = ["FAMILIES", "GAN", "FlowMatching", "Model", "Option", "PixelCNN", "Turn", "family", "load"]
