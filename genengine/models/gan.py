@@ -90,7 +90,7 @@ class GAN(Model):
         },
     }  # fmt: skip
     options = (
-        Option("truncation", 1.0, "scale of the latents in [0, 1]: below 1 typical images, fewer kinds of them"),
+        Option("truncation", 1.0, "scale of the latents in [0, 1]: below 1 images are alike"),
     )
     bars = {
         "frechet_distance": ("<=", 0.035),
