@@ -76,7 +76,7 @@ class GAN(Model):
         "digits": {
             "model": {
                 "net": {"name": "dcgan", "config": "tiny"}, "loss": "non_saturating", "r1_gamma": 0.3, "r1_every": 8,
-                "augment": ["translation"], "num_levels": 17,
+                "augment": ["translation"],
             },
             "steps": 6000, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.995,
             "clip_norm": 10.0,
@@ -84,14 +84,12 @@ class GAN(Model):
         "smoke": {
             "model": {
                 "net": {"name": "dcgan", "config": "tiny", "generator_dim": 16, "discriminator_dim": 16},
-                "r1_gamma": 0.3, "num_levels": 17,
+                "r1_gamma": 0.3,
             },
-            "steps": 600, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.99,
+            "steps": 100, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.9, "warmup": 20,
         },
     }  # fmt: skip
-    options = (
-        Option("truncation", 1.0, "scale of the latents in [0, 1]: below 1 images are alike"),
-    )
+    options = (Option("truncation", 1.0, "scale of the latents in [0, 1]: below 1 images are alike"),)
     bars = {
         "frechet_distance": ("<=", 0.035),
         "coverage": (">=", 0.95),
@@ -150,7 +148,7 @@ class GAN(Model):
         The latents and the augmentation of the fakes are draws; the gradients that reach the discriminator are not to
         be used.
         """
-        draw = self._draw(seed, sample_ids, step)
+        draw, labels = self._draw(seed, sample_ids, step), self._given(labels)
         fake = self.generator(self.latents(len(x0), **draw), labels)
         logits = self.discriminator(diff_augment.augment(fake, self.augment, part=FAKE, **draw), labels)
         return {"loss": generator_loss(self.kind, logits)}
@@ -164,7 +162,7 @@ class GAN(Model):
         Returns:
             {"loss", "real", "fake"}: the mean logits too, and "r1" or "gradient_penalty" where there was one.
         """
-        draw = self._draw(seed, sample_ids, step)
+        draw, labels = self._draw(seed, sample_ids, step), self._given(labels)
         r1 = penalise and self.r1_gamma > 0 and self.kind != "wgan_gp"
         with torch.no_grad():
             fake = self.generator(self.latents(len(x0), **draw), labels)
@@ -191,6 +189,10 @@ class GAN(Model):
         sample_ids = None if sample_ids is None else sample_ids.to(self.device)
         return {"seed": seed, "sample_ids": sample_ids, "step": step}
 
+    def _given(self, labels):
+        """The labels of a batch, where the networks take them: on their device."""
+        return None if labels is None or not self.num_classes else labels.to(self.device)
+
     @torch.no_grad()
     def diagnose(self, x0, labels, *, seed, step):
         """How the game stands, on one batch of at least two real images.
@@ -205,7 +207,7 @@ class GAN(Model):
             (numbers, warnings), each warning with value, threshold and remedy.
         """
         draw = self._draw(seed, None, step)
-        given = labels if self.num_classes else None
+        given = self._given(labels)
         fake = self.generator(self.latents(len(x0), **draw), given)
         real_logits = self.discriminator(diff_augment.augment(x0, self.augment, part=REAL, **draw), given)
         fake_logits = self.discriminator(diff_augment.augment(fake, self.augment, part=FAKE, **draw), given)

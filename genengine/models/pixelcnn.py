@@ -54,13 +54,12 @@ class PixelCNN(Model):
     likelihood = "exact"
     presets = {
         "digits": {
-            "model": {"net": {"name": "pixelcnn", "config": "tiny", "dropout": 0.3}, "class_drop": 0.1,
-                      "num_levels": 17},
+            "model": {"net": {"name": "pixelcnn", "config": "tiny", "dropout": 0.3}, "class_drop": 0.1},
+            "steps": 3000,
         },
         "smoke": {
-            "model": {"net": {"name": "pixelcnn", "config": "tiny", "dim": 16, "depth": 4}, "class_drop": 0.1,
-                      "num_levels": 17},
-            "steps": 500,
+            "model": {"net": {"name": "pixelcnn", "config": "tiny", "dim": 16, "depth": 4}, "class_drop": 0.1},
+            "steps": 100, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,
         },
     }  # fmt: skip
     options = (Option("temperature", 1.0, "below 1 likelier images, above 1 more varied ones; 1 is the model itself"),)
@@ -263,6 +262,12 @@ class PixelCNN(Model):
             "class_drop": self.class_drop,
             "num_levels": self.num_levels,
         }
+
+    @classmethod
+    def fit_config(cls, config, image_shape, num_classes, num_levels):
+        """As `Model.fit_config`: here the levels are the network's, too."""
+        fitted = super().fit_config(config, image_shape, num_classes, num_levels)
+        return {**fitted, "net": {**fitted["net"], "num_levels": num_levels}}
 
     @classmethod
     def from_config(cls, config, *, seed=0):
