@@ -55,7 +55,7 @@ class PixelCNN(Model):
     presets = {
         "digits": {
             "model": {"net": {"name": "pixelcnn", "config": "tiny", "dropout": 0.3}, "class_drop": 0.1},
-            "steps": 3000,
+            "steps": 1500,
         },
         "smoke": {
             "model": {"net": {"name": "pixelcnn", "config": "tiny", "dim": 16, "depth": 4}, "class_drop": 0.1},

@@ -377,10 +377,11 @@ class PixelCNN(nn.Module):
 
     def _check(self, x, y, first_row):
         size, channels = self.config.image_size, self.config.in_channels
-        rows = x.shape[2] if x.ndim == 4 and 0 < first_row + x.shape[2] <= size and first_row >= 0 else size
-        if x.ndim != 4 or tuple(x.shape[1:]) != (channels, rows, size):
+        rows = size - first_row if first_row else size
+        fits = x.ndim == 4 and x.shape[1] == channels and x.shape[3] == size and 0 < x.shape[2] <= rows
+        if not fits or (first_row == 0 and x.shape[2] != size):
             raise ValueError(
-                f"nets/PixelCNN: x must be (B, C, H, W) = (B, {channels}, {size}, {size}), got {tuple(x.shape)}; "
+                f"nets/PixelCNN: x must be (B, C, H, W) = (B, {channels}, {rows}, {size}), got {tuple(x.shape)}; "
                 "resize x or build the network with another image_size"
             )
         if y is None:
