@@ -6,8 +6,10 @@
 from genengine.models.base import Model, Option, Turn
 from genengine.models.ddpm import DDPM
 from genengine.models.flow import FlowMatching
+from genengine.models.gan import GAN
+from genengine.models.pixelcnn import PixelCNN
 
-FAMILIES = {model.family: model for model in (DDPM, FlowMatching)}
+FAMILIES = {model.family: model for model in (DDPM, FlowMatching, GAN, PixelCNN)}
 
 
 def family(name: str) -> type[Model]:
@@ -33,4 +35,6 @@ def load(path, *, device="cpu") -> Model:
     return family(config.get("family", "")).load(path, device=device)
 
 
-__all__ = ["DDPM", "FAMILIES", "FlowMatching", "Model", "Option", "Turn", "family", "load"]
+__all__ = [
+    "DDPM", "FAMILIES", "FlowMatching", "GAN", "Model", "Option", "PixelCNN", "Turn", "family", "load",
+]  # fmt: skip

@@ -1,0 +1,308 @@
+"""PixelCNN: pixel by pixel, with the exact likelihood of every image.
+
+    p(x | y) = prod_i p(x_i | x_1 .. x_{i-1}, y)        i in raster order, within a pixel by channel
+
+van den Oord et al. 2016 (PixelRNN; Conditional PixelCNN Decoders); Salimans et al. 2017 (PixelCNN++); sampling as a
+fixed-point iteration: Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving, 2021.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+
+from genengine import ops
+from genengine.models.base import Model, Option
+from genengine.nets import pixelcnn as nets
+from genengine.ops.normal import exp_ieee
+
+MARGINALS = ("mixture", "null_class")
+
+
+def inverse_cdf(logits, u, temperature=1.0):
+    """The level in which u falls.
+
+        w_i = exp((l_i - max l) (1 / temperature))    float32, the polynomial exponential of `ops.normal`, so that the
+        W_i = w_0 + ... + w_i                         bits are the same everywhere; sums in float64, in order
+        level = #{i < L - 1 : W_i <= u W_{L-1}}
+
+    Args:
+        logits: (B, L, ...) float32.  u: (B, ...) float32 in (0, 1).
+    Returns:
+        (B, ...) int64 in 0 .. L - 1.
+    """
+    weights = exp_ieee((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
+    sums = weights.double().cumsum(1)
+    return (sums[:, :-1] <= (u.double() * sums[:, -1])[:, None]).sum(1)
+
+
+class PixelCNN(Model):
+    """A network for p(x_i | x_1 .. x_{i-1}, y), its exact `log_prob`, and `sample`.
+
+    Args:
+        net: module net(x, y, dropout=None) as `nets.pixelcnn.PixelCNN`; its config's num_levels are the model's.
+        class_drop: probability in [0, 1) of hiding the label in training, which teaches the null class.
+    Raises:
+        ValueError: parameters out of range.
+    """
+
+    family = "pixelcnn"
+    likelihood = "exact"
+    presets = {
+        "digits": {
+            "model": {"net": {"name": "pixelcnn", "config": "tiny", "dropout": 0.3}, "class_drop": 0.1},
+            "steps": 1500,
+        },
+        "smoke": {
+            "model": {"net": {"name": "pixelcnn", "config": "tiny", "dim": 16, "depth": 4}, "class_drop": 0.1},
+            "steps": 100, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,
+        },
+    }  # fmt: skip
+    options = (Option("temperature", 1.0, "below 1 likelier images, above 1 more varied ones; 1 is the model itself"),)
+    bars = {"bits_per_dim": ("<=", 1.69)}
+
+    def __init__(self, net, *, class_drop=0.1):
+        if isinstance(class_drop, bool) or not isinstance(class_drop, (int, float)) or not 0 <= class_drop < 1:
+            raise ValueError(f"models/PixelCNN: class_drop must be in [0, 1), got {class_drop!r}")
+        config = net.config
+        super().__init__(
+            {"net": net},
+            (config.in_channels, config.image_size, config.image_size),
+            config.num_classes,
+            config.num_levels,
+        )
+        self.net, self.class_drop = net, class_drop
+
+    # ---- likelihood ----------------------------------------------------------------------------------------------
+
+    def levels(self, x0):
+        """The nearest level of each pixel of x0 in [-1, 1], int64 in 0 .. L - 1."""
+        last = self.num_levels - 1
+        return torch.round((x0.float() + 1) * (0.5 * last)).clamp(0, last).long()
+
+    def pixels(self, levels):
+        """2 level / (L - 1) - 1, float32: the inverse of `levels`."""
+        return (2 * levels.float() - (self.num_levels - 1)) / (self.num_levels - 1)
+
+    def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
+        """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
+        u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
+        return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
+
+    def terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
+        """-log p(x0 | y) / (C H W), in nats: the mean over the batch. Arguments as of `loss`.
+
+        A share `class_drop` of the labels is hidden; dropout draws from the stream "dropout".
+        """
+        draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
+        if labels is not None:
+            labels = self.drop_labels(labels.cpu(), **draw).to(x0.device)
+        if sample_ids is not None:
+            draw["sample_ids"] = sample_ids.to(x0.device)
+        nats = -self._log_prob(x0, labels, dropout=draw).mean() / math.prod(self.image_shape)
+        return {"loss": nats, "bits_per_dim": nats.detach() / math.log(2.0)}
+
+    @torch.no_grad()
+    def log_prob(self, x0, labels=None, *, seed=0, marginal="mixture"):
+        """log p(x0 | y) of the discrete image, exact, in nats.
+
+        Args:
+            x0: (B, C, H, W) floating point in [-1, 1], taken at the nearest levels.
+            labels: int or (B,) ints in 0 .. num_classes - 1; None for log p(x0) without a label.
+            seed: unused, there is nothing to draw.
+            marginal: what p(x0) is where the network has classes. "mixture": mean_y p(x0 | y), every class as
+                likely as the others, of which `sample(num)` draws its classes in turn; costs num_classes passes.
+                "null_class": the network's own p(x0 | no class), for which it must have been trained with class_drop;
+                one pass.
+        Returns:
+            (B,) float32.
+        Raises:
+            ValueError: images of another shape, labels or marginal out of range.
+        """
+        self._check_images(x0, "log_prob")
+        if marginal not in MARGINALS:
+            raise ValueError(f"models/PixelCNN.log_prob: marginal must be one of {MARGINALS}, got {marginal!r}")
+        x0 = x0.to(self.device)
+        if labels is not None or self.num_classes == 0:
+            return self._log_prob(x0, self._labels(len(x0), labels, "log_prob"))
+        if marginal == "null_class":
+            return self._log_prob(x0, None)
+        each = [self._log_prob(x0, x0.new_full((len(x0),), y, dtype=torch.int64)) for y in range(self.num_classes)]
+        return torch.logsumexp(torch.stack(each), 0) - math.log(self.num_classes)
+
+    def _log_prob(self, x0, labels, dropout=None):
+        levels = self.levels(x0)
+        x0 = self.pixels(levels)
+        output = self.net(x0, labels, dropout=dropout).float()
+        if self.net.config.head == "logistic_mixture":
+            return ops.logistic_mixture_log_prob(x0, output, bins=self.num_levels).sum((1, 2))
+        return -F.cross_entropy(output, levels, reduction="none").sum((1, 2, 3))
+
+    # ---- sampling ------------------------------------------------------------------------------------------------
+
+    def sample(
+        self, num, labels=None, *, temperature=1.0, seed=0, first_id=0, given=None, known=None, progress=False,
+        check_finite=False,
+    ):  # fmt: skip
+        """Draw images, each pixel from the network's distribution given those before it, by its inverse CDF.
+
+        Pixel (row y, column x, channel c) takes the uniform of index (y W + x) C + c of the stream "uniform", step 0,
+        through `inverse_cdf`; a mixture of logistics takes (y W + x) (1 + C) + j, j = 0 .. C, as
+        `ops.logistic_mixture_sample` says. So sample i is a function of (seed, first_id + i) and its label alone, up to
+        rounding in products, which may move a pixel whose uniform lies at the edge of two levels.
+
+        As the uniforms are known beforehand, the image is the only solution of x = F(x), where F draws every pixel from
+        the distribution that the network gives at x. Repeated whole-image passes x <- F(x) settle at least one more
+        pixel each, usually many, and end when nothing changes: the same image as pixel by pixel. Rows that are settled
+        and further above than the network reaches are not computed again.
+
+        Args:
+            num: number of images, 0 too.
+            labels: int, or num ints (sequence or tensor) in 0 .. num_classes - 1; None takes the classes in turn.
+            temperature: logits are divided by it, in [1e-6, 1e6]; for a mixture of logistics see the op.
+            seed: int in [0, 2^64).  first_id: global index of the first sample, in [0, 2^32 - num].
+            given, known: images (num or 1, C, H, W) to complete, and where they are known: bool, broadcastable to
+                them. Known pixels stay, taken at their nearest levels. Every other pixel sees the known and drawn ones
+                *before* it: the exact conditional distribution if all known pixels come first in raster order.
+            progress: show a progress bar.
+            check_finite: look at every output of the network.
+        Returns:
+            (num, C, H, W) float32 on the network's device, on the levels 2 i / (L - 1) - 1.
+        Raises:
+            ValueError: labels, first_id, temperature out of range or of the wrong number; given without known.
+            TypeError: labels that are not integers, a num or first_id that is no int.
+            FloatingPointError: with check_finite, an output of the network that is not finite.
+        """
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 1e-6 <= temperature <= 1e6:
+            raise ValueError(f"models/PixelCNN.sample: temperature must be in [1e-6, 1e6], got {temperature!r}")
+        ids = self._sample_ids(num, first_id)
+        labels = self._labels(num, labels)
+        given, known = self._given(num, given, known)
+        out = torch.zeros((num, *self.image_shape), device=self.device)
+        if known is not None:
+            out = torch.where(known, given, out)
+        if num == 0:
+            return out
+        with torch.inference_mode():
+            draw = self._drawer(ids, temperature, seed)
+            self._settle(out, labels, draw, given, known, progress, check_finite)
+        return out
+
+    def _settle(self, x, labels, draw, given, known, progress, check_finite):
+        """x <- F(x) in place until nothing changes."""
+        size = self.image_shape[1]
+        first = 0  # the first row with a pixel that may still change
+        with _progress_bar(progress, size) as bar:
+            while first < size:
+                top = max(0, first - self.net.reach)
+                output = self.net(x[:, :, top:], labels, first_row=top).float()
+                if check_finite and not torch.isfinite(output).all():
+                    raise FloatingPointError(
+                        f"models/PixelCNN.sample: the network's output is not finite, at rows {top} .. {size - 1}"
+                    )
+                new = draw(output[..., first - top :, :], first)
+                old = x[:, :, first:]
+                if known is not None:
+                    new = torch.where(known[:, :, first:], given[:, :, first:], new)
+                changed = (new != old).flatten(0, 1).any(0).any(1)  # (rows left,)
+                old.copy_(new)
+                # Up to the first change F's arguments were the final ones, so what they gave is final: in rows before
+                # that of the change all pixels are settled.
+                settled = int(torch.argmax(changed.int())) if bool(changed.any()) else size - first
+                first += settled
+                if bar is not None:
+                    bar.update(settled)
+
+    def _drawer(self, ids, temperature, seed):
+        """draw(output of rows first .., first) -> their pixels: F without the network."""
+        c, size, _ = self.image_shape
+        if self.net.config.head == "categorical":
+            u = ops.uniform((len(ids), size, size, c), seed=seed, sample_ids=ids, stream="uniform", device=ids.device)
+            u = u.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
+            return lambda output, first: self.pixels(inverse_cdf(output, u[:, :, first:], temperature))
+
+        def draw(output, first):
+            # The op counts pixels from the first of what it is given: rows above are filled up.
+            whole = F.pad(output, (0, 0, first, 0))
+            options = {"channels": c, "bins": self.num_levels, "temperature": float(temperature)}
+            return ops.logistic_mixture_sample(whole, seed=seed, sample_ids=ids, **options)[:, :, first:]
+
+        return draw
+
+    def _given(self, num, given, known):
+        """given and known as (num, C, H, W) tensors on the levels and on the model's device, or None twice."""
+        if given is None and known is None:
+            return None, None
+        if given is None or known is None:
+            raise ValueError("models/PixelCNN.sample: given and known must come together, got one of them")
+        if not isinstance(known, torch.Tensor) or known.dtype != torch.bool:
+            raise ValueError("models/PixelCNN.sample: known must be a bool tensor, True where the pixel stays")
+        self._check_images(given, "sample")
+        shape = (num, *self.image_shape)
+        try:
+            given, known = given.to(self.device).expand(shape), known.to(self.device).expand(shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"models/PixelCNN.sample: given and known must broadcast to (num, C, H, W) = {shape}, got "
+                f"{tuple(given.shape)} and {tuple(known.shape)}"
+            ) from error
+        return self.pixels(self.levels(given)), known
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def config(self):
+        """JSON-serialisable description from which `from_config` rebuilds the model, weights apart."""
+        return {
+            "family": "pixelcnn",
+            "net": {"name": "pixelcnn", **dataclasses.asdict(self.net.config)},
+            "class_drop": self.class_drop,
+            "num_levels": self.num_levels,
+        }
+
+    @classmethod
+    def fit_config(cls, config, image_shape, num_classes, num_levels):
+        """As `Model.fit_config`: here the levels are the network's, too."""
+        fitted = super().fit_config(config, image_shape, num_classes, num_levels)
+        return {**fitted, "net": {**fitted["net"], "num_levels": num_levels}}
+
+    @classmethod
+    def from_config(cls, config, *, seed=0):
+        """Rebuild an untrained model from `config()`; `seed` sets the initial weights.
+
+        "net" may also hold "config", the name of a size, beside fields that replace its own.
+
+        Raises:
+            ValueError: another family, an unknown network or entry, a missing one.
+        """
+        where = "models/PixelCNN.from_config"
+        if config.get("family", "pixelcnn") != "pixelcnn":
+            raise ValueError(f"{where}: entry 'family' must be 'pixelcnn', got {config['family']!r}")
+        unknown = sorted(set(config) - {"family", "net", "class_drop", "num_levels", "extra", "format"})
+        if unknown:
+            raise ValueError(f"{where}: entries must be family, net, class_drop and num_levels, got {unknown[0]!r}")
+        net = config.get("net")
+        if not isinstance(net, dict) or net.get("name") != "pixelcnn":
+            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'pixelcnn', got {net!r:.60}")
+        net = {key: value for key, value in net.items() if key != "name"}
+        if "num_levels" in config and net.setdefault("num_levels", config["num_levels"]) != config["num_levels"]:
+            raise ValueError(
+                f"{where}: entry 'num_levels' must be the network's = {net['num_levels']}, got {config['num_levels']!r}"
+            )
+        options = {"class_drop": config["class_drop"]} if "class_drop" in config else {}
+        return cls(nets.PixelCNN.from_config(net.pop("config", {}), seed=seed, **net), **options)
+
+
+@contextlib.contextmanager
+def _progress_bar(progress, rows):
+    if not progress:
+        yield None
+        return
+    from tqdm import tqdm
+
+    title = progress if isinstance(progress, str) else "pixelcnn"
+    with tqdm(total=rows, desc=title, unit="row", dynamic_ncols=True) as bar:
+        yield bar
