@@ -4,7 +4,7 @@ A pixel has one of L levels, level i standing for v_i = 2 i / (L - 1) - 1. All l
 are of these levels, so that their bits per dimension can be compared:
 
     logistic      P(i) = F(v_i + h) - F(v_i - h), F of a logistic, h = 1 / (L - 1)       2 C maps: means, log-scales
-    mixture       the same of a mixture over whole pixels, as PixelCNN++ has it          K (1 + 2 C + C (C - 1) / 2) maps
+    mixture       the same of a mixture over whole pixels, as PixelCNN++ has it         K (1 + 2 C + C (C - 1) / 2) maps
     gaussian      the same with F of a normal                                            2 C maps: means, log-scales
     categorical   softmax over the levels                                                L C maps, level by level
     binomial      the level is how many of L - 1 coins of probability p fell on one      C maps: logits of p

@@ -311,7 +311,9 @@ class VAE(Model):
                 z = temperature * ops.normal((num, *self.latent_shape), stream="init", device=self.device, **draw)
             maps = self.net.decode(z, labels)
             if check_finite and not torch.isfinite(maps).all():
-                raise FloatingPointError("models/VAE.sample: the decoder's output is not finite; has training diverged?")
+                raise FloatingPointError(
+                    "models/VAE.sample: the decoder's output is not finite; has training diverged?"
+                )
             return self.pixels.sample(maps, **draw) if pixels == "sample" else self.pixels.mean(maps)
 
     def _which(self, prior, method):

@@ -182,7 +182,9 @@ class ConvDecoder(nn.Module):
         classes = config.num_classes if config.conditional else 0
         self.side = config.image_size >> (len(widths) - 1)
         features = config.latent_dim
-        self.stem = _Conv(features, widths[0], 3) if config.spatial else layers.linear(features, widths[0] * self.side**2)
+        self.stem = (
+            _Conv(features, widths[0], 3) if config.spatial else layers.linear(features, widths[0] * self.side**2)
+        )
         self.blocks = nn.ModuleList(Residual(w, config.groups, classes) for w in widths for _ in range(config.blocks))
         self.up = nn.ModuleList(_Conv(a, b, 3) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.norm = nn.GroupNorm(config.groups, widths[-1])
@@ -291,9 +293,7 @@ class VAENet(nn.Module):
         """
         config = self.config
         if tuple(z.shape[1:]) != config.latent_shape:
-            raise ValueError(
-                f"{_NET}: z must be (B, {', '.join(map(str, config.latent_shape))}), got {tuple(z.shape)}"
-            )
+            raise ValueError(f"{_NET}: z must be (B, {', '.join(map(str, config.latent_shape))}), got {tuple(z.shape)}")
         y = self._labels(y, z)
         if config.kind == "mlp":
             out = self.decoder(z, y, masks and masks["decoder"])
