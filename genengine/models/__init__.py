@@ -5,8 +5,10 @@
 
 from genengine.models.base import Model, Option, Turn
 from genengine.models.flow import FlowMatching
+from genengine.models.vae import VAE
+from genengine.models.vqvae import VQVAE
 
-FAMILIES = {model.family: model for model in (FlowMatching,)}
+FAMILIES = {model.family: model for model in (FlowMatching, VAE, VQVAE)}
 
 
 def family(name: str) -> type[Model]:
@@ -32,4 +34,4 @@ def load(path, *, device="cpu") -> Model:
     return family(config.get("family", "")).load(path, device=device)
 
 
-__all__ = ["FAMILIES", "FlowMatching", "Model", "Option", "Turn", "family", "load"]
+__all__ = ["FAMILIES", "FlowMatching", "Model", "Option", "Turn", "VAE", "VQVAE", "family", "load"]

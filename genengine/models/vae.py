@@ -14,6 +14,7 @@ import torch
 from genengine import ops
 from genengine.models import latent_paths, likelihoods
 from genengine.models.base import Model, Option
+from genengine.models.evaluating import evaluating
 from genengine.models.latent_prior import COVARIANCES, MixturePrior
 from genengine.nets.vae import VAENet
 
@@ -193,7 +194,7 @@ class VAE(Model):
         if not _is_int(draws, 1) or not _is_int(batch, 1):
             raise ValueError(f"models/VAE.{method}: draws and batch must be ints >= 1, got {draws!r} and {batch!r}")
         prior = self._which(prior, method)
-        with torch.inference_mode(), self._evaluating():
+        with torch.inference_mode(), evaluating(self.net):
             mean, logvar, labels = self._posterior(x0, labels, method)
             at_once = max(1, batch // max(len(x0), 1))
             for first in range(0, draws, at_once):
@@ -224,14 +225,14 @@ class VAE(Model):
     @torch.inference_mode()
     def encode(self, x0, labels=None):
         """Mean and log-variance of q(z | x), each (B, *latent_shape) float32."""
-        with self._evaluating():
+        with evaluating(self.net):
             return self._posterior(x0, labels, "encode")[:2]
 
     @torch.inference_mode()
     def decode(self, z, labels=None):
         """E[x | z], (B, C, H, W) float32 in [-1, 1]; labels for a conditional model, None takes the classes in turn."""
         labels = self._labels(len(z), labels, "decode")
-        with self._evaluating():
+        with evaluating(self.net):
             return self.pixels.mean(self.net.decode(z.to(self.device), labels))
 
     def reconstruct(self, x0, labels=None):
@@ -304,7 +305,7 @@ class VAE(Model):
         prior = self._which(prior, "sample")
         sample_ids, labels = self._sample_ids(num, first_id), self._labels(num, labels)
         draw = {"seed": seed, "sample_ids": sample_ids}
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad(), evaluating(self.net):
             if prior == "gmm":
                 z = self.net.prior.sample(num, labels, temperature=temperature, **draw).view(num, *self.latent_shape)
             else:
@@ -328,9 +329,6 @@ class VAE(Model):
     def _seen(self, labels):
         """The labels on the network's device if it looks at them."""
         return labels.to(self.device) if labels is not None and self.num_classes else None
-
-    def _evaluating(self):
-        return _Evaluating(self.net)
 
     # ---- configuration ---------------------------------------------------------------------------------------------
 
@@ -359,19 +357,6 @@ class VAE(Model):
             pixels = likelihoods.build(settings.likelihood, channels, rest["num_levels"], settings.components)
             net["out_channels"] = pixels.num_maps()
         return cls(VAENet.from_config(named, seed=seed, **net), **rest)
-
-
-class _Evaluating:
-    """The network in evaluation mode inside `with`, and in its own again after."""
-
-    def __init__(self, net):
-        self.net, self.was_training = net, net.training
-
-    def __enter__(self):
-        self.net.eval()
-
-    def __exit__(self, *_):
-        self.net.train(self.was_training)
 
 
 def _standard_log_prob(z):
