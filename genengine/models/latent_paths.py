@@ -27,7 +27,7 @@ def slerp(a, b, t):
     omega = torch.acos(cosine)[:, None]
     sine = torch.sin(omega)
     times = t.to(a.device).double()[None]
-    straight = sine < 1e-4
+    straight = (sine < 1e-4) | (norms == 0)[:, None]
     safe = torch.where(straight, 1.0, sine)
     first = torch.where(straight, 1 - times, torch.sin((1 - times) * omega) / safe)
     second = torch.where(straight, times, torch.sin(times * omega) / safe)

@@ -166,17 +166,18 @@ class Gaussian(Likelihood):
 
     def log_prob(self, maps, x):
         """log(Phi(a) - Phi(b)) with a, b = (v +- h - mean) / scale, on the side where Phi is small:
-        log Phi(lower + width) + log(1 - Phi(lower) / Phi(lower + width))."""
+        log Phi(upper) + log(1 - Phi(lower) / Phi(upper)); the density times the width where that is below 0.02."""
         m, log_scale = maps.float().chunk(2, dim=1)
-        inverse = torch.exp(-log_scale.clamp_min(LOWEST_LOG_SCALE))
+        log_scale = log_scale.clamp_min(LOWEST_LOG_SCALE)
         index, h = level_index(x, self.num_levels), 1 / (self.num_levels - 1)
-        centred = level_value(index, self.num_levels) - m
+        inverse, centred = torch.exp(-log_scale), level_value(index, self.num_levels) - m
         a, b = (centred + h) * inverse, (centred - h) * inverse
-        upper, lower = torch.where(centred > 0, -b, a), torch.where(centred > 0, -a, b)  # both in the lower tail
-        large = torch.special.log_ndtr(upper)
-        gap = (torch.special.log_ndtr(lower) - large).clamp_max(-1e-6)
+        large = _log_ndtr(torch.where(centred > 0, -b, a))
+        gap = (_log_ndtr(torch.where(centred > 0, -a, b)) - large).clamp_max(-1e-6)
         inside = large + torch.log(-torch.expm1(gap))
-        ends = torch.where(index == 0, torch.special.log_ndtr(a), torch.special.log_ndtr(-b))
+        density = -0.5 * (centred * inverse).square() + math.log(2 * h / math.sqrt(2 * math.pi)) - log_scale
+        inside = torch.where(2 * h * inverse < 0.02, density, inside)
+        ends = _log_ndtr(torch.where(index == 0, a, -b))
         at_end = (index == 0) | (index == self.num_levels - 1)
         return _per_image(torch.where(at_end, ends, inside))
 
@@ -263,6 +264,12 @@ class Bernoulli(Likelihood):
 
     def mean(self, maps):
         return 2 * torch.sigmoid(maps.float()) - 1
+
+
+def _log_ndtr(x):
+    """log Phi(x) with a finite gradient however far out, -x^2 / 2 + log(erfcx(-x / sqrt(2)) / 2) below -5."""
+    far = -0.5 * x.square() + torch.log(0.5 * torch.special.erfcx(x.clamp_max(-4.0) * -math.sqrt(0.5)))
+    return torch.where(x < -5.0, far, torch.special.log_ndtr(x.clamp_min(-6.0)))
 
 
 def _per_image(values):
