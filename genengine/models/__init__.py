@@ -8,8 +8,10 @@ from genengine.models.ddpm import DDPM
 from genengine.models.flow import FlowMatching
 from genengine.models.gan import GAN
 from genengine.models.pixelcnn import PixelCNN
+from genengine.models.vae import VAE
+from genengine.models.vqvae import VQVAE
 
-FAMILIES = {model.family: model for model in (DDPM, FlowMatching, GAN, PixelCNN)}
+FAMILIES = {model.family: model for model in (DDPM, FlowMatching, VAE, VQVAE, GAN, PixelCNN)}
 
 
 def family(name: str) -> type[Model]:
@@ -36,5 +38,5 @@ def load(path, *, device="cpu") -> Model:
 
 
 __all__ = [
-    "DDPM", "FAMILIES", "FlowMatching", "GAN", "Model", "Option", "PixelCNN", "Turn", "family", "load",
+    "DDPM", "FAMILIES", "FlowMatching", "GAN", "Model", "Option", "PixelCNN", "Turn", "VAE", "VQVAE", "family", "load",
 ]  # fmt: skip

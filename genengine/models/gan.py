@@ -16,13 +16,11 @@ import torch.nn.functional as F
 
 from genengine import ops
 from genengine.evaluate import class_entropy, squared_distances
-from genengine.models import diff_augment
+from genengine.models import diff_augment, latent_paths
 from genengine.models.base import Model, Option, Turn
-from genengine.models.latent_paths import lerp, slerp
 from genengine.nets import gan as nets
 
 LOSSES = ("minimax", "non_saturating", "hinge", "wgan_gp")
-PATHS = {"lerp": lerp, "slerp": slerp}
 REAL, FAKE = 0, 1  # parts of the augmentation's draws
 # What `diagnose` warns of.
 LEAST_DISTANCE_RATIO, LEAST_ENTROPY, MOST_OVERFIT = 0.5, 0.7, 0.9
@@ -270,15 +268,10 @@ class GAN(Model):
         Raises:
             ValueError, TypeError: as `sample`; steps < 2 or an unknown kind.
         """
-        if kind not in PATHS:
-            raise ValueError(f"models/GAN.interpolate: kind must be one of {', '.join(PATHS)}, got {kind!r}")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 2:
-            raise ValueError(f"models/GAN.interpolate: steps must be an int >= 2, got {steps!r}")
         truncation = self._truncation("interpolate", truncation)
         labels = self._labels(num, labels, "interpolate")
         ends = self.latents(2 * num, seed=seed, sample_ids=self._sample_ids(2 * num, first_id))
-        a, b = ends.view(num, 2, 1, -1).unbind(1)  # (num, 1, latent_dim)
-        z = truncation * PATHS[kind](a, b, torch.linspace(0, 1, steps, device=self.device).expand(num, steps))
+        z = truncation * latent_paths.path(kind, ends[0::2], ends[1::2], steps)  # (num, steps, latent_dim)
         labels = None if labels is None else labels.repeat_interleave(steps)
         return self._generate(z.flatten(0, 1), labels, False, False).view(num, steps, *self.image_shape)
 
