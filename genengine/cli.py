@@ -43,7 +43,7 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"genengine {genengine.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_env, _add_verify, _add_demo, _add_train, _add_sample, _add_evaluate, _add_bench):
+    for add in (_add_env, _add_verify, _add_demo, _add_train, _add_sample, _add_evaluate, _add_gallery, _add_bench):
         add(commands)
     return parser
 
@@ -241,6 +241,20 @@ def _add_evaluate(commands):
     _with_json(command)
 
 
+def _add_gallery(commands):
+    from genengine import models
+
+    command = _command(
+        commands, "gallery", _gallery, "render one page of all families: samples, curves, metrics, speed",
+        "genengine gallery --out gallery",
+    )  # fmt: skip
+    command.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(models.FAMILIES)} (default all)")
+    command.add_argument("--out", default="out/gallery", metavar="FOLDER", help="where to write (default out/gallery)")
+    _with_seed(command)
+    _with_threads(command)
+    _with_device(command)
+
+
 def _add_bench(commands):
     command = _command(
         commands,
@@ -432,6 +446,15 @@ def _density(options, model):
     images, usual = (part.with_levels(model.num_levels) for part in (images, usual))
     report = evaluate.outliers(model, images, usual)
     print(json.dumps(report, indent=1) if options.json else evaluate.outlier_text(report))
+
+
+def _gallery(options):
+    from genengine import gallery
+
+    paths = gallery.write(
+        options.out, families=options.families, seed=options.seed, device=_device(options), report=print
+    )
+    print("\n".join(map(str, paths)))
 
 
 def _bench(options):

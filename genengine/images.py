@@ -40,7 +40,7 @@ def save(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None,
             if path.suffix == ".npz":
                 np.savez_compressed(file, **_archive(images, labels))
             else:
-                _pillow().fromarray(_drop_single_channel(grid(images, columns))).save(file, format="PNG")
+                pillow().fromarray(_drop_single_channel(grid(images, columns))).save(file, format="PNG")
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
@@ -56,7 +56,7 @@ def check_suffix(path: str | Path, count: int | None = None) -> None:
     if suffix == ".png":
         if count == 0:
             raise ValueError(f"--out {str(path)!r}: there is nothing to draw with 0 images; write .npz or ask for more")
-        _pillow()
+        pillow()
 
 
 def _archive(images, labels):
@@ -67,7 +67,8 @@ def _drop_single_channel(canvas):
     return canvas[..., 0] if canvas.shape[-1] == 1 else canvas
 
 
-def _pillow():
+def pillow():
+    """The Pillow module `Image`, or a RuntimeError that says how to get it."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -18,7 +18,7 @@ LAYERS = [
     ["models"],
     ["train", "environment"],
     ["benchmarks"],
-    ["demo"],
+    ["demo", "gallery"],
     ["cli", "__main__", "__init__"],
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

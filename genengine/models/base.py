@@ -115,6 +115,13 @@ class Model:
         """What `evaluate` reports about given images: name -> (B,); bits_per_dim first, where there is a likelihood."""
         return {} if self.likelihood is None else {"bits_per_dim": self.bits_per_dim(x0, labels, seed=seed)}
 
+    def panels(self, x0: Tensor, labels: Tensor | None = None, *, seed: int = 0) -> dict[str, Tensor]:
+        """Pictures that show what the family can do, beside its samples: title -> (rows, columns, C, H, W).
+
+        x0, labels: a few real images to start from, one per row.
+        """
+        return {}
+
     def diagnose(self, x0: Tensor, labels: Tensor, *, seed: int, step: int) -> tuple[dict[str, float], list[str]]:
         """Looked at when training logs: numbers for the log, and warnings for the user's eye."""
         return {}, []
