@@ -364,17 +364,24 @@ class _Log:
         self.bar.update()
 
     def check(self):
-        """Refuse what is not finite among the terms not yet written; returns their values by name, (steps,)."""
-        names = list(self.pending[0]) if self.pending else []
-        if not names:
+        """Refuse what is not finite among the terms not yet written; returns the mean of each by name.
+
+        A term may be missing from some steps (a lazy penalty, say).
+        """
+        if not self.pending:
             return {}
-        rows = [torch.stack([terms[name].float() for name in names]) for terms in self.pending]
-        values = torch.stack(rows).double().cpu()  # one wait for the device
+        first = self.run.step - len(self.pending) + 1
+        places = [(first + row, name) for row, terms in enumerate(self.pending) for name in terms]
+        values = torch.stack([terms[name].float() for terms in self.pending for name in terms])
+        values = values.double().cpu()  # one wait for the device
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            row, column = bad[0].tolist()
-            self._stop(names[column], float(values[row, column]), self.run.step - len(self.pending) + row + 1)
-        return dict(zip(names, values.unbind(1), strict=True))
+            step, name = places[bad[0]]
+            self._stop(name, float(values[bad[0]]), step)
+        by_name: dict[str, list[float]] = {}
+        for (_, name), value in zip(places, values.tolist(), strict=True):
+            by_name.setdefault(name, []).append(value)
+        return {name: sum(column) / len(column) for name, column in by_name.items()}
 
     def _stop(self, name, value, step):
         state = self.out_dir / STATE_FILE
@@ -384,7 +391,7 @@ class _Log:
         )
 
     def write(self):
-        means = {name: column.mean().item() for name, column in self.check().items()}
+        means = self.check()
         self.pending.clear()
         run = self.run
         pick = data.batch_indices(len(run.dataset), run.config.batch_size, run.step, seed=run.config.seed)
