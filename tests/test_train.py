@@ -278,7 +278,7 @@ def test_configuration_is_validated():
             TrainConfig(**{field: value})
     with pytest.raises(ValueError, match="name must be one of digits, smoke"):
         preset("flow", "huge")
-    with pytest.raises(ValueError, match="family must be one of flow.*got 'ganz'"):
+    with pytest.raises(ValueError, match="family must be one of ddpm, flow.*got 'ganz'"):
         preset("ganz")
     with pytest.raises(ValueError, match="fields must be among.*got stepz"):
         preset("flow", stepz=3)
