@@ -202,7 +202,7 @@ class DDPM(Guided):
         """
         self._check_images(x0, "variational_terms")
         x0, b, steps = x0.float(), len(x0), self.steps
-        labels = self._path_labels(b, labels, "variational_terms")
+        labels = self._class_or_none(b, labels, "variational_terms")
         if sample_ids is not None:
             sample_ids = sample_ids.to(x0.device)
         times = torch.from_numpy(steps.t.astype(np.float32)).to(x0.device)
@@ -227,6 +227,18 @@ class DDPM(Guided):
         """A lower bound of log p(x0 | labels) of the discrete image in nats, (B,): minus the sum of
         `variational_terms`, whose arguments it takes; unbiased, one draw of the noise of every step."""
         return -self.variational_terms(x0, labels, seed=seed, sample_ids=sample_ids).total
+
+    def velocity(self, x, t, labels=None):
+        """dx/dt of the probability-flow ODE: x (B, C, H, W), t a float in (0, 1], labels (B,) int64 or None."""
+        output, _ = self._split(self.net(x, torch.full((len(x),), t, device=x.device), labels))
+        p, q = prediction.to_velocity(self.prediction, *(float(c) for c in self.path.coefficients(t)), t=t)
+        return p * x + q * output
+
+    def measure(self, x0, labels=None, *, seed=0):
+        """bits_per_dim, and the parts it is the sum of: of the prior, of all steps but the last, and of the decoder."""
+        terms, unit = self.variational_terms(x0, labels, seed=seed), math.log(2.0) * math.prod(self.image_shape)
+        parts = {"prior": terms.prior, "diffusion": terms.diffusion.sum(1), "decoder": terms.decoder}
+        return {"bits_per_dim": terms.total / unit} | {f"{k}_bits_per_dim": v / unit for k, v in parts.items()}
 
     # ---- sampling ----------------------------------------------------------------------------------------------
 
