@@ -218,6 +218,7 @@ class VQVAE(Model):
         in_channels, num_levels, num_classes) is filled in. Raises ValueError.
         """
         where, rest = "models/VQVAE.from_config", dict(config)
+        rest.pop("extra", None)
         if rest.pop("family", None) != "vqvae":
             raise ValueError(f"{where}: entry 'family' must be 'vqvae', got {config.get('family')!r}")
         net, prior = rest.pop("net", None), rest.pop("prior", None)

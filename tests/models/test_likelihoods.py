@@ -134,7 +134,7 @@ def test_a_gaussians_gradient_is_that_of_the_formula():
         p, h = row.flatten().numpy(), 1e-5
         for i in range(2):
             step = h * np.eye(2)[i]
-            slope = (math.log(textbook("gaussian", p + step, level)) - math.log(textbook("gaussian", p - step, level)))
+            slope = math.log(textbook("gaussian", p + step, level)) - math.log(textbook("gaussian", p - step, level))
             assert abs(slope / (2 * h) - grad.flatten()[i].item()) < 1e-3 * (1 + abs(slope / (2 * h)))
 
 
