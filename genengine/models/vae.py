@@ -84,12 +84,16 @@ class VAE(Model):
 
     family = "vae"
     presets = {
-        "digits": {"model": {"net": {"name": "vae", "config": "tiny", "dropout": 0.2}}, "steps": 3000},
+        "digits": {
+            "model": {"net": {"name": "vae", "config": "tiny", "widths": [512, 512], "dropout": 0.2}},
+            "steps": 3000, "weight_decay": 0.3, "storage": "float16",
+        },
         "digits_conditional": {
             "model": {
-                "net": {"name": "vae", "config": "tiny", "dropout": 0.2, "conditional": True}, "prior_components": 2,
+                "net": {"name": "vae", "config": "tiny", "widths": [512, 512], "dropout": 0.2, "conditional": True},
+                "prior_components": 1,
             },
-            "steps": 3000,
+            "steps": 3000, "weight_decay": 0.3, "storage": "float16",
         },
         "smoke": {
             "model": {"net": {"name": "vae", "config": "tiny"}}, "steps": 60, "batch_size": 64, "warmup": 10,
