@@ -37,7 +37,7 @@ class VQVAE(Model):
                 "prior": {"name": "pixelcnn", "config": "codes", "dim": 48, "depth": 4, "head_dim": 96, "embedding": 32,
                           "first_size": 5, "dropout": 0.3},
             },
-            "steps": 2000,
+            "steps": 1200,
         },
         "smoke": {
             "model": {
