@@ -21,7 +21,7 @@ def slerp(a, b, t):
     per sample over all its elements, a, b (B, ...), t (T,) -> (B, T, ...). Ends are met exactly; where a and b are
     (anti)parallel or zero the path is `lerp`. Shoemake 1985; for latents White 2016.
     """
-    flat_a, flat_b = (x.reshape(len(x), x[:1].numel()).double() for x in (a, b))
+    flat_a, flat_b = (x.reshape(len(x), x.shape[1:].numel()).double() for x in (a, b))
     norms = flat_a.norm(dim=1) * flat_b.norm(dim=1)
     cosine = ((flat_a * flat_b).sum(1) / norms.clamp_min(1e-300)).clamp(-1, 1)
     omega = torch.acos(cosine)[:, None]

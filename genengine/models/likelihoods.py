@@ -274,4 +274,4 @@ def _log_ndtr(x):
 
 def _per_image(values):
     """Sum over everything but the batch, (B,)."""
-    return values.reshape(len(values), values[:1].numel()).sum(1)
+    return values.reshape(len(values), values.shape[1:].numel()).sum(1)

@@ -83,13 +83,36 @@ class VAE(Model):
     """
 
     family = "vae"
-    presets = {}
+    presets = {
+        "digits": {
+            "model": {"net": {"name": "vae", "config": "tiny", "widths": [512, 512], "dropout": 0.2}},
+            "steps": 3000, "weight_decay": 0.3, "storage": "float16",
+        },
+        "digits_conditional": {
+            "model": {
+                "net": {"name": "vae", "config": "tiny", "widths": [512, 512], "dropout": 0.2, "conditional": True},
+                "prior_components": 1,
+            },
+            "steps": 3000, "weight_decay": 0.3, "storage": "float16",
+        },
+        "smoke": {
+            "model": {"net": {"name": "vae", "config": "tiny"}}, "steps": 60, "batch_size": 64, "warmup": 10,
+            "ema_decay": 0.9,
+        },
+    }  # fmt: skip
     options = (
         Option("prior", "auto", "distribution of z; auto is gmm where one was fitted", str, PRIORS),
         Option("temperature", 1.0, "scale of the prior's standard deviations"),
         Option("pixels", "sample", "draw the pixels, or take their mean", str, PIXELS),
     )
     likelihood = "bound"
+    bars = {
+        "bits_per_dim": ("<=", 1.88),
+        "frechet_distance": ("<=", 0.05),
+        "coverage": (">=", 0.82),
+        "nn_distance_ratio": (">=", 0.7),
+        "nearer_train_share": ("<=", 0.61),
+    }
 
     def __init__(self, net, *, num_levels=256, **options):
         known = [field.name for field in dataclasses.fields(VAEOptions)]
@@ -344,6 +367,7 @@ class VAE(Model):
         out_channels may be left out of "net": the likelihood says what it is. Raises ValueError.
         """
         where, rest = "models/VAE.from_config", dict(config)
+        rest.pop("extra", None)
         if rest.pop("family", None) != "vae":
             raise ValueError(f"{where}: entry 'family' must be 'vae', got {config.get('family')!r}")
         net, rest["num_levels"] = rest.pop("net", None), rest.get("num_levels", 256)

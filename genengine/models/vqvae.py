@@ -9,12 +9,11 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 
-from genengine import ops
-from genengine.models import latent_paths, likelihoods
+from genengine.models import latent_paths
 from genengine.models.base import Model, Option, Turn
-from genengine.models.evaluating import evaluating
+from genengine.models.pixelcnn import PixelCNN
+from genengine.nets import pixelcnn
 from genengine.nets.vq import VQNet
 
 
@@ -23,8 +22,7 @@ class VQVAE(Model):
 
     Args:
         net: `VQNet`.
-        prior: module prior(x, y) -> logits (B, K, 1, h, w) of grids x (B, 1, h, w) whose levels are the K codes, each
-            pixel's logits depending on the pixels before it in raster order alone (`PixelCNN`); or None.
+        prior: `nets.pixelcnn.PixelCNN` of the grid, its levels the K codes; or None, and then there is no `sample`.
         commitment: weight of |z - sg[e]|^2, the encoder's share of the quantisation error; >= 0.
         num_levels: values of a pixel, see `Model`.
     Raises:
@@ -32,7 +30,23 @@ class VQVAE(Model):
     """
 
     family = "vqvae"
-    presets = {}
+    presets = {
+        "digits": {
+            "model": {
+                "net": {"name": "vq", "config": "tiny"},
+                "prior": {"name": "pixelcnn", "config": "codes", "dim": 48, "depth": 4, "head_dim": 96, "embedding": 32,
+                          "first_size": 5, "dropout": 0.3},
+            },
+            "steps": 1200,
+        },
+        "smoke": {
+            "model": {
+                "net": {"name": "vq", "config": "tiny", "widths": (16, 16), "codes": 32},
+                "prior": {"name": "pixelcnn", "config": "codes", "dim": 16, "depth": 2, "head_dim": 16, "embedding": 8},
+            },
+            "steps": 60, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,
+        },
+    }  # fmt: skip
     options = (Option("temperature", 1.0, "of the prior's logits: below 1 likelier codes"),)
 
     def __init__(self, net, prior=None, *, commitment=0.25, num_levels=256):
@@ -42,12 +56,15 @@ class VQVAE(Model):
         shape = (config.in_channels, config.image_size, config.image_size)
         classes = 0 if prior is None else prior.config.num_classes
         super().__init__({"net": net} | ({} if prior is None else {"prior": prior}), shape, classes, num_levels)
-        if prior is not None and (prior.config.image_size, prior.config.in_channels) != (config.grid, 1):
-            raise ValueError(
-                f"models/VQVAE: prior must be of {config.grid} x {config.grid} codes in 1 channel, got image_size "
-                f"{prior.config.image_size} and in_channels {prior.config.in_channels}"
-            )
-        self.net, self.prior, self.commitment = net, prior, float(commitment)
+        if prior is not None:
+            found = prior.config.image_size, prior.config.in_channels, prior.config.num_levels
+            if found != (config.grid, 1, config.codes):
+                raise ValueError(
+                    f"models/VQVAE: prior must have image_size, in_channels, num_levels = {config.grid}, 1, "
+                    f"{config.codes}, which the codes have, got {found}"
+                )
+        self.net, self.commitment = net, float(commitment)
+        self.prior = None if prior is None else PixelCNN(prior, class_drop=0.0)  # codes as the levels of its pixels
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -81,20 +98,13 @@ class VQVAE(Model):
 
     def prior_terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
         """loss = -log p(codes | label) / (h w), nats per code, of the codes that the autoencoder gives x0."""
-        with torch.no_grad():
-            index = self.net.quantise(self.net.encode(x0))[2]
-        logits = self._logits(index, self._seen(labels))
-        loss = F.cross_entropy(logits.float(), index)
-        return {"loss": loss, "bits_per_code": (loss / math.log(2)).detach()}
+        terms = self.prior.terms(self._as_pixels(x0), labels, seed=seed, sample_ids=sample_ids, step=step)
+        return {"loss": terms["loss"], "bits_per_code": terms["bits_per_dim"]}
 
-    def _logits(self, index, labels):
-        """(B, K, h, w) logits of the codes from those before them: index (B, h, w)."""
-        x = likelihoods.level_value(index, self.net.config.codes)[:, None]
-        return self.prior(x, labels)[:, :, 0]
-
-    def _seen(self, labels):
-        """The labels on the networks' device if the prior looks at them."""
-        return labels.to(self.device) if labels is not None and self.num_classes else None
+    @torch.no_grad()
+    def _as_pixels(self, x0):
+        """The codes of x0 as the prior's images, (B, 1, h, w)."""
+        return self.prior.pixels(self.net.quantise(self.net.encode(x0))[2])[:, None]
 
     # ---- codes -----------------------------------------------------------------------------------------------------
 
@@ -142,10 +152,7 @@ class VQVAE(Model):
         mse = (self.decode(index) - x0.to(self.device)).square().mean()
         found = {"reconstruction_mse": float(mse), "perplexity": float(perplexity(index, self.net.config.codes))}
         if self.prior is not None:
-            with torch.no_grad(), evaluating(self.prior):
-                labels = self._labels(len(x0), labels, "measure") if self.num_classes else None
-                loss = F.cross_entropy(self._logits(index, labels).float(), index)
-            found["bits_per_code"] = float(loss) / math.log(2)
+            found["bits_per_code"] = float(self.prior.bits_per_dim(self._as_pixels(x0.to(self.device)), labels).mean())
         return found
 
     def diagnose(self, x0, labels, *, seed, step):
@@ -157,13 +164,14 @@ class VQVAE(Model):
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def sample(self, num, labels=None, *, temperature=1.0, seed=0, first_id=0, progress=False, check_finite=False):
-        """Draw codes from the prior, code by code in raster order, and decode them.
+        """Draw codes from the prior and decode them.
 
-        Code (y, x) is the inverse distribution function at u[y w + x], u = uniform(seed, first_id + i, "uniform").
+        Code (y, x) is the inverse distribution function at u[y w + x], u = uniform(seed, first_id + i, "uniform"); see
+        `PixelCNN.sample`.
 
         Args:
             num: number of images, 0 too.  labels: int, or num ints, if the prior sees classes; None: in turn.
-            temperature: divides the logits, > 0.
+            temperature: divides the logits, in [1e-6, 1e6].
             seed: int in [0, 2^64).  first_id: global index of the first sample.
             progress: show a progress bar.  check_finite: look at the logits.
         Returns:
@@ -174,39 +182,18 @@ class VQVAE(Model):
         """
         if self.prior is None:
             raise RuntimeError("models/VQVAE.sample: the model has no prior; train one, with an entry 'prior'")
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-            raise ValueError(f"models/VQVAE.sample: temperature must be a finite number > 0, got {temperature!r}")
-        sample_ids, labels = self._sample_ids(num, first_id), self._labels(num, labels)
-        with torch.no_grad(), evaluating(self.prior, self.net):
-            codes = self.sample_codes(num, labels, temperature, seed, sample_ids, progress, check_finite)
-            return self.decode(codes)
-
-    def sample_codes(self, num, labels, temperature, seed, sample_ids, progress=False, check_finite=False):
-        """Codes (num, h, w) int64 from the prior; arguments as of `sample`, sample_ids (num,) on the device."""
-        grid = self.net.config.grid
-        u = ops.uniform((num, grid * grid), seed=seed, sample_ids=sample_ids, stream="uniform", device=self.device)
-        codes = torch.zeros(num, grid, grid, dtype=torch.int64, device=self.device)
-        places = range(grid * grid)
-        if progress:
-            from tqdm import tqdm
-
-            places = tqdm(places, desc="codes", unit="code")
-        for place in places:
-            row, column = divmod(place, grid)
-            logits = self._logits(codes, labels)[:, :, row, column].float()
-            if check_finite and not torch.isfinite(logits).all():
-                raise FloatingPointError(f"models/VQVAE.sample: the prior's logits of code {place} are not finite")
-            cumulative = torch.softmax(logits / temperature, dim=1).cumsum(1)
-            target = u[:, place, None] * cumulative[:, -1:]
-            codes[:, row, column] = (cumulative <= target).sum(1).clamp_max(self.net.config.codes - 1)
-        return codes
+        pixels = self.prior.sample(
+            num, labels, temperature=temperature, seed=seed, first_id=first_id, progress=progress,
+            check_finite=check_finite,
+        )  # fmt: skip
+        return self.decode(self.prior.levels(pixels)[:, 0])
 
     # ---- configuration ---------------------------------------------------------------------------------------------
 
     def config(self):
         """JSON-serialisable description from which `from_config` rebuilds the model, weights apart."""
         net = {"name": "vq", **dataclasses.asdict(self.net.config)}
-        prior = None if self.prior is None else {"name": "pixelcnn", **dataclasses.asdict(self.prior.config)}
+        prior = None if self.prior is None else {"name": "pixelcnn", **dataclasses.asdict(self.prior.net.config)}
         rest = {"commitment": self.commitment, "num_levels": self.num_levels}
         return {"family": "vqvae", "net": net, "prior": prior, **rest}
 
@@ -218,6 +205,7 @@ class VQVAE(Model):
         in_channels, num_levels, num_classes) is filled in. Raises ValueError.
         """
         where, rest = "models/VQVAE.from_config", dict(config)
+        rest.pop("extra", None)
         if rest.pop("family", None) != "vqvae":
             raise ValueError(f"{where}: entry 'family' must be 'vqvae', got {config.get('family')!r}")
         net, prior = rest.pop("net", None), rest.pop("prior", None)
@@ -240,9 +228,7 @@ def perplexity(index, codes):
 
 def _build_prior(fields, config, seed):
     """The prior that `VQVAE.from_config` describes, for the codes of a `VQConfig`."""
-    from genengine.nets.pixelcnn import PixelCNN
-
     fields = {key: value for key, value in fields.items() if key != "name"}
     fields |= {"image_size": config.grid, "in_channels": 1, "num_levels": config.codes}
     fields.setdefault("num_classes", config.num_classes)
-    return PixelCNN.from_config(fields.pop("config", {}), seed=seed + 1 & (1 << 64) - 1, **fields)
+    return pixelcnn.PixelCNN.from_config(fields.pop("config", {}), seed=(seed + 1) % (1 << 64), **fields)

@@ -280,7 +280,7 @@ class VAENet(nn.Module):
         if masks is not None:
             x = x if masks["input"] is None else x * masks["input"].view_as(x).to(x.dtype)
         if config.kind == "mlp":
-            h = self.encoder(x.reshape(len(x), x[:1].numel()), y, masks and masks["encoder"])
+            h = self.encoder(x.reshape(len(x), x.shape[1:].numel()), y, masks and masks["encoder"])
         else:
             h = self.encoder(_dense(x), y, masks and masks["encoder"])
         return h.float().chunk(2, dim=1)
