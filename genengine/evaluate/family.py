@@ -33,10 +33,10 @@ def evaluate_model(model, train, held_out, *, seeds=range(5), options=None, with
     sample_bars = {name: bar for name, bar in model.bars.items() if name in ARROWS}
 
     def draw(labels, seed):
-        labels = labels if model.num_classes else None
         return model.sample(len(train), labels, seed=seed, check_finite=True, **(options or {}))
 
-    samples = evaluate_seeds(draw, train.labels, seeds=seeds, bars=sample_bars, **sets)
+    asked = train.labels if model.num_classes else None
+    samples = evaluate_seeds(draw, asked, seeds=seeds, bars=sample_bars, **sets)
     values: dict[str, dict[str, float]] = {}
     for split, images in (("train", train), ("held_out", held_out)):
         for name, each in measure(model, images).items():

@@ -149,7 +149,7 @@ def evaluate_seeds(draw, labels, *, seeds=range(5), bars=None, **options):
 
     Args:
         draw: draw(labels, seed) -> samples (N, C, H, W) in [-1, 1].
-        labels: (N,) int, the classes asked for.  seeds: ints, at least two.
+        labels: (N,) int, the classes asked for, or None.  seeds: ints, at least two.
         bars: metric -> (sense, bar); default `QUALITY_BARS`.  options: reference, held_out and others of
             `evaluate_samples`.
     Returns:
