@@ -22,7 +22,6 @@ from genengine import data, images, models
 from genengine.models.base import PRETRAINED
 
 COLUMNS = 10  # samples per class
-PANEL_ROWS = 4
 TITLES = {
     "ddpm": "DDPM", "flow": "Flow matching", "vae": "VAE", "vqvae": "VQ-VAE", "gan": "GAN", "pixelcnn": "PixelCNN",
 }  # fmt: skip
@@ -99,9 +98,9 @@ def _summary(model):
 
 
 def _examples(model):
-    """Real images that the model has not seen, of different classes, and their labels."""
+    """One real image of each class that the model has not seen, and their labels."""
     held_out = data.load("digits", "test")
-    pick = torch.stack([(held_out.labels == label).nonzero()[0, 0] for label in (2, 3, 5, 8)[:PANEL_ROWS]])
+    pick = torch.stack([(held_out.labels == label).nonzero()[0, 0] for label in range(held_out.num_classes)])
     x0, labels, _ = held_out.with_levels(model.num_levels).batch(pick)
     return x0.to(model.device), labels.to(model.device) if model.num_classes else None
 

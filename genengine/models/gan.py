@@ -275,6 +275,10 @@ class GAN(Model):
         labels = None if labels is None else labels.repeat_interleave(steps)
         return self._generate(z.flatten(0, 1), labels, False, False).view(num, steps, *self.image_shape)
 
+    def panels(self, x0, labels=None, *, seed=0):
+        """Interpolations along the sphere, a row per class."""
+        return {"interpolations": self.interpolate(len(x0), labels, seed=seed)}
+
     def _generate(self, z, labels, progress, check_finite, chunk=256):
         out = torch.empty((len(z), *self.image_shape), device=self.device)
         starts = range(0, len(z), chunk)

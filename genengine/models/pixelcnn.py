@@ -192,6 +192,16 @@ class PixelCNN(Model):
             self._settle(out, labels, draw, given, known, progress, check_finite)
         return out
 
+    def panels(self, x0, labels=None, *, seed=0, columns=6):
+        """Completions: the upper half as given, draws of the rest, and the image it was cut from."""
+        known = torch.zeros(self.image_shape, dtype=torch.bool, device=self.device)
+        known[:, : self.image_shape[1] // 2] = True
+        given = x0.repeat_interleave(columns, 0)
+        labels = None if labels is None else labels.repeat_interleave(columns)
+        drawn = self.sample(len(given), labels, seed=seed, given=given, known=known).unflatten(0, (len(x0), columns))
+        cut = torch.where(known, x0, -1.0)
+        return {"completions: given, drawn, real": torch.cat([cut[:, None], drawn, x0[:, None]], dim=1)}
+
     def _settle(self, x, labels, draw, given, known, progress, check_finite):
         """x <- F(x) in place until nothing changes."""
         size = self.image_shape[1]

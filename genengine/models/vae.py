@@ -286,6 +286,19 @@ class VAE(Model):
         points[:, :, dim] = values
         return self._decode_grid(points.unflatten(2, self.latent_shape), labels)
 
+    def panels(self, x0, labels=None, *, seed=0):
+        """Reconstructions; paths between neighbouring images; and the latents of most use, each moved alone."""
+        mean, logvar = self._posterior(x0, labels, "panels")
+        kl = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(0)
+        useful = kl.argsort(descending=True)[: len(x0)].tolist()
+        one = None if labels is None else labels[:1]
+        moved = [self.traverse(x0[:1], dim, torch.linspace(-2.5, 2.5, 7).tolist(), one) for dim in useful]
+        return {
+            "real, reconstructed": torch.stack([x0, self.reconstruct(x0, labels)], dim=1),
+            "interpolations": self.interpolate(x0, x0.roll(-1, 0), 7, labels=labels),
+            "one latent moved, a row each": torch.cat(moved),
+        }
+
     def _decode_grid(self, points, labels):
         """Decode (B, T, *latent_shape) to (B, T, C, H, W); labels (B,)."""
         labels = self._labels(len(points), labels, "decode")

@@ -143,6 +143,13 @@ class VQVAE(Model):
         images = self.net.decode(self.net.quantise(points.flatten(0, 1))[0])
         return images.float().clamp(-1, 1).unflatten(0, points.shape[:2])
 
+    def panels(self, x0, labels=None, *, seed=0):
+        """Reconstructions, and paths between neighbouring images through the codebook."""
+        return {
+            "real, reconstructed": torch.stack([x0, self.reconstruct(x0)], dim=1),
+            "interpolations": self.interpolate(x0, x0.roll(-1, 0), 7),
+        }
+
     def measure(self, x0, labels=None):
         """What a VQ-VAE has instead of a likelihood of the pixels, a dict of floats.
 
