@@ -288,7 +288,7 @@ class VAE(Model):
 
     def panels(self, x0, labels=None, *, seed=0):
         """Reconstructions; paths between neighbouring images; and the latents of most use, each moved alone."""
-        mean, logvar = self._posterior(x0, labels, "panels")
+        mean, logvar = self.encode(x0, labels)
         kl = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(0)
         useful = kl.argsort(descending=True)[: len(x0)].tolist()
         one = None if labels is None else labels[:1]
