@@ -302,7 +302,8 @@ def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_ev
         config: TrainConfig, see `preset`.  out_dir: folder, made if needed.
         resume: continue from state.safetensors if the folder has one, to the same bits as without the break.
         device: torch device.  progress: show a progress bar, and warnings, on stderr.
-        save_every: iterations between states.  log_every: iterations between log lines (step, terms, lr, seconds).
+        save_every: iterations between states.  log_every: iterations between log lines (step, terms, lr, seconds and CPU
+            seconds since the run was started or resumed).
         dataset: images in memory, a `data.Dataset`, instead of config.dataset.
         tensorboard: also write the log for TensorBoard, if that is installed.
     Returns:
@@ -344,7 +345,7 @@ class _Log:
     """The progress bar, log.jsonl, TensorBoard, and the watch for numbers that are not finite."""
 
     def __init__(self, out_dir, run, progress, tensorboard):
-        self.out_dir, self.run, self.start = out_dir, run, time.monotonic()
+        self.out_dir, self.run, self.start = out_dir, run, (time.monotonic(), time.process_time())
         self.pending, self.seen = [], set()
         self.board = _tensorboard(out_dir) if tensorboard else None
         self.bar = tqdm(total=run.config.steps, initial=run.step, disable=not progress, unit="step")
@@ -398,7 +399,8 @@ class _Log:
         x0, labels, _ = run.dataset.batch(pick)
         numbers, warnings = run.model.diagnose(x0.to(run.device), labels, seed=run.config.seed, step=run.step)
         entry = {"step": run.step, **means, **numbers, "lr": learning_rate(run.config, run.step - 1)}
-        entry |= {"seconds": time.monotonic() - self.start} | ({"warnings": warnings} if warnings else {})
+        entry["seconds"], entry["cpu_seconds"] = time.monotonic() - self.start[0], time.process_time() - self.start[1]
+        entry |= {"warnings": warnings} if warnings else {}
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         for name, value in (means | numbers).items() if self.board is not None else ():

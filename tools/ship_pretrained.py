@@ -58,14 +58,14 @@ def describe(run: Path, target: Path) -> dict:
             "torch": torch.__version__,
             "threads": 1,
             "device": "CPU, x86-64",
-            "train_seconds": round(sum_of_parts([entry["seconds"] for entry in log]), 1),
+            "train_seconds": round(sum_of_parts([entry["cpu_seconds"] for entry in log]), 1),
         },
         "curve": [[entry["step"], round(entry[loss], 4)] for entry in log[::every]],
     }
 
 
 def sum_of_parts(seconds: list[float]) -> float:
-    """The time of a run from its log, whose clock starts anew whenever it is resumed."""
+    """The CPU time of a run from its log, whose clock starts anew whenever it is resumed."""
     ends = [a for a, b in zip(seconds, seconds[1:] + [0.0], strict=True) if b < a]
     return sum(ends)
 

@@ -208,7 +208,7 @@ def test_the_registry_entry_is_complete(family):
 def test_panels_are_rows_of_images(family):
     model = trained(family).averaged_model()
     x0, labels, _ = data.load("digits", "test").batch(torch.arange(2))
-    for title, panel in model.panels(x0, labels).items():
+    for title, panel in model.panels(x0, labels_for(model, labels)).items():
         assert title and panel.ndim == 5 and tuple(panel.shape[2:]) == model.image_shape, title
         assert torch.isfinite(panel).all()
 
