@@ -302,8 +302,8 @@ def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_ev
         config: TrainConfig, see `preset`.  out_dir: folder, made if needed.
         resume: continue from state.safetensors if the folder has one, to the same bits as without the break.
         device: torch device.  progress: show a progress bar, and warnings, on stderr.
-        save_every: iterations between states.  log_every: iterations between log lines (step, terms, lr, seconds and CPU
-            seconds since the run was started or resumed).
+        save_every: iterations between states.  log_every: iterations between log lines (step, terms, lr, and seconds and
+            CPU seconds since the run was started or resumed).
         dataset: images in memory, a `data.Dataset`, instead of config.dataset.
         tensorboard: also write the log for TensorBoard, if that is installed.
     Returns:
@@ -336,7 +336,7 @@ def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_ev
                 run.save(state_file)
     model = run.averaged_model()
     everything = run.dataset.batch(torch.arange(len(run.dataset)))
-    model.finish(everything[0], everything[1], seed=config.seed)
+    model.finish(everything[0].to(run.device), everything[1], seed=config.seed)
     model.save_pretrained(out_dir, dtype=getattr(torch, config.storage), extra={"train": _plain(config)})
     return out_dir / MODEL_FILE
 
