@@ -16,7 +16,7 @@ LAYERS = [
     ["testing", "data"],
     ["sampler", "_capture", "rotary", "nets", "evaluate", "images"],
     ["models"],
-    ["train", "environment"],
+    ["training_log", "train", "environment"],
     ["benchmarks"],
     ["demo", "gallery"],
     ["cli", "__main__", "__init__"],
