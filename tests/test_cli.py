@@ -9,7 +9,7 @@ import pytest
 
 from genengine import cli, images
 
-COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "bench")
+COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench")
 
 
 def run(*arguments, capsys):
@@ -161,61 +161,91 @@ def test_split_chooses_the_training_images_and_what_they_are_measured_against(tm
             assert np.array_equal(part.images, data.digits(name)[0])
 
 
-def test_the_recorded_command_is_one_that_the_parser_knows():
+def test_the_recorded_commands_are_ones_that_the_parser_knows():
     from pathlib import Path
 
+    from genengine.models import FAMILIES
+
     folder = Path(cli.__file__).parent / "pretrained"
-    command = json.loads((folder / "flow_digits.json").read_text(encoding="utf-8"))["command"]
-    options = cli._parser().parse_args(command.split()[1:])
-    assert options.threads == 1  # the bits depend on it
-    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
-    assert any(f"`{command}`" in line for line in lines)
-    commands = [line.split()[1:] for line in lines if line.startswith("    genengine ")]
-    assert [cli._parser().parse_args(command).split for command in commands] == ["train", "train_fit", "train_fit"]
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for family in FAMILIES:
+        command = json.loads((folder / f"{family}_digits.json").read_text(encoding="utf-8"))["command"]
+        options = cli._parser().parse_args(command.split()[1:])
+        assert options.family == family and options.threads == 1  # the bits depend on it
+        assert f"    {command}\n" in page
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    genengine ")]
+    assert [cli._parser().parse_args(command).split for command in commands[:3]] == ["train", "train_fit", "train_fit"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("sample", "flow", "--out", "x.gif"), "--out must end in .png or .npz, got 'x.gif'"),
-        (("sample", "flow", "--out", "x.npz", "--num", "-1"), "--num must be at least 0, got -1"),
-        (("sample", "flow", "--out", "x.npz", "--checkpoint", "absent.safetensors"), "absent.safetensors"),
-        (("bench", "nothing"), "expected one of quick, all"),
-        (("train", "flow", "--preset", "huge"), "name must be one of digits, smoke"),
-        (("sample", "flow", "--out", "x.npz", "--device", "cuda:9"), "cuda:9"),
-        (("sample", "flow", "--out", "x.npz", "--labels", "12"), "labels must be in 0 .. 9, got 12"),
-        (("sample", "flow", "--out", "x.npz", "--num", "1", "--labels", "8-99999999999"), "0 .. 9, got 99999999999"),
-        (("sample", "flow", "--out", "x.npz", "--seed", "-1"), "--seed must be in [0, 2^64), got -1"),
-        (("train", "flow", "--seed", str(2**64)), "--seed must be in [0, 2^64), got 18446744073709551616"),
-        (("demo", "--seed", "-3"), "--seed must be in [0, 2^64), got -3"),
-        (("bench", "diffuse", "--budget", "0"), "budget must be a finite number of seconds > 0, got 0"),
-        (("bench", "diffuse", "--budget", "-1"), "budget must be a finite number of seconds > 0, got -1"),
-        (("bench", "diffuse", "--budget", "nan"), "budget must be a finite number of seconds > 0, got nan"),
-    ],
-)
-def test_mistakes_are_one_line_and_status_2(arguments, message, capsys, monkeypatch):
-    from genengine.benchmarks import suite
+def test_the_pages_say_what_the_records_say():
+    from pathlib import Path
 
-    monkeypatch.setattr(suite, "restart_with_malloc_settings", lambda: None)
-    status, out, err = run(*arguments, capsys=capsys)
-    assert status == 2 and message in err and "Traceback" not in err
-    assert err.startswith(f"genengine {arguments[0]}: ") and err.count("\n") == 1 and out == ""
+    tool = Path(__file__).resolve().parents[1] / "tools" / "readme_models.py"
+    done = subprocess.run([sys.executable, str(tool), "--check"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
-def test_bench_list_and_json(capsys, monkeypatch):
-    from genengine.benchmarks import suite
+def test_any_setting_from_the_command_line(tmp_path, capsys):
+    from genengine.models import checkpoint
 
-    monkeypatch.setattr(suite, "restart_with_malloc_settings", lambda: None)
-    status, out, _ = run("bench", "--list", capsys=capsys)
-    assert status == 0 and {"quick", "all", "normal", "sampler_step"} <= set(out.split())
-    status, out, _ = run("bench", "diffuse", "--budget", "0.02", "--device", "cpu", "--json", capsys=capsys)
+    assert cli.settings(["a.b=1", "a.c=x", "d=[1, 2]"]) == {"a": {"b": 1, "c": "x"}, "d": [1, 2]}
+    for text in ("a", "=1", "a..b=1"):
+        with pytest.raises(ValueError, match="--set must look like NAME=VALUE"):
+            cli.settings([text])
+    with pytest.raises(ValueError, match="must not be inside another"):
+        cli.settings(["a=1", "a.b=2"])
+    status, _, err = run(
+        "train", "flow", "--preset", "smoke", "--set", "model.net.dim=32", "--set", "ema_decay=0.5", "--steps", "2",
+        "--data", "shapes-8", "--no-progress", "--device", "cpu", "--out", str(tmp_path), capsys=capsys,
+    )  # fmt: skip
+    assert status == 0, err
+    _, config = checkpoint.read(tmp_path / "model.safetensors")
+    assert config["net"]["dim"] == 32 and config["net"]["in_channels"] == 3 and config["num_levels"] == 256
+    assert config["extra"]["train"]["ema_decay"] == 0.5 and config["extra"]["train"]["dataset"] == "shapes-8"
+    status, _, err = run("train", "flow", "--set", "lrr=1", "--out", str(tmp_path / "x"), capsys=capsys)
+    assert status == 2 and "fields must be among" in err and "got lrr" in err
+
+
+def test_a_mistake_names_what_would_be_right(tmp_path, capsys):
+    out = ("--out", str(tmp_path / "x.png"))
+    for arguments, message in (
+        (("sample", "gun", *out), "family must be one of ddpm, flow"),
+        (("sample", "flow", "--temperature", "1", *out), "--temperature is no option of flow, which has --steps"),
+        (("sample", "flow", "--solver", "rk45", *out), "--solver must be one of euler, heun, got 'rk45'"),
+        (("sample", "flow", "--checkpoint", "faces", *out), "name must be one of digits, got 'faces'"),
+        (("sample", "flow", "--labels", "0-12", *out), "labels must be in 0 .. 9, got 12"),
+        (("train", "flow", "--preset", "large"), "name must be one of digits, smoke"),
+        (("train", "flow", "--data", "cifar"), "data must be digits, shapes-N, textures-N"),
+        (("evaluate", "flow", "--density", str(tmp_path)), "must hold images"),
+    ):
+        status, _, err = run(*arguments, "--device", "cpu", capsys=capsys)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_a_checkpoint_of_another_family_is_refused(tmp_path, capsys):
+    from genengine.models import FlowMatching
+
+    FlowMatching.pretrained().save(tmp_path / "flow.safetensors")
+    status, _, err = run(
+        "sample", "gan", "--checkpoint", str(tmp_path / "flow.safetensors"), "--out", str(tmp_path / "x.npz"),
+        capsys=capsys,
+    )  # fmt: skip
+    assert status == 2 and "must hold a gan model" in err and "'flow'" in err
+
+
+def test_the_density_report_finds_what_does_not_belong(tmp_path, capsys):
+    from genengine import data
+
+    digits = data.digits("test")[0][:40]
+    noise = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "mixed.npz", arr_0=np.concatenate([data.to_uint8(digits), noise]))
+    common = ("evaluate", "pixelcnn", "--density", str(tmp_path / "mixed.npz"), "--device", "cpu", "--threads", "1")
+    status, out, err = run(*common, "--json", capsys=capsys)
+    assert status == 0, err
     report = json.loads(out)
-    assert status == 0 and report["rows"][0]["name"] == "diffuse" and "error" not in report["rows"][0]
-    assert report["environment"]["torch"] and report["rows"][0]["ratios"]["eager, as written"]["ratio"] > 0
-
-
-def test_grid_layout():
-    tiles = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * np.ones((3, 2, 2, 1), dtype=np.uint8)
-    picture = images.grid(tiles, columns=2, scale=3, gap=1)
-    assert picture.shape == (2 * 7 + 1, 2 * 7 + 1, 1)
-    assert picture[1, 1, 0] == 0 and picture[1, 8, 0] == 1 and picture[8, 1, 0] == 2 and picture[8, 8, 0] == 32
+    assert report["num_images"] == 44 and {entry["index"] for entry in report["outliers"][:4]} == {40, 41, 42, 43}
+    assert len(report["outliers"]) <= 8 and report["usual_mean"] < 2
+    status, out, _ = run(*common, capsys=capsys)
+    assert status == 0 and out.startswith("44 images: ") and "unlikely" in out
+    status, _, err = run("evaluate", "gan", "--density", str(tmp_path / "mixed.npz"), "--device", "cpu", capsys=capsys)
+    assert status == 2 and "gan has no likelihood" in err
