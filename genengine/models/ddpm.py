@@ -121,10 +121,10 @@ class DDPM(Guided):
         estimate of the bound in bits per dimension (without the prior's part, which has no parameters)."""
         draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
         n = self.draw_steps(len(x0), **draw)
-        row = tuple(getattr(self.steps, name)[n] for name in ("alpha", "sigma", "d_alpha", "d_sigma"))
+        row = self._path_at(n)
         c_x0, c_eps = prediction.target(self.prediction, *row)
         x_t, target, labels = self._noised(x0, labels, (*row[:2], c_x0, c_eps), **draw)
-        t = torch.from_numpy(self.steps.t[n].astype(np.float32)).to(x0.device)
+        t = torch.from_numpy(self.steps.t[n.numpy()].astype(np.float32)).to(x0.device)
         output, v = self._split(self.net(x_t, t, labels).float())
         terms = {}
         if self.loss_name != "vlb":
@@ -138,9 +138,13 @@ class DDPM(Guided):
         parts = [terms[name] * (1.0 if name == "simple" else weight) for name in ("simple", "vlb") if name in terms]
         return {"loss": sum(parts[1:], parts[0]), **terms}
 
+    def _path_at(self, n):
+        """(alpha, sigma, d_alpha, d_sigma), each (B,) float64, at steps n (B,) int64 on the CPU."""
+        return tuple(getattr(self.steps, name)[n.numpy()] for name in ("alpha", "sigma", "d_alpha", "d_sigma"))
+
     def _weights(self, n):
-        """The weight of the squared error of the prediction at steps n, float64, like n."""
-        alpha, sigma = self.steps.alpha[n], self.steps.sigma[n]
+        """The weight of the squared error of the prediction at steps n (B,), float64."""
+        alpha, sigma, *_ = self._path_at(n)
         if self.loss_name == "simple":
             return np.ones_like(alpha)
         snr = (alpha / sigma) ** 2
@@ -158,19 +162,17 @@ class DDPM(Guided):
 
     def _step_terms(self, x0, x_t, output, v, n, clip=False):
         """The term of the bound of steps n (B,) int64, in nats, summed over pixels: (B,). clip: x0 to [-1, 1]."""
-        steps, column = self.steps, lambda values: self._column(values, x0)
-        pair = prediction.to_x0(
-            self.prediction, *(getattr(steps, c)[n] for c in ("alpha", "sigma", "d_alpha", "d_sigma"))
-        )
+        steps, at, column = self.steps, n.numpy(), lambda values: self._column(values, x0)
+        pair = prediction.to_x0(self.prediction, *self._path_at(n))
         guess = column(pair[0]) * x_t + column(pair[1]) * output
         guess = guess.clamp(-1.0, 1.0) if clip else guess
-        small, large = column(steps.log_small[n]), column(steps.log_large[n])
+        small, large = column(steps.log_small[at]), column(steps.log_large[at])
         if v is None:
             log_var = small if self.variance == "small" else large
         else:
             share = 0.5 * (v + 1.0)
             log_var = share * large + (1.0 - share) * small
-        kl = variational.gaussian_kl(column(steps.c_x0[n]) * (x0 - guess), small, log_var)
+        kl = variational.gaussian_kl(column(steps.c_x0[at]) * (x0 - guess), small, log_var)
         first = (n == 0).to(x0.device)
         if not bool((n == 0).any()):
             return kl.flatten(1).sum(1)
