@@ -6,11 +6,15 @@ gates as separate operations, every modulation computed in every step, guidance 
     python -m genengine.benchmarks.bench_flow        # where our own time goes, operation by operation, one thread
 """
 
+import functools
+
 import torch
 
 from genengine import ops, paths, schedules, solvers
 from genengine.benchmarks import eager
 from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.training import TrainingStep
+from genengine.models.flow import FlowMatching
 from genengine.nets.dit import DiT
 from genengine.sampler import sample
 
@@ -28,17 +32,35 @@ def eager_pipeline(model, x, y, null, steps=STEPS, guidance=GUIDANCE):
     return x
 
 
+def build(device):
+    """Flow matching with a tiny DiT, whose every weight has something to do: a fresh DiT is the zero function."""
+    net = DiT.from_config("tiny").to(device)
+    with torch.no_grad():
+        for index, parameter in enumerate(net.parameters()):
+            noise = ops.normal((1, parameter.numel()), seed=index, device=device).view(parameter.shape)
+            parameter.add_(noise, alpha=0.02)
+    return FlowMatching(net)
+
+
+def plain_loss(net, model, x0, y, draw=None):
+    """Flow matching on the straight path with hidden labels; draw: (seed, step) of our numbers, else torch's."""
+    if draw is None:
+        t, eps = torch.randn(len(x0), device=x0.device).sigmoid(), torch.randn_like(x0)
+        labels = torch.where(torch.rand(len(x0), device=x0.device) < model.class_drop, 10, y)
+    else:
+        t, eps = model.draw_times(len(x0), **draw).to(x0.device), ops.normal(x0.shape, stream="diffuse", **draw)
+        eps, labels = eps.to(x0.device), model.drop_labels(y.cpu(), **draw).to(x0.device)
+    s = t.view(-1, 1, 1, 1)
+    return torch.nn.functional.mse_loss(net((1 - s) * x0 + s * eps, t, labels), eps - x0)
+
+
 class Work:
     """One batch size of the demo's sampler."""
 
     def __init__(self, batch, device):
-        config = DiT.from_config("tiny").config
+        self.net = build(device).net.eval()
+        config = self.net.config
         self.shape = (batch, config.in_channels, config.image_size, config.image_size)
-        self.net = DiT(config).to(device).eval()
-        with torch.no_grad():  # a fresh DiT is the zero function: give every weight something to do
-            for index, parameter in enumerate(self.net.parameters()):
-                noise = ops.normal((1, parameter.numel()), seed=index, device=device).view(parameter.shape)
-                parameter.add_(noise, alpha=0.02)
         self.y = torch.arange(batch, device=device) % config.num_classes
         self.null = torch.full_like(self.y, self.net.null_class)
         self.table = solvers.euler(
@@ -72,6 +94,12 @@ def benchmarks(device):
             work.check, STEPS * batch, None, (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=batch == 4,
             device=device,
         )  # fmt: skip
+    work = TrainingStep(functools.partial(build, device), plain_loss, 128)
+    yield Benchmark(
+        "flow training step, tiny DiT", "128 images", "float32",
+        {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
+        work.check, 128, None, (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=False, device=device,
+    )  # fmt: skip
 
 
 def breakdown(batch: int, rows: int = 8) -> str:
