@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from genengine import ops, paths, sampler
-from genengine.models import likelihood
+from genengine.models import ode_likelihood
 from genengine.models.base import Model
 from genengine.nets.dit import DiT
 from genengine.nets.unet import UNet
@@ -128,8 +128,8 @@ class Guided(Model):
         """
         self._check_images(x0, "ode_log_prob")
         for name, value, allowed in (
-            ("divergence", divergence, likelihood.DIVERGENCES),
-            ("dequantisation", dequantisation, likelihood.DEQUANTISATIONS),
+            ("divergence", divergence, ode_likelihood.DIVERGENCES),
+            ("dequantisation", dequantisation, ode_likelihood.DEQUANTISATIONS),
         ):
             if value not in allowed:
                 raise ValueError(
@@ -142,9 +142,9 @@ class Guided(Model):
         grid = np.linspace(math.sqrt(start), 1.0, steps + 1) ** 2
         directions = None
         if divergence == "hutchinson":
-            directions = likelihood.rademacher(x.shape, probes, device=x.device, dtype=x.dtype, **draw)
+            directions = ode_likelihood.rademacher(x.shape, probes, device=x.device, dtype=x.dtype, **draw)
         with self._frozen():
-            density = likelihood.log_density(
+            density = ode_likelihood.log_density(
                 lambda x, t: self.velocity(x, t, labels), x, grid, method=method, probes=directions,
                 scale=self.path.prior_scale(1.0),
             )  # fmt: skip
@@ -158,11 +158,11 @@ class Guided(Model):
                     f"{self._name()}.ode_log_prob: dequantisation must be 'path' on {type(self.path).__name__}, whose "
                     "noise has an infinite rate at t = 0"
                 )
-            return *likelihood.dequantise_uniform(x0, self.num_levels, **draw), 0.0
+            return *ode_likelihood.dequantise_uniform(x0, self.num_levels, **draw), 0.0
         ratio = 1.0 / (3.0 * (self.num_levels - 1))
         start = float(self.path.t_of_log_snr(-2.0 * math.log(ratio)))
         alpha, sigma = float(self.path.alpha(start)), float(self.path.sigma(start))
-        return *likelihood.dequantise_path(x0, alpha, sigma, self.num_levels, **draw), start
+        return *ode_likelihood.dequantise_path(x0, alpha, sigma, self.num_levels, **draw), start
 
     @contextlib.contextmanager
     def _frozen(self):

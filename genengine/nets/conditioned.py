@@ -6,12 +6,13 @@ into everything its blocks need of it, and runs from there: so a sampling run co
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from genengine.nets import configs
 
 
 class Conditioned(nn.Module):
@@ -37,18 +38,7 @@ class Conditioned(nn.Module):
         Raises:
             ValueError: unknown name or field, or a value that does not fit.
         """
-        name = f"nets/{cls.__name__}"
-        if isinstance(config, str):
-            if config not in cls.configs:
-                raise ValueError(f"{name}: config must be one of {', '.join(cls.configs)}, got {config!r}")
-            config = cls.configs[config]
-        fields = dataclasses.asdict(config) if isinstance(config, cls.config_class) else dict(config)
-        fields.update(overrides)
-        known = [field.name for field in dataclasses.fields(cls.config_class)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"{name}: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(cls.config_class(**fields), seed=seed)
+        return cls(configs.resolve(f"nets/{cls.__name__}", cls.config_class, cls.configs, config, overrides), seed=seed)
 
     @property
     def null_class(self):

@@ -12,7 +12,7 @@ import torch
 
 from genengine import data, models, ops, paths
 from genengine.evaluate import evaluate_samples
-from genengine.models import FlowMatching, checkpoint, likelihood
+from genengine.models import FlowMatching, checkpoint, ode_likelihood
 from genengine.nets.dit import DiT
 from genengine.nets.unet import UNet
 from genengine.train import preset
@@ -129,10 +129,10 @@ def test_the_density_of_a_gaussian_is_the_closed_form(method, tolerance):
     velocity = lambda x, t: flow.velocity(x, t)  # noqa: E731
     expected = torch.distributions.Normal(0.2, 0.3).log_prob(x).flatten(1).sum(1)
     for steps, bound in ((20, 100 * tolerance), (80, tolerance)):  # finer steps come closer, too
-        got = likelihood.log_density(velocity, x, np.linspace(0, 1, steps + 1), method=method)
+        got = ode_likelihood.log_density(velocity, x, np.linspace(0, 1, steps + 1), method=method)
         assert (got - expected).abs().max() < bound
-    probes = likelihood.rademacher(x.shape, 2, seed=0, sample_ids=None, device=x.device, dtype=x.dtype)
-    estimate = likelihood.log_density(velocity, x, np.linspace(0, 1, 81), method=method, probes=probes)
+    probes = ode_likelihood.rademacher(x.shape, 2, seed=0, sample_ids=None, device=x.device, dtype=x.dtype)
+    estimate = ode_likelihood.log_density(velocity, x, np.linspace(0, 1, 81), method=method, probes=probes)
     torch.testing.assert_close(estimate, got)  # the Jacobian is diagonal: every +-1 probe gives its exact trace
 
 

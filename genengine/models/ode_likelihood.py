@@ -41,7 +41,7 @@ def log_density(
         (B,) float64.
     """
     if method not in METHODS:
-        raise ValueError(f"models/likelihood: method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"models/ode_likelihood: method must be one of {', '.join(METHODS)}, got {method!r}")
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for now, end in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
         h, mid = end - now, 0.5 * (now + end)
