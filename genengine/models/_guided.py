@@ -102,7 +102,7 @@ class Guided(Model):
         raise NotImplementedError
 
     def ode_log_prob(
-        self, x0, labels=None, *, steps=20, method="rk4", divergence="hutchinson", probes=1, dequantisation="path",
+        self, x0, labels=None, *, steps=10, method="rk4", divergence="hutchinson", probes=1, dequantisation="path",
         seed=0, sample_ids=None,
     ):  # fmt: skip
         """A lower bound of log p(x0 | labels) of the discrete image, by the probability-flow ODE.

@@ -68,8 +68,8 @@ class DDPM(Guided):
         },
     }  # fmt: skip
     options = (
-        Option("steps", 50, "solver steps", int),
-        Option("solver", "ddim", "solver", str, tuple(solvers.SOLVERS)),
+        Option("steps", 15, "solver steps", int),
+        Option("solver", "dpmpp_2m", "solver", str, tuple(solvers.SOLVERS)),
         Option("grid", "uniform", "spacing of the times", str, GRIDS),
         Option("guidance", 1.0, "classifier-free guidance scale; 1 is none"),
         Option("clip", None, "radius that x0 is clamped to; 0 for none, default 1 where the solver can"),
@@ -80,6 +80,7 @@ class DDPM(Guided):
         "coverage": (">=", 0.88),
         "nn_distance_ratio": (">=", 0.7),
         "nearer_train_share": ("<=", 0.61),
+        "bits_per_dim": ("<=", 1.95),
     }
 
     def __init__(
@@ -134,9 +135,10 @@ class DDPM(Guided):
             mean_output = output if self.loss_name == "vlb" else output.detach()
             nats = self._step_terms(x0.float(), x_t.float(), mean_output, v, n)
             terms["vlb"] = self.num_timesteps * nats.mean() / (math.log(2.0) * math.prod(self.image_shape))
-        weight = 1.0 if self.loss_name == "vlb" else self.vlb_weight
-        parts = [terms[name] * (1.0 if name == "simple" else weight) for name in ("simple", "vlb") if name in terms]
-        return {"loss": sum(parts[1:], parts[0]), **terms}
+        if self.loss_name == "vlb":
+            return {"loss": terms["vlb"], **terms}
+        loss = terms["simple"] + self.vlb_weight * terms["vlb"] if "vlb" in terms else terms["simple"]
+        return {"loss": loss, **terms}
 
     def _path_at(self, n):
         """(alpha, sigma, d_alpha, d_sigma), each (B,) float64, at steps n (B,) int64 on the CPU."""
@@ -245,7 +247,7 @@ class DDPM(Guided):
     # ---- sampling ----------------------------------------------------------------------------------------------
 
     def sample(
-        self, num, labels=None, *, steps=50, solver="ddim", grid="uniform", guidance=1.0, clip=None, seed=0,
+        self, num, labels=None, *, steps=15, solver="dpmpp_2m", grid="uniform", guidance=1.0, clip=None, seed=0,
         first_id=0, progress=False, check_finite=False,
     ):  # fmt: skip
         """Draw images by a solver from noise (t = 1) to data (t = 0).
