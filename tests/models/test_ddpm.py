@@ -170,6 +170,22 @@ def test_the_bound_holds_where_the_likelihood_is_known():
     assert blind.log_prob(x0).max() < perfect.log_prob(x0).min() - 1000
 
 
+@pytest.mark.parametrize(("prediction", "variance", "path"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_the_velocity_is_the_derivative_of_the_path(prediction, variance, path):
+    ddpm = model(net={"learn_sigma": variance == "learned"}, path=path, prediction=prediction, variance=variance)
+    x, labels = batch()
+    alpha, sigma, d_alpha, d_sigma = (float(c) for c in path.coefficients(0.4))
+    with torch.no_grad():
+        out = ddpm.net(x, torch.full((6,), 0.4), labels)[:, :1]
+        guess = guess_of(ddpm, x, out, alpha**2)
+        expected = d_alpha * guess + d_sigma * (x - alpha * guess) / sigma
+        torch.testing.assert_close(ddpm.velocity(x, 0.4, labels), expected, rtol=1e-3, atol=1e-4)
+    whole = ddpm.ode_log_prob(x, labels, seed=3, steps=2)
+    part = ddpm.ode_log_prob(x[1:3], labels[1:3], seed=3, steps=2, sample_ids=torch.tensor([1, 2]))
+    assert torch.isfinite(whole).all()
+    torch.testing.assert_close(whole[1:3], part, rtol=1e-3, atol=1e-1)
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
