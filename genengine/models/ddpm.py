@@ -71,7 +71,7 @@ class DDPM(Guided):
         Option("steps", 15, "solver steps", int),
         Option("solver", "dpmpp_2m", "solver", str, tuple(solvers.SOLVERS)),
         Option("grid", "uniform", "spacing of the times", str, GRIDS),
-        Option("guidance", 1.0, "classifier-free guidance scale; 1 is none"),
+        Option("guidance", None, "classifier-free guidance scale; 1 is none; default 1.1, or 1 without classes"),
         Option("clip", None, "radius that x0 is clamped to; 0 for none, default 1 where the solver can"),
     )
     bars = {
@@ -247,7 +247,7 @@ class DDPM(Guided):
     # ---- sampling ----------------------------------------------------------------------------------------------
 
     def sample(
-        self, num, labels=None, *, steps=15, solver="dpmpp_2m", grid="uniform", guidance=1.0, clip=None, seed=0,
+        self, num, labels=None, *, steps=15, solver="dpmpp_2m", grid="uniform", guidance=None, clip=None, seed=0,
         first_id=0, progress=False, check_finite=False,
     ):  # fmt: skip
         """Draw images by a solver from noise (t = 1) to data (t = 0).
@@ -266,7 +266,8 @@ class DDPM(Guided):
                 use the network's prediction alone.
             grid: "uniform" in time, at training times; "karras" in noise level^(1/7); "logit_normal".
             guidance: w in out_0 + w (out_1 - out_0), out_0 without and out_1 with the class; 1 is plain
-                conditional and costs half; a number, or (num,) for one weight per sample.
+                conditional and costs half; a number, or (num,) for one weight per sample; default 1.1, or 1 without
+                classes.
             clip: radius that the predicted x0 is clamped to, 0 for none; default 1 (but none for "lms", which
                 cannot).
             seed: int in [0, 2^64).
@@ -283,7 +284,8 @@ class DDPM(Guided):
         """
         sample_ids = self._sample_ids(num, first_id)
         labels = self._labels(num, labels)
-        guidance = self._guidance(num, guidance)
+        usual = 1.1 if self.num_classes else 1.0
+        guidance = self._guidance(num, usual if guidance is None else guidance)
         times = self._grid(solver, grid, steps)
         arguments = {"prediction": self.prediction, "guidance_scale": guidance} | self._clip(solver, clip)
         if solver == "ddpm" and self.variance == "large":

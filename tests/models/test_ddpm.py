@@ -312,7 +312,7 @@ def test_ancestral_sampling_is_the_textbook_loop_with_the_models_variance(varian
 def test_ddim_is_the_textbook_loop():
     ddpm = model(net={"learn_sigma": True})
     labels = torch.tensor([0, 1, 2])
-    out = ddpm.sample(3, labels, steps=4, solver="ddim", seed=2)
+    out = ddpm.sample(3, labels, steps=4, solver="ddim", guidance=1.0, seed=2)
     x = ops.normal((3, 1, 8, 8), seed=2, stream="init").double()
     for now, end in zip([12, 9, 6, 3], [9, 6, 3, 0], strict=True):
         bar, bar_s = (float(ddpm.path.alpha(t / 12)) ** 2 for t in (now, end))
@@ -345,7 +345,7 @@ def test_a_solver_can_use_every_training_time():
 def test_sampling_options_are_checked():
     ddpm = model()
     assert ddpm.sample(0, steps=3).shape == (0, 1, 8, 8)
-    assert torch.equal(ddpm.sample(2, steps=3, clip=1.0), ddpm.sample(2, steps=3))
+    assert torch.equal(ddpm.sample(2, steps=3, clip=1.0, guidance=1.1), ddpm.sample(2, steps=3))
     assert not torch.equal(ddpm.sample(2, steps=3, clip=0), ddpm.sample(2, steps=3))
     for options, message in (
         ({"solver": "rk45"}, "solver must be one of euler, heun"),
