@@ -216,6 +216,16 @@ class VAE(Model):
         weights = self._log_weights(x0, labels, seed, k, prior, "iwae", batch, analytic=False)
         return (torch.logsumexp(weights, dim=0) - math.log(k)).float()
 
+    def measure(self, x0, labels=None, *, seed=0):
+        """The two bounds, for the prior that `sample` takes and for N(0, 1), and the error of reconstructions: (B,)."""
+        labels, unit = self._seen(labels), -math.log(2) * math.prod(self.image_shape)
+        found = {}
+        for prior, suffix in (("auto", ""), ("normal", "_normal_prior")) if self.pixels.exact else ():
+            found[f"bits_per_dim{suffix}"] = self.bits_per_dim(x0, labels, seed=seed, prior=prior)
+            found[f"iwae_500_bits_per_dim{suffix}"] = self.iwae(x0, labels, seed=seed, prior=prior) / unit
+        rebuilt = self.reconstruct(x0, labels)
+        return found | {"reconstruction_mse": (rebuilt - x0.to(self.device)).square().flatten(1).mean(1)}
+
     def _log_weights(self, x0, labels, seed, draws, prior, method, batch, *, analytic):
         """log p(x | z) + log p(z) - log q(z | x) of each draw, (draws, B) float64; analytic: -KL for the last two."""
         if not self.pixels.exact:
