@@ -175,7 +175,7 @@ class VAE(Model):
         if not _is_int(components, 1):
             raise ValueError(f"models/VAE.fit_prior: components must be an int >= 1, got {components!r}")
         self._check_images(x0, "fit_prior")
-        labels = self._labels(len(x0), labels, "fit_prior") if self.num_classes else None
+        labels = self._given(x0, labels, "fit_prior")
         with evaluating(self.net):
             parts = [self._fitting_draws(x0, labels, part, seed) for part in _parts(len(x0), FITTING_BATCH)]
         draws = [torch.cat(draw) for draw in zip(*parts, strict=True)]
@@ -197,13 +197,18 @@ class VAE(Model):
         """The evidence lower bound, E_q[log p(x | z)] - KL(q || p), (B,) float32 in nats, by `draws` draws of z.
 
         The KL divergence is analytic for the prior "normal" and estimated by the same draws for "gmm"; "auto" is
-        "gmm" where one was fitted. A bound of the model that `sample` draws from with this prior.
+        "gmm" where one was fitted. A bound of the model that `sample` draws from with this prior. Without labels a
+        conditional model gives the bound of log mean_y p(x | y), at the cost of a pass per class.
 
         Raises:
             RuntimeError: a likelihood that is not of the levels (Bernoulli of more than two); "gmm" without a fit.
         """
-        weights = self._log_weights(x0, labels, seed, draws, prior, "log_prob", 4096, analytic=True)
-        return weights.mean(0).float()
+
+        def bound(labels):
+            weights = self._log_weights(x0, labels, seed, draws, prior, "log_prob", 4096, analytic=True)
+            return weights.mean(0)
+
+        return self._over_classes(bound, labels, len(x0))
 
     def iwae(self, x0, labels=None, *, k=500, batch=4096, seed=0, prior="auto"):
         """log (1/k) sum_j p(x, z_j) / q(z_j | x), z_j ~ q(z | x): (B,) float32 in nats, a tighter bound.
@@ -213,8 +218,19 @@ class VAE(Model):
             batch: pairs of an image and a draw that go through the decoder at a time; changes nothing but rounding.
         Burda, Grosse & Salakhutdinov 2016, eq. 8.
         """
-        weights = self._log_weights(x0, labels, seed, k, prior, "iwae", batch, analytic=False)
-        return (torch.logsumexp(weights, dim=0) - math.log(k)).float()
+
+        def bound(labels):
+            weights = self._log_weights(x0, labels, seed, k, prior, "iwae", batch, analytic=False)
+            return torch.logsumexp(weights, dim=0) - math.log(k)
+
+        return self._over_classes(bound, labels, len(x0))
+
+    def _over_classes(self, bound, labels, num):
+        """bound(labels) (B,), as float32; of log mean_y p(x | y) for a conditional model without labels."""
+        if labels is not None or not self.num_classes:
+            return bound(labels).float()
+        each = [bound(torch.full((num,), y, dtype=torch.int64)) for y in range(self.num_classes)]
+        return (torch.logsumexp(torch.stack(each), 0) - math.log(self.num_classes)).float()
 
     def measure(self, x0, labels=None, *, seed=0):
         """The two bounds, for the prior that `sample` takes and for N(0, 1), and the error of reconstructions: (B,)."""
@@ -223,6 +239,8 @@ class VAE(Model):
         for prior, suffix in (("auto", ""), ("normal", "_normal_prior")) if self.pixels.exact else ():
             found[f"bits_per_dim{suffix}"] = self.bits_per_dim(x0, labels, seed=seed, prior=prior)
             found[f"iwae_500_bits_per_dim{suffix}"] = self.iwae(x0, labels, seed=seed, prior=prior) / unit
+        if self.num_classes and labels is None:
+            return found
         rebuilt = self.reconstruct(x0, labels)
         return found | {"reconstruction_mse": (rebuilt - x0.to(self.device)).square().flatten(1).mean(1)}
 
@@ -280,7 +298,7 @@ class VAE(Model):
         """Mean and log-variance of q(z | x), each (B, *latent_shape) float32."""
         with evaluating(self.net):
             self._check_images(x0, "encode")
-            labels = self._labels(len(x0), labels, "encode") if self.num_classes else None
+            labels = self._given(x0, labels, "encode")
             return self.net.encode(x0.to(self.device), labels)
 
     @torch.inference_mode()
@@ -386,6 +404,14 @@ class VAE(Model):
         if prior == "gmm" and not fitted:
             raise RuntimeError(f"models/VAE.{method}: prior 'gmm' has not been fitted; call fit_prior or use 'normal'")
         return ("gmm" if fitted else "normal") if prior == "auto" else prior
+
+    def _given(self, x0, labels, method):
+        """The labels of real images, checked: a conditional network's latents are those of a class."""
+        if not self.num_classes:
+            return None
+        if labels is None:
+            raise ValueError(f"models/VAE.{method}: labels must be given for a conditional model, got None")
+        return self._labels(len(x0), labels, method)
 
     def _seen(self, labels):
         """The labels on the network's device if it looks at them."""
