@@ -52,18 +52,19 @@ def em_fit(z, components, *, covariance="full", seed=0, step=0, iterations=200, 
         r = torch.exp(joint - total[:, None])
         count = r.sum(0).clamp_min(1e-10)
         weights, means = count / count.sum(), (r.T @ z) / count[:, None]
-        centred = z[None] - means[:, None]  # (K, N, D)
-        second = torch.einsum("nk,knd,kne->kde", r, centred, centred) / count[:, None, None]
-        covariances = _shaped(second, covariance, floor)
+        centred = (z - mean for mean in means)  # one component at a time: (N, D)
+        second = [(r[:, k, None] * d).T @ d / count[k] for k, d in enumerate(centred)]
+        covariances = _shaped(torch.stack(second), covariance, floor)
     return weights, means, torch.linalg.cholesky(covariances)
 
 
 def component_log_prob(z, means, factors) -> Tensor:
     """log N(z_i; mean_k, F_k F_k^T), (N, K); z (N, D), means (K, D), factors (K, D, D) lower-triangular."""
-    centred = (z[None] - means[:, None]).transpose(1, 2)  # (K, D, N)
-    white = torch.linalg.solve_triangular(factors, centred, upper=False)
-    log_det = torch.diagonal(factors, dim1=1, dim2=2).log().sum(1)
-    return (-0.5 * white.square().sum(1) - log_det[:, None] - 0.5 * z.shape[1] * math.log(2 * math.pi)).T
+    found = []
+    for mean, factor in zip(means, factors, strict=True):
+        white = torch.linalg.solve_triangular(factor, (z - mean).T, upper=False)  # (D, N)
+        found.append(-0.5 * white.square().sum(0) - torch.diagonal(factor).log().sum())
+    return torch.stack(found, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
 
 def _spread_points(z, count, seed, step):

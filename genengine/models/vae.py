@@ -21,6 +21,7 @@ from genengine.nets.vae import VAENet
 PRIORS = ("auto", "gmm", "normal")
 PIXELS = ("sample", "mean")
 FITTING_DRAWS = 4  # of q(z | x) per image, to fit a mixture
+FITTING_BATCH = 1024  # images that go through the encoder at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class VAEOptions:
         kl: "analytic", or "monte_carlo" for the one-sample estimate.  free_bits: nats per latent element that cost
             nothing, "analytic" only.
         prior_components: of the mixture fitted to the latents after training (per class, if conditional); 0 for none.
+            It keeps dim x dim numbers per component: choose 0 for spatial latents that another model is to draw.
         prior_covariance: "full" or "diag".
     """
 
@@ -172,13 +174,22 @@ class VAE(Model):
         components = self.settings.prior_components if components is None else components
         if not _is_int(components, 1):
             raise ValueError(f"models/VAE.fit_prior: components must be an int >= 1, got {components!r}")
-        mean, logvar, labels = self._posterior(x0, labels, "fit_prior")
-        draws = [self._draw(mean, logvar, seed=seed, step=i)[0].flatten(1) for i in range(FITTING_DRAWS)]
+        self._check_images(x0, "fit_prior")
+        labels = self._given(x0, labels, "fit_prior")
+        with evaluating(self.net):
+            parts = [self._fitting_draws(x0, labels, part, seed) for part in _parts(len(x0), FITTING_BATCH)]
+        draws = [torch.cat(draw) for draw in zip(*parts, strict=True)]
         if components != self.settings.prior_components or not hasattr(self.net, "prior"):
             self.settings = dataclasses.replace(self.settings, prior_components=components)
             self.net.prior = MixturePrior(max(self.num_classes, 1), components, draws[0].shape[1]).to(self.device)
         labels = None if labels is None else labels.repeat(FITTING_DRAWS)
         self.net.prior.fit(torch.cat(draws), labels, covariance=self.settings.prior_covariance, seed=seed)
+
+    def _fitting_draws(self, x0, labels, part, seed):
+        """`FITTING_DRAWS` draws of q(z | x), each (n, D), of the n images numbered by `part`."""
+        own = x0[part.start : part.stop].to(self.device)
+        mean, logvar = self.net.encode(own, None if labels is None else labels[part.start : part.stop])
+        return [self._draw(mean, logvar, part, seed=seed, step=i)[0].flatten(1) for i in range(FITTING_DRAWS)]
 
     # ---- likelihood ------------------------------------------------------------------------------------------------
 
@@ -186,29 +197,55 @@ class VAE(Model):
         """The evidence lower bound, E_q[log p(x | z)] - KL(q || p), (B,) float32 in nats, by `draws` draws of z.
 
         The KL divergence is analytic for the prior "normal" and estimated by the same draws for "gmm"; "auto" is
-        "gmm" where one was fitted. A bound of the model that `sample` draws from with this prior.
+        "gmm" where one was fitted. A bound of the model that `sample` draws from with this prior. Without labels a
+        conditional model gives the bound of log mean_y p(x | y), at the cost of a pass per class.
 
         Raises:
             RuntimeError: a likelihood that is not of the levels (Bernoulli of more than two); "gmm" without a fit.
         """
-        total = 0.0
-        for log_weight in self._log_weights(x0, labels, seed, draws, prior, "log_prob", analytic=True):
-            total = total + log_weight
-        return (total / draws).float()
+
+        def bound(labels):
+            weights = self._log_weights(x0, labels, seed, draws, prior, "log_prob", 4096, analytic=True)
+            return weights.mean(0)
+
+        return self._over_classes(bound, labels, len(x0))
 
     def iwae(self, x0, labels=None, *, k=500, batch=4096, seed=0, prior="auto"):
         """log (1/k) sum_j p(x, z_j) / q(z_j | x), z_j ~ q(z | x): (B,) float32 in nats, a tighter bound.
 
         Args:
             k: draws per image; draw j is of (seed, image's place, step j), stream "reparameterize".
-            batch: images times draws that go through the decoder at a time; changes nothing but rounding.
+            batch: pairs of an image and a draw that go through the decoder at a time; changes nothing but rounding.
         Burda, Grosse & Salakhutdinov 2016, eq. 8.
         """
-        found = self._log_weights(x0, labels, seed, k, prior, "iwae", analytic=False, batch=batch)
-        return (torch.logsumexp(torch.stack(list(found)), dim=0) - math.log(k)).float()
 
-    def _log_weights(self, x0, labels, seed, draws, prior, method, *, analytic, batch=4096):
-        """For each draw log p(x | z) + log p(z) - log q(z | x), (B,) float64; analytic: -KL for the last two."""
+        def bound(labels):
+            weights = self._log_weights(x0, labels, seed, k, prior, "iwae", batch, analytic=False)
+            return torch.logsumexp(weights, dim=0) - math.log(k)
+
+        return self._over_classes(bound, labels, len(x0))
+
+    def _over_classes(self, bound, labels, num):
+        """bound(labels) (B,), as float32; of log mean_y p(x | y) for a conditional model without labels."""
+        if labels is not None or not self.num_classes:
+            return bound(labels).float()
+        each = [bound(torch.full((num,), y, dtype=torch.int64)) for y in range(self.num_classes)]
+        return (torch.logsumexp(torch.stack(each), 0) - math.log(self.num_classes)).float()
+
+    def measure(self, x0, labels=None, *, seed=0):
+        """The two bounds, for the prior that `sample` takes and for N(0, 1), and the error of reconstructions: (B,)."""
+        labels, unit = self._seen(labels), -math.log(2) * math.prod(self.image_shape)
+        found = {}
+        for prior, suffix in (("auto", ""), ("normal", "_normal_prior")) if self.pixels.exact else ():
+            found[f"bits_per_dim{suffix}"] = self.bits_per_dim(x0, labels, seed=seed, prior=prior)
+            found[f"iwae_500_bits_per_dim{suffix}"] = self.iwae(x0, labels, seed=seed, prior=prior) / unit
+        if self.num_classes and labels is None:
+            return found
+        rebuilt = self.reconstruct(x0, labels)
+        return found | {"reconstruction_mse": (rebuilt - x0.to(self.device)).square().flatten(1).mean(1)}
+
+    def _log_weights(self, x0, labels, seed, draws, prior, method, batch, *, analytic):
+        """log p(x | z) + log p(z) - log q(z | x) of each draw, (draws, B) float64; analytic: -KL for the last two."""
         if not self.pixels.exact:
             raise RuntimeError(
                 f"models/VAE.{method}: {self.settings.likelihood!r} is no likelihood of {self.num_levels} levels; "
@@ -216,32 +253,43 @@ class VAE(Model):
             )
         if not _is_int(draws, 1) or not _is_int(batch, 1):
             raise ValueError(f"models/VAE.{method}: draws and batch must be ints >= 1, got {draws!r} and {batch!r}")
-        prior = self._which(prior, method)
+        self._check_images(x0, method)
+        labels = self._labels(len(x0), labels, method) if self.num_classes else None
+        prior, found = self._which(prior, method), []
         with torch.inference_mode(), evaluating(self.net):
-            mean, logvar, labels = self._posterior(x0, labels, method)
-            at_once = max(1, batch // max(len(x0), 1))
-            for first in range(0, draws, at_once):
-                steps = range(first, min(first + at_once, draws))
-                drawn = [self._draw(mean, logvar, seed=seed, step=step) for step in steps]
-                z = torch.cat([z for z, _ in drawn])
-                y = None if labels is None else labels.repeat(len(steps))
-                log_p = self.pixels.log_prob(self.net.decode(z, y), x0.repeat(len(steps), 1, 1, 1)).double()
-                if prior == "normal":
-                    kl = self._kl(mean, logvar).repeat(len(steps)) if analytic else torch.cat([kl for _, kl in drawn])
-                    log_p = log_p - kl.double()
-                else:
-                    log_q = torch.cat([kl for _, kl in drawn]).double() + _standard_log_prob(z)
-                    log_p = log_p + self.net.prior.log_prob(z.flatten(1), y).double() - log_q
-                yield from log_p.view(len(steps), len(x0)).unbind(0)
+            for part in _parts(len(x0), batch):
+                own = x0[part.start : part.stop].to(self.device)
+                y = None if labels is None else labels[part.start : part.stop]
+                posterior = self.net.encode(own, y)
+                rows = [
+                    self._some_weights(own, y, posterior, part, steps, seed, prior, analytic)
+                    for steps in _parts(draws, max(1, batch // max(len(own), 1)))
+                ]
+                found.append(torch.cat(rows))
+        return torch.cat(found, 1) if found else x0.new_zeros(draws, 0, dtype=torch.float64)
+
+    def _some_weights(self, x0, labels, posterior, part, steps, seed, prior, analytic):
+        """The rows `steps` of `_log_weights` for the images numbered by `part`, in one pass of the decoder."""
+        drawn = [self._draw(*posterior, part, seed=seed, step=step) for step in steps]
+        z, difference = torch.cat([z for z, _ in drawn]), torch.cat([kl for _, kl in drawn]).double()
+        y = None if labels is None else labels.repeat(len(steps))
+        log_p = self.pixels.log_prob(self.net.decode(z, y), x0.repeat(len(steps), 1, 1, 1)).double()
+        if prior == "gmm":
+            log_q = difference + _standard_log_prob(z)
+            log_p = log_p + self.net.prior.log_prob(z.flatten(1), y).double() - log_q
+        else:
+            log_p = log_p - (self._kl(*posterior).double().repeat(len(steps)) if analytic else difference)
+        return log_p.view(len(steps), len(x0))
 
     @staticmethod
     def _kl(mean, logvar):
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
     @staticmethod
-    def _draw(mean, logvar, *, seed, step):
-        """z ~ q and log q(z) - log N(z; 0, 1)."""
-        return ops.reparameterize(mean, logvar, seed=seed, step=step, kl="monte_carlo")
+    def _draw(mean, logvar, part, *, seed, step):
+        """z ~ q and log q(z) - log N(z; 0, 1), for the images numbered by `part`, a range."""
+        ids = torch.arange(part.start, part.stop, device=mean.device)
+        return ops.reparameterize(mean, logvar, seed=seed, sample_ids=ids, step=step, kl="monte_carlo")
 
     # ---- latents ---------------------------------------------------------------------------------------------------
 
@@ -249,7 +297,9 @@ class VAE(Model):
     def encode(self, x0, labels=None):
         """Mean and log-variance of q(z | x), each (B, *latent_shape) float32."""
         with evaluating(self.net):
-            return self._posterior(x0, labels, "encode")[:2]
+            self._check_images(x0, "encode")
+            labels = self._given(x0, labels, "encode")
+            return self.net.encode(x0.to(self.device), labels)
 
     @torch.inference_mode()
     def decode(self, z, labels=None):
@@ -305,13 +355,6 @@ class VAE(Model):
         labels = None if labels is None else labels.repeat_interleave(points.shape[1])
         return self.decode(points.flatten(0, 1), labels).unflatten(0, points.shape[:2])
 
-    def _posterior(self, x0, labels, method):
-        """mean, logvar and the labels that the network sees."""
-        self._check_images(x0, method)
-        labels = self._labels(len(x0), labels, method) if self.num_classes else None
-        mean, logvar = self.net.encode(x0.to(self.device), labels)
-        return mean, logvar, labels
-
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def sample(
@@ -362,6 +405,14 @@ class VAE(Model):
             raise RuntimeError(f"models/VAE.{method}: prior 'gmm' has not been fitted; call fit_prior or use 'normal'")
         return ("gmm" if fitted else "normal") if prior == "auto" else prior
 
+    def _given(self, x0, labels, method):
+        """The labels of real images, checked: a conditional network's latents are those of a class."""
+        if not self.num_classes:
+            return None
+        if labels is None:
+            raise ValueError(f"models/VAE.{method}: labels must be given for a conditional model, got None")
+        return self._labels(len(x0), labels, method)
+
     def _seen(self, labels):
         """The labels on the network's device if it looks at them."""
         return labels.to(self.device) if labels is not None and self.num_classes else None
@@ -394,6 +445,11 @@ class VAE(Model):
             pixels = likelihoods.build(settings.likelihood, channels, rest["num_levels"], settings.components)
             net["out_channels"] = pixels.num_maps()
         return cls(VAENet.from_config(named, seed=seed, **net), **rest)
+
+
+def _parts(num, size):
+    """0 .. num - 1 as ranges of at most `size`."""
+    return [range(first, min(first + size, num)) for first in range(0, num, size)]
 
 
 def _standard_log_prob(z):

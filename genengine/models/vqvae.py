@@ -37,7 +37,7 @@ class VQVAE(Model):
                 "prior": {"name": "pixelcnn", "config": "codes", "dim": 48, "depth": 4, "head_dim": 96, "embedding": 32,
                           "first_size": 5, "dropout": 0.3},
             },
-            "steps": 1200,
+            "steps": 800,
         },
         "smoke": {
             "model": {
@@ -150,16 +150,19 @@ class VQVAE(Model):
             "interpolations": self.interpolate(x0, x0.roll(-1, 0), 7),
         }
 
-    def measure(self, x0, labels=None):
-        """What a VQ-VAE has instead of a likelihood of the pixels, a dict of floats.
+    def measure(self, x0, labels=None, *, seed=0):
+        """What a VQ-VAE has instead of a likelihood of the pixels: name -> (B,).
 
-        reconstruction_mse: in [-1, 1] units.  perplexity: of the codes used.  bits_per_code: of the prior, if any.
+        reconstruction_mse: in [-1, 1] units.  perplexity: of the codes of all these images, the same for each.
+        bits_per_code: of the prior, if there is one.
         """
-        index = self.encode(x0)
-        mse = (self.decode(index) - x0.to(self.device)).square().mean()
-        found = {"reconstruction_mse": float(mse), "perplexity": float(perplexity(index, self.net.config.codes))}
+        x0, index = x0.to(self.device), self.encode(x0)
+        found = {
+            "reconstruction_mse": (self.decode(index) - x0).square().flatten(1).mean(1),
+            "perplexity": perplexity(index, self.net.config.codes).expand(len(x0)),
+        }
         if self.prior is not None:
-            found["bits_per_code"] = float(self.prior.bits_per_dim(self._as_pixels(x0.to(self.device)), labels).mean())
+            found["bits_per_code"] = self.prior.bits_per_dim(self._as_pixels(x0), labels)
         return found
 
     def diagnose(self, x0, labels, *, seed, step):

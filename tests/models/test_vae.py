@@ -186,7 +186,7 @@ def test_the_elbo_is_its_definition():
     sigma = vae.net.sigma
     expected = -0.5 * error / sigma**2 - 4 * math.log(sigma * math.sqrt(2 * math.pi))
     expected = expected - 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1)
-    torch.testing.assert_close(vae.log_prob(x, draws=40000), expected.detach(), rtol=0, atol=0.15)
+    torch.testing.assert_close(vae.log_prob(x, draws=20000), expected.detach(), rtol=0, atol=0.4)
 
 
 def test_bounds_do_not_depend_on_how_draws_are_batched():
@@ -200,6 +200,32 @@ def test_bounds_do_not_depend_on_how_draws_are_batched():
     assert torch.equal(whole, vae.iwae(x0, k=12, seed=4)) and vae.net.training
     bits = vae.bits_per_dim(x0, seed=1)
     torch.testing.assert_close(bits, -vae.log_prob(x0, seed=1) / (64 * math.log(2)))
+
+
+def test_without_labels_a_conditional_model_sums_over_the_classes():
+    vae = model(net={"conditional": True})
+    x0, _ = batch()
+    for bound in (vae.log_prob, lambda x, labels=None: vae.iwae(x, labels, k=7)):
+        each = torch.stack([bound(x0, torch.full((6,), y)) for y in range(3)])
+        torch.testing.assert_close(bound(x0), torch.logsumexp(each, 0) - math.log(3), rtol=1e-5, atol=1e-3)
+    with pytest.raises(ValueError, match="labels must be given for a conditional model"):
+        vae.reconstruct(x0)
+
+
+def test_what_is_measured_is_what_the_bounds_say():
+    for conditional in (False, True):
+        vae = model(net={"conditional": conditional}, prior_components=2)
+        x0, labels = batch()
+        vae.fit_prior(x0, labels)
+        given = labels if conditional else None
+        found = vae.measure(x0, labels, seed=2)
+        assert list(found)[0] == "bits_per_dim" and all(value.shape == (6,) for value in found.values())
+        torch.testing.assert_close(found["bits_per_dim"], vae.bits_per_dim(x0, given, seed=2, prior="gmm"))
+        expected = -vae.iwae(x0, given, seed=2, prior="normal") / (64 * math.log(2))
+        torch.testing.assert_close(found["iwae_500_bits_per_dim_normal_prior"], expected)
+        error = (vae.reconstruct(x0, given) - x0).square().flatten(1).mean(1)
+        torch.testing.assert_close(found["reconstruction_mse"], error)
+    assert "bits_per_dim" not in model(likelihood="bernoulli").measure(x0)
 
 
 def test_a_bound_of_what_is_no_likelihood_is_refused():
@@ -332,7 +358,7 @@ def test_save_and_load_keep_everything(tmp_path):
 
 
 def test_training_learns_resumes_and_fits_the_prior(tmp_path):
-    config = preset("vae", "smoke", steps=40, batch_size=64, model={"net": {"dropout": 0.1}})
+    config = preset("vae", "smoke", steps=40, batch_size=64, model={"net": {"dropout": 0.1}, "prior_components": 1})
     whole = train(config, tmp_path / "whole", progress=False)
     vae = VAE.load(whole)
     x0, _ = data.digits("test")

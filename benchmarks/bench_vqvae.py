@@ -1,0 +1,126 @@
+"""VQ-VAE: a training step, and the search for the nearest codes against distances and one-hots as people write them.
+
+"eager" has every op in its plain form (`eager.ops`) and a codebook by full distances, one-hot products included, as in
+the common implementations; "torch.compile" compiles that.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from genengine import ops
+from genengine.benchmarks import eager
+from genengine.benchmarks.harness import Benchmark, faster
+from genengine.models import VQVAE
+from genengine.nets import vq
+
+SEED = 3
+
+
+def one_hot_codes(z, codebook):
+    """All distances, the nearest, and the codes as a product with a one-hot matrix."""
+    distances = z.square().sum(1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(1)
+    index = distances.argmin(1)
+    return F.one_hot(index, len(codebook)).to(z.dtype) @ codebook, index
+
+
+class Search:
+    """The nearest of K codes for N rows."""
+
+    def __init__(self, n, k, d, device):
+        self.z = ops.normal((n, d), seed=1, device=device)
+        self.codebook = ops.normal((k, d), seed=2, device=device)
+        self.compiled_codes = None
+
+    def fused(self):
+        return self.codebook[vq.nearest_code(self.z, self.codebook)]
+
+    def eager(self):
+        return one_hot_codes(self.z, self.codebook)[0]
+
+    def compiled(self):
+        if self.compiled_codes is None:
+            self.compiled_codes = torch.compile(one_hot_codes)
+        return self.compiled_codes(self.z, self.codebook)[0]
+
+    def check(self):
+        ours, theirs = (
+            (self.z.double() - codes.double()).square().sum(1) for codes in (self.fused(), self.eager())
+        )  # of equally near codes either may be taken
+        gap = (ours - theirs).abs().max().item()
+        assert gap < 1e-3, f"the codes found are {gap} further away"
+
+
+class Training:
+    """A training step of the autoencoder with the loss's gradients and the codebook's averages."""
+
+    def __init__(self, config, batch, device):
+        self.vae = VQVAE.from_config({"family": "vqvae", "net": {"name": "vq", "config": config}}).to(device).train()
+        self.x0 = ops.uniform((batch, *self.vae.image_shape), seed=1, device=device) * 2 - 1
+        self.vae.terms(self.x0, seed=SEED)  # puts the codes on the data
+        self.compiled_loss = None
+
+    def step(self, loss):
+        for parameter in self.vae.net.parameters():
+            parameter.grad = None
+        with torch.enable_grad():
+            value = loss()
+            value.backward()
+        return value.detach()
+
+    def fused(self):
+        return self.step(lambda: self.vae.loss(self.x0, seed=SEED))
+
+    def eager_loss(self):
+        """The loss and the averages of the codebook by one-hot products."""
+        net, book = self.vae.net, self.vae.net.codebook
+        z = net.encode(self.x0)
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+        e, index = one_hot_codes(rows, book.weight)
+        e = e.detach().view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+        loss = (net.decode(z + (e - z).detach()) - self.x0).square().mean()
+        loss = loss + self.vae.commitment * (z - e).square().mean()
+        with torch.no_grad():
+            hot = F.one_hot(index, len(book.use)).to(z.dtype)
+            book.use.mul_(book.decay).add_(hot.sum(0), alpha=1 - book.decay)
+            book.sums.mul_(book.decay).add_(hot.T @ rows, alpha=1 - book.decay)
+            total = book.use.sum()
+            smoothed = (book.use + book.eps) / (total + len(book.use) * book.eps) * total
+            book.weight.copy_(book.sums / smoothed[:, None])
+        return loss
+
+    def eager(self):
+        return self.step(eager.calling(self.eager_loss))
+
+    def compiled(self):
+        if self.compiled_loss is None:
+            self.compiled_loss = torch.compile(eager.calling(self.eager_loss))
+        return self.step(self.compiled_loss)
+
+    def check(self):
+        kept = {name: value.clone() for name, value in self.vae.net.state_dict().items()}
+        found = []
+        for run in (self.fused, self.eager):
+            self.vae.net.load_state_dict(kept)
+            found.append([run(), *(p.grad.clone() for p in self.vae.net.parameters())])
+        self.vae.net.load_state_dict(kept)
+        for mine, theirs in zip(*found, strict=True):
+            gap = (mine - theirs).abs().max().item()
+            assert gap <= 5e-3 * theirs.abs().max().item() + 1e-5, f"losses or gradients differ by {gap}"
+
+
+def benchmarks(device):
+    goals = (faster("eager", 1.0), faster("torch.compile", 1.0))
+    for n, k, d, quick in ((2048, 128, 16, True), (16384, 1024, 64, False), (16384, 8192, 64, False)):
+        work = Search(n, k, d, device)
+        yield Benchmark(
+            "nearest codes", f"{n} x {d}, {k} codes", "float32",
+            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
+            work.check, n * d, 4 * (2 * n * d + k * d), goals, quick=quick, device=device,
+        )  # fmt: skip
+    for config, batch, quick in (("tiny", 32, True), ("vq_32", 16, False)):
+        work = Training(config, batch, device)
+        yield Benchmark(
+            f"VQ-VAE {config}, training step", f"{batch} images", "float32",
+            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
+            work.check, batch, None, goals, quick=quick, device=device,
+        )  # fmt: skip
