@@ -78,7 +78,7 @@ class GAN(Model):
                 "net": {"name": "dcgan", "config": "tiny"}, "loss": "non_saturating", "r1_gamma": 0.3, "r1_every": 8,
                 "augment": ["translation"],
             },
-            "steps": 3000, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.995,
+            "steps": 4500, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.995,
             "clip_norm": 10.0,
         },
         "smoke": {
