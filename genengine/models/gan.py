@@ -76,7 +76,7 @@ class GAN(Model):
                 "net": {"name": "dcgan", "config": "tiny"}, "loss": "non_saturating", "r1_gamma": 0.3, "r1_every": 8,
                 "augment": ["translation"],
             },
-            "steps": 3500, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.995,
+            "steps": 4500, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.995,
             "clip_norm": 10.0,
         },
         "smoke": {
@@ -158,7 +158,8 @@ class GAN(Model):
         mean (|dD/dx| - 1)^2 at x = t real + (1 - t) fake, t uniform of the stream "time". Arguments as of `loss`.
 
         Returns:
-            {"loss", "real", "fake"}: the mean logits too, and "r1" or "gradient_penalty" where there was one.
+            {"loss", "real", "fake"}: the mean logits too, and "penalty", what was added to the loss (0 where none was
+            due: over many turns its mean is what R1 or the gradient penalty comes to).
         """
         draw, labels = self._draw(seed, sample_ids, step), self._given(labels)
         r1 = penalise and self.r1_gamma > 0 and self.kind != "wgan_gp"
@@ -169,19 +170,17 @@ class GAN(Model):
         real = diff_augment.augment(x0, self.augment, part=REAL, **draw)
         logits = self.discriminator(real, labels), self.discriminator(fake, labels)
         loss = discriminator_loss(self.kind, *logits)
-        terms = {"real": logits[0].mean().detach(), "fake": logits[1].mean().detach()}
+        penalty = torch.zeros((), device=x0.device)
         if r1:
             norm = input_gradient(logits[0], x0).square().sum((1, 2, 3))
-            terms["r1"] = norm.mean().detach()
-            loss = loss + (0.5 * self.r1_gamma * self.r1_every) * norm.mean()
+            penalty = (0.5 * self.r1_gamma * self.r1_every) * norm.mean()
         if self.kind == "wgan_gp":
             t = ops.uniform((len(x0), 1, 1, 1), stream="time", device=x0.device, **draw)
             between = (t * real + (1 - t) * fake).detach().requires_grad_()
             slope = input_gradient(self.discriminator(between, labels), between)
-            penalty = (slope.square().sum((1, 2, 3)).add(1e-12).sqrt() - 1).square().mean()
-            terms["gradient_penalty"] = penalty.detach()
-            loss = loss + self.gp_weight * penalty
-        return {"loss": loss, **terms}
+            penalty = self.gp_weight * (slope.square().sum((1, 2, 3)).add(1e-12).sqrt() - 1).square().mean()
+        means = {name: value.mean().detach() for name, value in zip(("real", "fake"), logits, strict=True)}
+        return {"loss": loss + penalty, **means, "penalty": penalty.detach()}
 
     def _draw(self, seed, sample_ids, step):
         sample_ids = None if sample_ids is None else sample_ids.to(self.device)

@@ -157,8 +157,8 @@ class PixelCNN(Model):
 
         As the uniforms are known beforehand, the image is the only solution of x = F(x), where F draws every pixel from
         the distribution that the network gives at x. Repeated whole-image passes x <- F(x) settle at least one more
-        pixel each, usually many, and end when nothing changes: the same image as pixel by pixel. Rows that are settled
-        and further above than the network reaches are not computed again.
+        pixel each, usually many, and end when nothing changes: the same image as pixel by pixel. Images that are done,
+        and settled rows further above than the network reaches, are not computed again.
 
         Args:
             num: number of images, 0 too.
@@ -203,43 +203,47 @@ class PixelCNN(Model):
         return {"completions: given, drawn, real": torch.cat([cut[:, None], drawn, x0[:, None]], dim=1)}
 
     def _settle(self, x, labels, draw, given, known, progress, check_finite):
-        """x <- F(x) in place until nothing changes."""
+        """x <- F(x) in place until nothing changes; images that are done leave the batch."""
         size = self.image_shape[1]
         first = 0  # the first row with a pixel that may still change
+        place, part = torch.arange(len(x), device=x.device), x.clone()  # part: the images x[place]
         with _progress_bar(progress, size) as bar:
-            while first < size:
+            while len(place):
                 top = max(0, first - self.net.reach)
-                output = self.net(x[:, :, top:], labels, first_row=top).float()
+                y = None if labels is None else labels[place]
+                output = self.net(part[:, :, top:], y, first_row=top).float()
                 if check_finite and not torch.isfinite(output).all():
                     raise FloatingPointError(
                         f"models/PixelCNN.sample: the network's output is not finite, at rows {top} .. {size - 1}"
                     )
-                new = draw(output[..., first - top :, :], first)
-                old = x[:, :, first:]
+                new = draw(output[..., first - top :, :], first, place)
                 if known is not None:
-                    new = torch.where(known[:, :, first:], given[:, :, first:], new)
-                changed = (new != old).flatten(0, 1).any(0).any(1)  # (rows left,)
-                old.copy_(new)
-                # Up to the first change F's arguments were the final ones, so what they gave is final: in rows before
-                # that of the change all pixels are settled.
-                settled = int(torch.argmax(changed.int())) if bool(changed.any()) else size - first
+                    new = torch.where(known[place][:, :, first:], given[place][:, :, first:], new)
+                changed = (new != part[:, :, first:]).any(3).any(1)  # (B, rows left)
+                part[:, :, first:] = new
+                going = changed.any(1)
+                # Up to its first change F's argument was final, so what it gave is final: rows before that are settled.
+                settled = int(changed.any(0).int().argmax()) if bool(going.any()) else size - first
                 first += settled
                 if bar is not None:
                     bar.update(settled)
+                if int(going.sum()) <= 0.75 * len(place):
+                    x[place[~going]] = part[~going]
+                    place, part = place[going], part[going]
 
     def _drawer(self, ids, temperature, seed):
-        """draw(output of rows first .., first) -> their pixels: F without the network."""
+        """draw(output of rows first .. of the images `place`, first, place) -> their pixels: F without the network."""
         c, size, _ = self.image_shape
         if self.net.config.head == "categorical":
             u = ops.uniform((len(ids), size, size, c), seed=seed, sample_ids=ids, stream="uniform", device=ids.device)
             u = u.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W)
-            return lambda output, first: self.pixels(inverse_cdf(output, u[:, :, first:], temperature))
+            return lambda output, first, place: self.pixels(inverse_cdf(output, u[place][:, :, first:], temperature))
 
-        def draw(output, first):
+        def draw(output, first, place):
             # The op counts pixels from the first of what it is given: rows above are filled up.
             whole = F.pad(output, (0, 0, first, 0))
             options = {"channels": c, "bins": self.num_levels, "temperature": float(temperature)}
-            return ops.logistic_mixture_sample(whole, seed=seed, sample_ids=ids, **options)[:, :, first:]
+            return ops.logistic_mixture_sample(whole, seed=seed, sample_ids=ids[place], **options)[:, :, first:]
 
         return draw
 

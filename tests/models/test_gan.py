@@ -70,16 +70,14 @@ def test_the_turns_are_the_formulas_with_their_draws(kind):
         t = ops.uniform((6, 1, 1, 1), stream="time", **DRAW)
         between = (t * x0 + (1 - t) * fake).requires_grad_()
         (slope,) = torch.autograd.grad(gan.discriminator(between, y).sum(), between)
-        expected = expected + 4.0 * ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
-        assert "gradient_penalty" in terms
+        penalty = 4.0 * ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
     else:
         (slope,) = torch.autograd.grad(real.sum(), x, retain_graph=True)
-        r1 = (slope.flatten(1) ** 2).sum(1).mean()
-        torch.testing.assert_close(terms["r1"], r1)
-        expected = expected + 0.7 / 2 * 3 * r1
+        penalty = 0.7 / 2 * 3 * (slope.flatten(1) ** 2).sum(1).mean()
         plain = gan.discriminator_terms(x0, y, **DRAW, penalise=False)
-        assert "r1" not in plain and plain["loss"] < terms["loss"]
-    torch.testing.assert_close(terms["loss"], expected.detach(), rtol=1e-5, atol=1e-6)
+        assert plain["penalty"] == 0 and plain["loss"] < terms["loss"] and set(plain) == set(terms)
+    torch.testing.assert_close(terms["penalty"], penalty, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(terms["loss"], (expected + penalty).detach(), rtol=1e-5, atol=1e-6)
     terms["loss"].backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in gan.discriminator.parameters())
     assert all(p.grad is None for p in gan.generator.parameters())
@@ -118,7 +116,8 @@ def test_turns_are_k_of_the_discriminator_then_one_of_the_generator():
     networks = [turn.network for turn in gan.turns(0)]
     assert networks == ["discriminator"] * 3 + ["generator"] and gan.averaged == ("generator",)
     x0, y = batch()
-    penalised = ["r1" in turn.terms(x0, y, seed=0, step=0) for step in range(4) for turn in gan.turns(step)[:3]]
+    turns = [turn for step in range(4) for turn in gan.turns(step)[:3]]
+    penalised = [bool(turn.terms(x0, y, seed=0, step=0)["penalty"] > 0) for turn in turns]
     assert penalised == [i % 4 == 0 for i in range(12)]  # every r1_every-th turn of the discriminator, not iteration
 
 

@@ -1,0 +1,91 @@
+"""The tiny DCGAN: images from latents, and the turns of a training iteration, against the same networks in plain
+PyTorch. R1 differentiates twice, which torch.compile cannot: that row has no such variant.
+"""
+
+import torch
+
+from genengine import data
+from genengine.benchmarks import eager
+from genengine.benchmarks.harness import Benchmark, faster
+from genengine.models import GAN
+
+
+def digits_model(device):
+    return GAN.from_config(
+        {"net": {"name": "dcgan", "config": "tiny"}, "augment": ["translation"], "num_levels": 17}
+    ).to(device)
+
+
+class Sampling:
+    """One batch size of the generator."""
+
+    def __init__(self, batch, device):
+        self.model, self.batch = digits_model(device), batch
+        self.y = torch.arange(batch, device=device) % 10
+        self.plain = eager.calling(self.model.generator.forward)
+        self.compiled_generator = None
+        self.z = self.model.latents(batch, seed=0)
+
+    def fused(self):
+        return self.model.sample(self.batch, self.y, seed=0)
+
+    @torch.no_grad()
+    def eager(self):
+        return self.plain(torch.randn_like(self.z), self.y)
+
+    @torch.no_grad()
+    def compiled(self):
+        if self.compiled_generator is None:
+            self.compiled_generator = torch.compile(self.plain)
+        return self.compiled_generator(torch.randn_like(self.z), self.y)
+
+    @torch.no_grad()
+    def check(self):
+        difference = (self.fused() - self.plain(self.z, self.y)).abs().max().item()
+        assert difference < 1e-4, f"images differ by {difference}"
+
+
+class Training:
+    """Forward and backward of both turns on one batch."""
+
+    def __init__(self, batch, device, penalise):
+        self.model, self.penalise = digits_model(device).train(), penalise
+        x0, y = data.digits("train")
+        self.x0, self.y = x0[:batch].to(device), y[:batch].to(device)
+        self.turns = (self.discriminator_loss, self.generator_loss)
+        self.functions = {"fused": self.turns, "eager": [eager.calling(turn) for turn in self.turns]}
+
+    def discriminator_loss(self):
+        return self.model.discriminator_terms(self.x0, self.y, penalise=self.penalise, seed=0, step=1)["loss"]
+
+    def generator_loss(self):
+        return self.model.terms(self.x0, self.y, seed=0, step=1)["loss"]
+
+    def run(self, name):
+        if name not in self.functions:
+            self.functions[name] = [torch.compile(eager.calling(turn)) for turn in self.turns]
+        for turn, network in zip(self.functions[name], ("discriminator", "generator"), strict=True):
+            torch.autograd.grad(turn(), list(self.model.networks[network].parameters()))
+
+    def check(self):
+        for turn in self.turns:
+            ours, plain = (float(f().detach()) for f in (turn, eager.calling(turn, same_noise=True)))
+            assert abs(ours - plain) < 1e-4 * (1 + abs(plain)), f"losses are {ours} and {plain}"
+
+
+def benchmarks(device):
+    for batch in (4, 256):
+        work = Sampling(batch, device)
+        yield Benchmark(
+            "gan sampler, digits", f"{batch} images", "float32",
+            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}, work.check, 64 * batch, None,
+            (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=batch == 4, device=device,
+        )  # fmt: skip
+    for penalise in (False, True):
+        work = Training(64, device, penalise)
+        names = ["fused", "eager"] + ["torch.compile"] * (not penalise)
+        yield Benchmark(
+            f"gan training iteration, digits{', R1' * penalise}", "64 images", "float32",
+            {name: lambda name=name, work=work: work.run(name) for name in names}, work.check, 64 * 64, None,
+            tuple(faster(name, 1.0) for name in names[1:]), quick=False, device=device,
+        )  # fmt: skip

@@ -1,0 +1,118 @@
+"""The tiny PixelCNN: samples as a fixed point, and a training step, against the same network in plain PyTorch.
+
+Sampling has two baselines. "eager" and "torch.compile" are the same fixed-point iteration over the whole image; "naive"
+is the loop that people write, a pass for every pixel. The network is the shipped one, as it is its images that decide
+how many passes are needed; without it, filled at random.
+"""
+
+import torch
+
+from genengine import data, ops
+from genengine.benchmarks import eager
+from genengine.benchmarks.harness import Benchmark, faster
+from genengine.models import PixelCNN
+
+
+def digits_model(device):
+    try:
+        return PixelCNN.pretrained("digits", device=device)
+    except ValueError:
+        model = PixelCNN.from_config({"net": {"name": "pixelcnn", "config": "tiny"}, "num_levels": 17})
+        for index, parameter in enumerate(model.net.parameters()):
+            parameter.data += 0.2 * ops.normal((1, parameter.numel()), seed=index).view(parameter.shape)
+        return model.to(device).eval()
+
+
+def draw(logits, u, levels):
+    """Pixels by inverse CDF."""
+    sums = torch.softmax(logits, 1).cumsum(1)
+    return 2 * (sums[:, :-1] <= u[:, None]).sum(1) / (levels - 1) - 1
+
+
+@torch.no_grad()
+def fixed_point(net, u, y, levels):
+    x = torch.zeros_like(u)
+    while True:
+        new = draw(net(x, y), u, levels)
+        if torch.equal(new, x):
+            return x
+        x = new
+
+
+@torch.no_grad()
+def naive(net, u, y, levels):
+    x = torch.zeros_like(u)
+    for row in range(u.shape[2]):
+        for column in range(u.shape[3]):
+            x[:, :, row, column] = draw(net(x, y), u, levels)[:, :, row, column]
+    return x
+
+
+class Sampling:
+    """One batch size of the digits' sampler."""
+
+    def __init__(self, batch, device):
+        self.model, self.batch = digits_model(device), batch
+        self.y = torch.arange(batch, device=device) % 10
+        u = ops.uniform((batch, 8, 8, 1), seed=0, stream="uniform", device=device)
+        self.arguments = (u.permute(0, 3, 1, 2).contiguous(), self.y, 17)
+        self.eager_net, self.compiled_net = eager.calling(self.model.net.forward), None
+
+    def fused(self):
+        return self.model.sample(self.batch, self.y, seed=0)
+
+    def eager(self):
+        return fixed_point(self.eager_net, *self.arguments)
+
+    def compiled(self):
+        if self.compiled_net is None:
+            self.compiled_net = torch.compile(self.eager_net)
+        return fixed_point(self.compiled_net, *self.arguments)
+
+    def naive(self):
+        return naive(self.eager_net, *self.arguments)
+
+    def check(self):
+        ours = self.fused()
+        for other in (self.eager(), self.naive()):
+            # A uniform at the edge of two levels may fall on either side of it, and then the rest differs too.
+            different = int((ours != other).flatten(1).any(1).sum())
+            assert different <= self.batch // 50, f"{different} of {self.batch} images differ"
+
+
+class Training:
+    """Forward and backward of the loss on one batch."""
+
+    def __init__(self, batch, device):
+        self.model = digits_model(device).train()
+        x0, y = data.digits("train")
+        self.x0, self.y = x0[:batch].to(device), y[:batch]
+        self.loss_functions = {"fused": self.model.loss, "eager": eager.calling(self.model.loss)}
+
+    def run(self, name):
+        if name not in self.loss_functions:
+            self.loss_functions[name] = torch.compile(eager.calling(self.model.loss))
+        loss = self.loss_functions[name](self.x0, self.y, seed=0, step=1)
+        loss.backward()
+        return loss
+
+    def check(self):
+        plain = eager.calling(self.model.loss, same_noise=True)(self.x0, self.y, seed=0, step=1)
+        ours = self.model.loss(self.x0, self.y, seed=0, step=1)
+        assert abs(float(ours) - float(plain)) < 1e-5 * abs(float(plain)), f"losses are {ours} and {plain}"
+
+
+def benchmarks(device):
+    for batch in (4, 100):
+        work = Sampling(batch, device)
+        variants = {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled, "naive": work.naive}
+        yield Benchmark(
+            "pixelcnn sampler, digits", f"{batch} images", "float32", variants, work.check, 64 * batch, None,
+            (faster("eager", 1.0), faster("torch.compile", 1.0), faster("naive", 3.0)), quick=batch == 4, device=device,
+        )  # fmt: skip
+    train = Training(64, device)
+    variants = {name: lambda name=name: train.run(name) for name in ("fused", "eager", "torch.compile")}
+    yield Benchmark(
+        "pixelcnn training step, digits", "64 images", "float32", variants, train.check, 64 * 64, None,
+        (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=False, device=device,
+    )  # fmt: skip
