@@ -74,7 +74,7 @@ def section(name: str, *, seed: int = 0, device="cpu") -> Section:
     """Everything the page shows of one family."""
     model = models.family(name).pretrained("digits", device=device)
     record = json.loads((PRETRAINED / f"{name}_digits.json").read_text(encoding="utf-8"))
-    options = {option.name: option.default for option in model.options}
+    options = model.defaults()
     labels = torch.arange(10).repeat_interleave(COLUMNS) if model.num_classes else None
     model.sample(2, **options)  # nothing of the first call's set-up in the time
     start = time.perf_counter()

@@ -75,7 +75,7 @@ def metrics(run: Path) -> dict:
     model = models.load(run / train.MODEL_FILE)
     _, config = checkpoint.read(run / train.MODEL_FILE)
     split = config["extra"]["train"]["split"]
-    options = {option.name: option.default for option in model.options}
+    options = model.defaults()
     result = evaluate.evaluate_model(
         model, data.load("digits", split), data.load("digits", HELD_OUT[split]), options=options, with_baselines=False
     )

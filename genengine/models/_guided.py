@@ -69,7 +69,9 @@ class Guided(Model):
             return float(weights)
         return weights if num else 1.0  # no sample, no weight
 
-    def _run_table(self, table, denoiser, num, labels, guidance, *, seed, first_id, progress, check_finite, noise=None):
+    def _run_table(
+        self, table, denoiser, num, labels, guidance, *, seed, first_id, callback, progress, check_finite, noise=None
+    ):  # fmt: skip
         """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
         sample_ids = self._sample_ids(num, first_id)
         guided = bool(np.any(guidance != 1.0))
@@ -85,11 +87,21 @@ class Guided(Model):
                 seed=seed,
                 sample_ids=sample_ids,
                 noise=noise,
+                callback=callback,
                 progress=progress,
                 check_finite=check_finite,
             )
         finally:
             self.net.train(was_training)
+
+    def panels(self, x0, labels=None, *, seed=0, frames=8):
+        """The way from noise to image, a row each: the first state, the last, and states evenly between them."""
+        states = []
+        options = {"callback": lambda info: states.append(info.x.clone()), **self.defaults()}
+        final = self.sample(len(x0), labels, seed=seed, **options)
+        states = [ops.normal(final.shape, seed=seed, device=self.device), *states[:-1], final]
+        pick = np.linspace(0, len(states) - 1, frames).round().astype(int)
+        return {"from noise to image": torch.stack([states[i] for i in pick], dim=1).clamp(-1, 1)}
 
     def _class_or_none(self, num, labels, method):
         """Labels for a likelihood: as `_labels`, but None means that of no class."""

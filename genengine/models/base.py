@@ -160,6 +160,11 @@ class Model:
         """
         return self.terms(x0, labels, seed=seed, sample_ids=sample_ids, step=step)["loss"]
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The keyword arguments of `sample` that the family's options stand for, at their defaults."""
+        return {option.name: option.default for option in cls.options}
+
     def bits_per_dim(self, x0: Tensor, labels: Tensor | None = None, **options) -> Tensor:
         """-log_prob / (C H W log 2), (B,): bits per pixel and channel, or an upper bound of them."""
         return self.log_prob(x0, labels, **options) / (-math.log(2.0) * math.prod(self.image_shape))

@@ -248,7 +248,7 @@ class DDPM(Guided):
 
     def sample(
         self, num, labels=None, *, steps=15, solver="dpmpp_2m", grid="uniform", guidance=None, clip=None, seed=0,
-        first_id=0, progress=False, check_finite=False,
+        first_id=0, callback=None, progress=False, check_finite=False,
     ):  # fmt: skip
         """Draw images by a solver from noise (t = 1) to data (t = 0).
 
@@ -272,6 +272,7 @@ class DDPM(Guided):
                 cannot).
             seed: int in [0, 2^64).
             first_id: global index of the first sample, in [0, 2^32 - num].
+            callback: called with a `sampler.StepInfo` after each row of the solver's table.
             progress: show a progress bar.
             check_finite: look at every output of the network; costs a synchronisation per step on a GPU.
         Returns:
@@ -297,7 +298,7 @@ class DDPM(Guided):
             if solver == "ddpm":
                 noise = _learned_noise(denoiser, self.path, times, (num, *self.image_shape), seed, sample_ids)
         return self._run_table(
-            table, denoiser, num, labels, guidance, seed=seed, first_id=first_id, progress=progress,
+            table, denoiser, num, labels, guidance, seed=seed, first_id=first_id, callback=callback, progress=progress,
             check_finite=check_finite, noise=noise,
         )  # fmt: skip
 

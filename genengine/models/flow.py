@@ -99,8 +99,8 @@ class FlowMatching(Guided):
         return {"loss": (output.float() - target.float()).square().mean()}
 
     def sample(
-        self, num, labels=None, *, steps=50, guidance=1.0, seed=0, solver="heun", first_id=0, progress=False,
-        check_finite=False,
+        self, num, labels=None, *, steps=50, guidance=1.0, seed=0, solver="heun", first_id=0, callback=None,
+        progress=False, check_finite=False,
     ):  # fmt: skip
         """Draw images by integrating dx/dt = velocity from noise (t = 1) to data (t = 0) on a uniform grid.
 
@@ -116,6 +116,7 @@ class FlowMatching(Guided):
                 conditional and costs half; a number, or (num,) for one weight per sample.
             seed: int in [0, 2^64).  solver: "euler" or "heun".
             first_id: global index of the first sample, in [0, 2^32 - num].
+            callback: called with a `sampler.StepInfo` after each row of the solver's table.
             progress: show a progress bar.
             check_finite: look at every output of the network; costs a synchronisation per step on a GPU.
         Returns:
@@ -134,7 +135,7 @@ class FlowMatching(Guided):
             self.path, schedules.uniform(steps), prediction="velocity", guidance_scale=guidance
         )
         return self._run_table(
-            table, self.net, num, labels, guidance, seed=seed, first_id=first_id, progress=progress,
+            table, self.net, num, labels, guidance, seed=seed, first_id=first_id, callback=callback, progress=progress,
             check_finite=check_finite,
         )  # fmt: skip
 

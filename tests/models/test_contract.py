@@ -200,7 +200,7 @@ def test_the_registry_entry_is_complete(family):
     names = [option.name for option in model.options]
     assert len(set(names)) == len(names) and all(option.help for option in model.options)
     built = trained(family, 0).model
-    built.sample(1, **{option.name: option.default for option in model.options})
+    built.sample(1, **model.defaults())
     for option in model.options:
         assert not option.choices or option.default in option.choices
 
