@@ -62,6 +62,10 @@ class DDPM(Guided):
             },
             "steps": 4000, "batch_size": 64, "storage": "float16",
         },
+        "images": {
+            "model": {"net": {"name": "unet", "config": "cifar"}, "num_timesteps": 1000, "prediction": "v"},
+            "steps": 200_000, "lr": 2e-4, "warmup": 5000, "ema_decay": 0.9999,
+        },
         "smoke": {
             "model": {"net": {"name": "unet", "config": "tiny"}, "num_timesteps": 100, "prediction": "v"},
             "steps": 60, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,

@@ -42,6 +42,12 @@ class FlowMatching(Guided):
                 "net": {"name": "dit", "config": "tiny"}, "time_mean": 0.0, "time_std": 1.0, "class_drop": 0.1,
             },
         },
+        "images": {
+            "model": {
+                "net": {"name": "dit", "dim": 384, "depth": 12, "num_heads": 6, "patch_size": 2, "learn_sigma": False},
+            },
+            "steps": 100_000, "lr": 3e-4, "warmup": 1000, "ema_decay": 0.9999,
+        },
         "smoke": {
             "model": {"net": {"name": "dit", "config": "tiny"}},
             "steps": 60, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,

@@ -79,6 +79,14 @@ class GAN(Model):
             "steps": 4500, "batch_size": 64, "betas": (0.0, 0.99), "weight_decay": 0.0, "ema_decay": 0.995,
             "clip_norm": 10.0,
         },
+        "images": {
+            "model": {
+                "net": {"name": "dcgan", "config": "small"}, "loss": "non_saturating", "r1_gamma": 1.0, "r1_every": 16,
+                "augment": ["brightness", "saturation", "contrast", "translation", "cutout"],
+            },
+            "steps": 100_000, "batch_size": 64, "lr": 1e-3, "betas": (0.0, 0.99), "weight_decay": 0.0,
+            "schedule": "constant", "clip_norm": 10.0,
+        },
         "smoke": {
             "model": {
                 "net": {"name": "dcgan", "config": "tiny", "generator_dim": 16, "discriminator_dim": 16},

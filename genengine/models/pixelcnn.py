@@ -57,6 +57,13 @@ class PixelCNN(Model):
             "model": {"net": {"name": "pixelcnn", "config": "tiny", "dropout": 0.3}, "class_drop": 0.1},
             "steps": 1500,
         },
+        "images": {
+            "model": {
+                "net": {"name": "pixelcnn", "config": "small", "head": "logistic_mixture", "dropout": 0.3},
+                "class_drop": 0.1,
+            },
+            "steps": 100_000, "batch_size": 64, "lr": 1e-3, "warmup": 1000, "ema_decay": 0.9995,
+        },
         "smoke": {
             "model": {"net": {"name": "pixelcnn", "config": "tiny", "dim": 16, "depth": 4}, "class_drop": 0.1},
             "steps": 100, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,

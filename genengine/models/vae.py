@@ -97,6 +97,10 @@ class VAE(Model):
             },
             "steps": 3000, "weight_decay": 0.3, "storage": "float16",
         },
+        "images": {
+            "model": {"net": {"name": "vae", "config": "conv_32"}, "likelihood": "mixture", "warmup": 5000},
+            "steps": 50_000, "lr": 1e-3, "warmup": 1000,
+        },
         "smoke": {
             "model": {"net": {"name": "vae", "config": "tiny"}}, "steps": 60, "batch_size": 64, "warmup": 10,
             "ema_decay": 0.9,

@@ -39,6 +39,13 @@ class VQVAE(Model):
             },
             "steps": 800,
         },
+        "images": {
+            "model": {
+                "net": {"name": "vq", "config": "vq_32"},
+                "prior": {"name": "pixelcnn", "config": "codes", "dropout": 0.1},
+            },
+            "steps": 50_000, "batch_size": 64, "lr": 1e-3, "warmup": 1000,
+        },
         "smoke": {
             "model": {
                 "net": {"name": "vq", "config": "tiny", "widths": (16, 16), "codes": 32},

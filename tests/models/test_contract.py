@@ -222,3 +222,9 @@ def test_the_shipped_model_is_small_and_meets_its_bars(family):
     assert record["command"] == f"genengine train {family} --preset digits --threads 1 --device cpu --out OUT"
     assert record["environment"]["train_seconds"] <= 15 * 60
     assert len(record["curve"]) >= 20 and record["curve"][-1][1] < record["curve"][0][1] or family == "gan"
+
+
+def test_the_preset_for_images_fits_colour_at_32_pixels(family):
+    run = Run(preset(family, "images", batch_size=2), dataset=colour(32))
+    assert all(torch.isfinite(value) for value in run.train_step().values())
+    assert run.model.image_shape == (3, 32, 32)
