@@ -42,7 +42,7 @@ class Sampling:
         self.net, self.compiled_net = eager.calling(self.model.net.forward), None
 
     def fused(self):
-        return self.model.sample(self.batch, self.y, steps=STEPS, seed=0, clip=1.0)
+        return self.model.sample(self.batch, self.y, steps=STEPS, solver="ddim", guidance=1.0, seed=0, clip=1.0)
 
     @torch.no_grad()
     def pipeline(self, net):
