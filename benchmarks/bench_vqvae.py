@@ -51,7 +51,10 @@ class Search:
 
 
 class Training:
-    """A training step of the autoencoder with the loss's gradients and the codebook's averages."""
+    """A training step of the autoencoder with the loss's gradients and the codebook's averages.
+
+    Ours also counts perplexity and restarts dead codes in every step, which the eager one does without.
+    """
 
     def __init__(self, config, batch, device):
         self.vae = VQVAE.from_config({"family": "vqvae", "net": {"name": "vq", "config": config}}).to(device).train()

@@ -54,6 +54,13 @@ class VQVAE(Model):
             "steps": 60, "batch_size": 64, "warmup": 10, "ema_decay": 0.9,
         },
     }  # fmt: skip
+    bars = {
+        "reconstruction_mse": ("<=", 0.02),
+        "perplexity": (">=", 64),
+        "frechet_distance": ("<=", 0.12),
+        "coverage": (">=", 0.8),
+        "nearer_train_share": ("<=", 0.61),
+    }
     options = (Option("temperature", 1.0, "of the prior's logits: below 1 likelier codes"),)
 
     def __init__(self, net, prior=None, *, commitment=0.25, num_levels=256):
