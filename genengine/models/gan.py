@@ -99,7 +99,7 @@ class GAN(Model):
     bars = {
         "frechet_distance": ("<=", 0.035),
         "coverage": (">=", 0.95),
-        "recall": (">=", 0.85),
+        "recall": (">=", 0.8),
     }
 
     def __init__(

@@ -21,6 +21,7 @@ from genengine.nets import pixelcnn as nets
 from genengine.ops.normal import exp_ieee
 
 MARGINALS = ("mixture", "null_class")
+CHUNK = 256  # images of a batch on a CPU: their features stay in its cache
 
 
 def inverse_cdf(logits, u, temperature=1.0):
@@ -194,9 +195,13 @@ class PixelCNN(Model):
             out = torch.where(known, given, out)
         if num == 0:
             return out
-        with torch.inference_mode():
-            draw = self._drawer(ids, temperature, seed)
-            self._settle(out, labels, draw, given, known, progress, check_finite)
+        chunk = CHUNK if out.device.type == "cpu" else num
+        with torch.inference_mode(), _progress_bar(progress, num) as bar:
+            for start in range(0, num, chunk):
+                part = slice(start, start + chunk)
+                fixed = None if known is None else (given[part], known[part])
+                draw = self._drawer(ids[part], temperature, seed)
+                self._settle(out[part], None if labels is None else labels[part], draw, fixed, bar, check_finite)
         return out
 
     def panels(self, x0, labels=None, *, seed=0, columns=6):
@@ -209,34 +214,34 @@ class PixelCNN(Model):
         cut = torch.where(known, x0, -1.0)
         return {"completions: given, drawn, real": torch.cat([cut[:, None], drawn, x0[:, None]], dim=1)}
 
-    def _settle(self, x, labels, draw, given, known, progress, check_finite):
-        """x <- F(x) in place until nothing changes; images that are done leave the batch."""
+    def _settle(self, x, labels, draw, fixed, bar, check_finite):
+        """x <- F(x) in place until nothing changes; images that are done leave the batch. fixed: (given, known)."""
         size = self.image_shape[1]
         first = 0  # the first row with a pixel that may still change
         place, part = torch.arange(len(x), device=x.device), x.clone()  # part: the images x[place]
-        with _progress_bar(progress, size) as bar:
-            while len(place):
-                top = max(0, first - self.net.reach)
-                y = None if labels is None else labels[place]
-                output = self.net(part[:, :, top:], y, first_row=top).float()
-                if check_finite and not torch.isfinite(output).all():
-                    raise FloatingPointError(
-                        f"models/PixelCNN.sample: the network's output is not finite, at rows {top} .. {size - 1}"
-                    )
-                new = draw(output[..., first - top :, :], first, place)
-                if known is not None:
-                    new = torch.where(known[place][:, :, first:], given[place][:, :, first:], new)
-                changed = (new != part[:, :, first:]).any(3).any(1)  # (B, rows left)
-                part[:, :, first:] = new
-                going = changed.any(1)
-                # Up to its first change F's argument was final, so what it gave is final: rows before that are settled.
-                settled = int(changed.any(0).int().argmax()) if bool(going.any()) else size - first
-                first += settled
+        while len(place):
+            top = max(0, first - self.net.reach)
+            y = None if labels is None else labels[place]
+            output = self.net(part[:, :, top:], y, first_row=top).float()
+            if check_finite and not torch.isfinite(output).all():
+                raise FloatingPointError(
+                    f"models/PixelCNN.sample: the network's output is not finite, at rows {top} .. {size - 1}"
+                )
+            new = draw(output[..., first - top :, :], first, place)
+            if fixed is not None:
+                given, known = (tensor[place][:, :, first:] for tensor in fixed)
+                new = torch.where(known, given, new)
+            changed = (new != part[:, :, first:]).any(3).any(1)  # (B, rows left)
+            part[:, :, first:] = new
+            going = changed.any(1)
+            # Up to its first change F's argument was final, so what it gave is final: rows before that are settled.
+            left = int(going.sum())
+            first += int(changed.any(0).int().argmax())
+            if left <= 0.75 * len(place):
                 if bar is not None:
-                    bar.update(settled)
-                if int(going.sum()) <= 0.75 * len(place):
-                    x[place[~going]] = part[~going]
-                    place, part = place[going], part[going]
+                    bar.update(len(place) - left)
+                x[place[~going]] = part[~going]
+                place, part = place[going], part[going]
 
     def _drawer(self, ids, temperature, seed):
         """draw(output of rows first .. of the images `place`, first, place) -> their pixels: F without the network."""
@@ -318,12 +323,12 @@ class PixelCNN(Model):
 
 
 @contextlib.contextmanager
-def _progress_bar(progress, rows):
+def _progress_bar(progress, num):
     if not progress:
         yield None
         return
     from tqdm import tqdm
 
     title = progress if isinstance(progress, str) else "pixelcnn"
-    with tqdm(total=rows, desc=title, unit="row", dynamic_ncols=True) as bar:
+    with tqdm(total=num, desc=title, unit="image", dynamic_ncols=True) as bar:
         yield bar

@@ -311,11 +311,9 @@ class PixelCNN(nn.Module):
     @property
     def reach(self):
         """Rows above its own that a pixel's distribution can see."""
-        return self.config.first_size // 2 + (self.config.depth - 1) * (self.config.kernel_size // 2) + self._extra
-
-    @property
-    def _extra(self):
-        return int(self.config.mode == "gated")  # `down` adds a row to the vertical stack
+        config = self.config
+        rows = config.first_size // 2 + (config.depth - 1) * (config.kernel_size // 2)
+        return rows + (config.mode == "gated")  # `down` moves the vertical stack by a row
 
     def forward(self, x, y=None, *, dropout=None, first_row=0):
         """Args:

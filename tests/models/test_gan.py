@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from genengine import data, models, ops
 from genengine.evaluate import evaluate_samples
 from genengine.models import GAN, checkpoint, diff_augment
 from genengine.models.gan import LOSSES, discriminator_loss, generator_loss
-from genengine.models.latent_paths import lerp, slerp
 from genengine.train import preset
 
 NET = {"name": "dcgan", "image_size": 8, "in_channels": 1, "num_classes": 3, "latent_dim": 6, "class_dim": 4,
@@ -204,22 +202,6 @@ def test_interpolation_runs_from_one_sample_to_another():
         gan.interpolate(1, kind="spline")
     with pytest.raises(ValueError, match="steps must be an int >= 2, got 1"):
         gan.interpolate(1, steps=1)
-
-
-def test_paths_are_the_line_and_the_arc():
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 4, 1, 9, generator=generator, dtype=torch.float64)
-    w = torch.linspace(0, 1, 7, dtype=torch.float64)
-    line, arc = lerp(a, b, w.expand(4, 7)), slerp(a, b, w.expand(4, 7))
-    assert line.shape == arc.shape == (4, 7, 9)
-    torch.testing.assert_close(line[:, 2], a[:, 0] * 4 / 6 + b[:, 0] * 2 / 6)
-    unit_a, unit_b = F.normalize(a[:, 0], dim=-1), F.normalize(b[:, 0], dim=-1)
-    on_sphere = slerp(unit_a, unit_b, 0.25)
-    torch.testing.assert_close(on_sphere.norm(dim=-1), torch.ones(4, dtype=torch.float64))
-    whole = torch.acos((unit_a * unit_b).sum(-1))
-    torch.testing.assert_close(torch.acos((unit_a * on_sphere).sum(-1)), whole / 4)
-    torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a)  # no arc: the line
-    torch.testing.assert_close(slerp(a, -a, 0.25), 0.5 * a)
 
 
 # ---- diagnosis -----------------------------------------------------------------------------------------------------
