@@ -22,11 +22,40 @@ from genengine import data, images, models
 from genengine.models.base import PRETRAINED
 
 COLUMNS = 10  # samples per class
+# family -> its name in print, and what a visitor should know of it
 TITLES = {
-    "ddpm": "DDPM", "flow": "Flow matching", "vae": "VAE", "vqvae": "VQ-VAE", "gan": "GAN", "pixelcnn": "PixelCNN",
-}  # fmt: skip
+    "ddpm": (
+        "DDPM",
+        "A U-Net learns to take noise away, a little at a time, and how sure to be of it: fifteen steps of "
+        "DPM-Solver++ give an image, five hundred ancestral ones a bound of its likelihood.",
+    ),
+    "flow": (
+        "Flow matching",
+        "A transformer learns the velocity that carries noise to data along straight lines; an ODE solver follows it, "
+        "and its divergence gives a likelihood.",
+    ),
+    "vae": (
+        "VAE",
+        "An encoder and a decoder with a Gaussian bottleneck, sampled from a mixture of Gaussians that was fitted to "
+        "the encoded training images.",
+    ),
+    "vqvae": (
+        "VQ-VAE",
+        "The bottleneck is a codebook; a PixelCNN over the grid of codes draws what the decoder then paints.",
+    ),
+    "gan": (
+        "GAN",
+        "A generator against a discriminator that sees the class by projection, with R1 and differentiable "
+        "augmentation.",
+    ),
+    "pixelcnn": (
+        "PixelCNN",
+        "Pixel after pixel, each from its exact distribution given those before it: gated, with two stacks and no "
+        "blind spot.",
+    ),
+}
 SHOWN = {  # metric -> what a visitor reads
-    "bits_per_dim": "bits/dim, test", "frechet_distance": "Fréchet distance", "coverage": "coverage",
+    "bits_per_dim": "bits/dim", "frechet_distance": "Fréchet distance", "coverage": "coverage",
     "recall": "recall", "knn_accuracy": "read as asked", "nearer_train_share": "nearer to train",
 }  # fmt: skip
 
@@ -36,11 +65,20 @@ class Section:
     """What the page says of one family; pictures are uint8 (H, W) or (H, W, 3), one screen pixel per image pixel."""
 
     family: str
-    summary: str
     pictures: dict[str, np.ndarray]
     curve: list[tuple[int, float]]
     metrics: dict[str, str]
     facts: dict[str, str]
+    command: str
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.family][0]
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """Metrics and facts, what a reader sees as name and value."""
+        return {**self.metrics, **self.facts}
 
 
 def write(folder, *, families=None, seed: int = 0, device="cpu", report=None) -> list[Path]:
@@ -84,17 +122,14 @@ def section(name: str, *, seed: int = 0, device="cpu") -> Section:
     x0, classes = _examples(model)
     for title, panel in model.panels(x0, classes, seed=seed).items():
         pictures[title] = _grid(model, panel.flatten(0, 1), panel.shape[1])
+    threads = torch.get_num_threads()
+    where = "one core" if threads == 1 else f"{threads} threads"
     facts = {
         "weights": f"{record['parameters']:,}",
-        "training": f"{record['environment']['train_seconds'] / 60:.1f} min on one core",
-        "sampling": f"{10 * COLUMNS / seconds:,.0f} images/s on {torch.get_num_threads()} thread(s)",
-        "command": record["command"],
+        "training": f"{record['environment']['train_seconds'] / 60:.1f} min, one core",
+        "sampling": f"{10 * COLUMNS / seconds:,.0f} images/s, {where}",
     }
-    return Section(name, _summary(model), pictures, record["curve"], _metrics(record), facts)
-
-
-def _summary(model):
-    return (type(model).__doc__ or "").strip().splitlines()[0]
+    return Section(name, pictures, record["curve"], _metrics(record), facts, record["command"])
 
 
 def _examples(model):
@@ -139,6 +174,7 @@ header p { max-width: 46rem; color: var(--faint) }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.5rem }
 .summary { color: var(--faint); margin: .2rem 0 1.2rem; max-width: 46rem }
 .row { display: flex; flex-wrap: wrap; gap: 1.6rem 2rem; align-items: flex-start }
+.told { margin-top: 1.4rem }
 figure { margin: 0 } figcaption { color: var(--faint); font-size: .85rem; margin-top: .35rem }
 img { image-rendering: pixelated; display: block; max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
@@ -166,16 +202,20 @@ measured as this page was written, with genengine {html.escape(genengine.__versi
 
 def _section_html(part):
     figures = "\n".join(_figure(title, picture) for title, picture in part.pictures.items())
-    rows = {**part.metrics, **{name: value for name, value in part.facts.items() if name != "command"}}
-    table = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
-    table += f"<tr><td>made by</td><td><code>{html.escape(part.facts['command'])}</code></td></tr>"
-    return f"""<section id="{part.family}"><h2>{TITLES.get(part.family, part.family)}</h2>
-<p class="summary">{html.escape(part.summary)}</p>
+    return f"""<section id="{part.family}"><h2>{part.title}</h2>
+<p class="summary">{html.escape(TITLES[part.family][1])}<br><code>{html.escape(part.command)}</code></p>
 <div class="row">
 {figures}
+</div><div class="row told">
 <figure>{_curve_svg(part.curve)}<figcaption>training loss by step</figcaption></figure>
-<table>{table}</table>
+{_table(part.metrics)}
+{_table(part.facts)}
 </div></section>"""
+
+
+def _table(lines):
+    rows = (f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in lines.items())
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _figure(title, picture, scale=3):
@@ -219,37 +259,41 @@ def _matplotlib():
     return figure
 
 
+INK, FAINT, MARK, PAPER = "#1c1b19", "#8a857b", "#b3472d", "#faf8f4"
+WIDTH, ROW, SCALE = 15.0, 2.75, 0.0205  # inches: of the page, of a family, of an image pixel
+
+
 def plot(sections: list[Section], path, figure_module) -> None:
     """The same page as one PNG: a row per family, its pictures, its curve, its numbers."""
-    ink, faint, mark = "#1c1b19", "#8a857b", "#b3472d"
-    widest = max(len(part.pictures) for part in sections)
-    figure = figure_module.Figure(figsize=(2.6 * (widest + 2), 3.1 * len(sections) + 0.6), dpi=110, facecolor="#faf8f4")
-    rows = figure.subfigures(len(sections), 1, squeeze=False)[:, 0]
-    for part, row in zip(sections, rows, strict=True):
-        row.set_facecolor("#faf8f4")
-        row.text(0.012, 0.95, TITLES.get(part.family, part.family), size=15, weight="bold", color=ink, va="top")
-        axes = row.subplots(1, widest + 2, gridspec_kw={"left": 0.012, "right": 0.99, "top": 0.8, "bottom": 0.1})
-        for axis in axes:
+    height = ROW * len(sections) + 0.2
+    figure = figure_module.Figure(figsize=(WIDTH, height), dpi=110, facecolor=PAPER)
+    for place, part in enumerate(sections):
+        top, left = height - ROW * place - 0.15, 0.25
+        figure.text(left / WIDTH, top / height, part.title, size=15, weight="bold", color=INK, va="top")
+        for title, picture in part.pictures.items():
+            rows, columns = picture.shape[:2]
+            wide, high = SCALE * columns, SCALE * rows
+            axis = figure.add_axes((left / WIDTH, (top - 0.55 - high) / height, wide / WIDTH, high / height))
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
             axis.axis("off")
-        for axis, (title, picture) in zip(axes, part.pictures.items(), strict=False):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(title, size=8, color=faint)
-        _plot_curve(axes[widest], part.curve, mark, faint)
-        lines = {**part.metrics, **{k: v for k, v in part.facts.items() if k != "command"}}
-        for place, (name, value) in enumerate(lines.items()):
-            axes[widest + 1].text(0.0, 1 - 0.115 * place, name, size=7.5, color=faint, va="top")
-            axes[widest + 1].text(0.5, 1 - 0.115 * place, value, size=7.5, color=ink, va="top")
+            axis.set_title(title, size=8, color=FAINT, loc="left", pad=3)
+            left += max(wide, 1.3) + 0.3
+        axis = figure.add_axes(((WIDTH - 5.1) / WIDTH, (top - 2.35) / height, 1.9 / WIDTH, 1.75 / height))
+        _plot_curve(axis, part.curve)
+        for line, (name, value) in enumerate(part.lines.items()):
+            y = (top - 0.45 - 0.215 * line) / height
+            figure.text((WIDTH - 2.85) / WIDTH, y, name, size=8, color=FAINT, va="top")
+            figure.text((WIDTH - 1.65) / WIDTH, y, value, size=8, color=INK, va="top")
     figure.savefig(path)
 
 
-def _plot_curve(axis, curve, mark, faint):
+def _plot_curve(axis, curve):
     steps, losses = zip(*curve, strict=True)
-    axis.axis("on")
     axis.set_facecolor("none")
-    axis.plot(steps, losses, color=mark, linewidth=1.0)
+    axis.plot(steps, losses, color=MARK, linewidth=1.0)
     axis.set_ylim(min(losses), float(np.quantile(losses, 0.98)))
-    axis.set_title("training loss", size=8, color=faint)
-    axis.tick_params(labelsize=6, colors=faint, length=2)
+    axis.set_title("training loss", size=8, color=FAINT, loc="left", pad=3)
+    axis.tick_params(labelsize=6, colors=FAINT, length=2)
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(faint)
+        spine.set_color(FAINT)

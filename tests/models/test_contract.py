@@ -221,7 +221,7 @@ def test_the_shipped_model_is_small_and_meets_its_bars(family):
     assert record["train"] == config["extra"]["train"] == json.loads(json.dumps(dataclasses.asdict(preset(family))))
     assert record["command"] == f"genengine train {family} --preset digits --threads 1 --device cpu --out OUT"
     assert record["environment"]["train_seconds"] <= 15 * 60
-    assert len(record["curve"]) >= 20 and record["curve"][-1][1] < record["curve"][0][1] or family == "gan"
+    assert len(record["curve"]) >= 15 and record["curve"][-1][1] < record["curve"][0][1] or family == "gan"
 
 
 def test_the_preset_for_images_fits_colour_at_32_pixels(family):
