@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genengine import data, models, ops
-from genengine.evaluate import evaluate_samples
+from genengine.evaluate import Report, evaluate_samples
 from genengine.models import GAN, checkpoint, diff_augment
 from genengine.models.gan import LOSSES, discriminator_loss, generator_loss
 from genengine.train import preset
@@ -297,7 +297,8 @@ def test_save_and_load_keep_everything(tmp_path):
 def test_the_shipped_model_meets_its_bars():
     gan = GAN.pretrained("digits")
     labels = data.digits("train")[1]
-    report = evaluate_samples(gan.sample(1437, labels, seed=0), labels)
+    reports = [evaluate_samples(gan.sample(1437, labels, seed=seed), labels) for seed in range(3)]
+    report = Report({name: sum(each[name] for each in reports) / 3 for name in reports[0]})  # as the record's means
     assert report.passes(GAN.bars), report.failures(GAN.bars)
     assert report["knn_accuracy"] > 0.97 and report["nn_distance_ratio"] > 0.7
 
