@@ -60,7 +60,7 @@ class DDPM(Guided):
                 "path": {"name": "Cosine", "s": 0.02}, "num_timesteps": 500, "prediction": "v", "loss": "simple",
                 "vlb_weight": 0.001, "class_drop": 0.1,
             },
-            "steps": 4000, "batch_size": 64, "storage": "float16",
+            "steps": 2500, "batch_size": 64, "storage": "float16",
         },
         "images": {
             "model": {"net": {"name": "unet", "config": "cifar"}, "num_timesteps": 1000, "prediction": "v"},
