@@ -19,6 +19,11 @@ class Activation:
     curvature: Callable | None = None
 
 
+def _step(u, below):
+    """below where u <= 0, else 1, in u's dtype: of float64 not a float32's 0.2."""
+    return torch.where(u <= 0, torch.full_like(u, below), torch.ones_like(u))
+
+
 def _silu_slope(u, alpha):
     s = torch.sigmoid(u)
     return s * (1 + u * (1 - s))
@@ -61,10 +66,8 @@ def _gelu_tanh_curvature(u, alpha):
 
 ACTIVATIONS = {
     "linear": Activation(lambda u, alpha: u, lambda u, alpha: torch.ones_like(u)),
-    "relu": Activation(lambda u, alpha: F.relu(u), lambda u, alpha: torch.where(u <= 0, 0.0, 1.0).to(u.dtype)),
-    "lrelu": Activation(
-        lambda u, alpha: F.leaky_relu(u, alpha), lambda u, alpha: torch.where(u <= 0, alpha, 1.0).to(u.dtype)
-    ),
+    "relu": Activation(lambda u, alpha: F.relu(u), lambda u, alpha: _step(u, 0.0)),
+    "lrelu": Activation(lambda u, alpha: F.leaky_relu(u, alpha), lambda u, alpha: _step(u, alpha)),
     "silu": Activation(lambda u, alpha: F.silu(u), _silu_slope, _silu_curvature),
     "gelu": Activation(lambda u, alpha: F.gelu(u), _gelu_slope, _gelu_curvature),
     "gelu_tanh": Activation(lambda u, alpha: F.gelu(u, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature),

@@ -145,6 +145,13 @@ def test_nan_stays_and_kinks_are_from_below(backend):
     assert slope(torch.ones_like(x), x, None, "lrelu", 0.25, 1.0, None)[0][0, 0, 0] == 0.25
 
 
+def test_the_oracle_has_the_slope_of_its_own_precision():
+    """alpha as float64 has it: a slope of float32's 0.2 would be off by 1e-8 in every tolerance derived from it."""
+    x = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(bias_act(x, activation="lrelu", alpha=0.2).sum(), x)
+    assert grad.item() == 0.2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", [1, -1, 0])
