@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from genengine import data, evaluate, images
+from genengine import data, evaluate, gallery, images
 from genengine.models.flow import FlowMatching
 
 TRAIN_STEPS = 150
@@ -25,6 +25,7 @@ def run(out: Path, *, seed: int = 0) -> None:
         sample_digits(out, seed)
         train_briefly(seed)
         show_gain()
+        show_families(out.parent / "gallery", seed)
     finally:
         torch.set_num_threads(threads)
 
@@ -66,6 +67,16 @@ def show_gain() -> None:
             row = harness.run(harness.replace(benchmark, goals=()), budget=1.5)
             print(gain_line(row), flush=True)
     print("   the whole suite, torch.compile included: genengine bench all")
+
+
+def show_families(folder: Path, seed: int) -> None:
+    print("\n4. All families on one page: DDPM, flow matching, VAE, VQ-VAE, GAN, PixelCNN")
+    try:
+        page, picture = gallery.write(folder, seed=seed)
+    except RuntimeError as error:  # Matplotlib is an extra
+        print(f"   left out: {error}")
+        return
+    print(f"   {page} (open it in a browser) and {picture}")
 
 
 def gain_line(row: dict) -> str:
