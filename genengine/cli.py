@@ -231,6 +231,7 @@ def _add_evaluate(commands):
     )  # fmt: skip
     _with_data(command)
     command.add_argument("--seeds", type=int, default=5, help="number of sampling seeds (default 5, at least 2)")
+    command.add_argument("--no-progress", action="store_true", help="no progress bars")
     command.add_argument("--no-baselines", action="store_true", help="leave out the baselines")
     command.add_argument(
         "--density", default=None, metavar="DATA",
@@ -432,8 +433,9 @@ def _evaluate(options):
         data.load(options.data, part, on_bad=options.on_bad) for part in (options.split, HELD_OUT[options.split])
     )
     result = evaluate.evaluate_model(
-        model, seen, unseen, seeds=range(options.seeds), options=chosen, with_baselines=not options.no_baselines
-    )
+        model, seen, unseen, seeds=range(options.seeds), options=chosen, with_baselines=not options.no_baselines,
+        progress=not (options.json or options.no_progress),
+    )  # fmt: skip
     print(json.dumps(result, indent=1) if options.json else evaluate.text(result))
 
 

@@ -290,7 +290,7 @@ def test_the_whole_evaluation_names_what_is_missed():
             "mse": ("<=", 1),
         }
 
-        def sample(self, num, labels, *, seed, check_finite):
+        def sample(self, num, labels, *, seed, check_finite, progress):
             assert num == 1437 and torch.equal(labels, train_set.labels)
             return train_set.images
 

@@ -45,7 +45,7 @@ def main() -> None:
 
 def describe(run: Path, target: Path) -> dict:
     """How the model was made."""
-    tensors, config = checkpoint.read(target)
+    model, (_, config) = models.load(target), checkpoint.read(target)
     log = [json.loads(line) for line in (run / train.LOG_FILE).read_text(encoding="utf-8").splitlines()]
     loss = "loss" if "loss" in log[0] else next(name for name in log[0] if name.endswith("/loss"))
     every = -(-len(log) // POINTS)
@@ -53,7 +53,7 @@ def describe(run: Path, target: Path) -> dict:
         "command": f"genengine train {config['family']} --preset digits --threads 1 --device cpu --out OUT",
         "train": config["extra"]["train"],
         "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(p.numel() for network in model.networks.values() for p in network.parameters()),
         "environment": {
             "torch": torch.__version__,
             "threads": 1,

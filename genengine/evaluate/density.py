@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from genengine.data import Dataset
 
 BATCH = 256
 
 
-def measure(model, dataset: Dataset, *, seed: int = 0, labelled: bool = True) -> dict[str, np.ndarray]:
+def measure(model, dataset: Dataset, *, seed: int = 0, labelled: bool = True, progress=False) -> dict[str, np.ndarray]:
     """`model.measure` over a whole data set: name -> (N,) float64.
 
     labelled: give the model the labels, if both have classes; else it finds the images likely on its own.
+    progress: show a progress bar, or its title.
     """
     parts: dict[str, list] = {}
-    for start in range(0, len(dataset), BATCH):
+    starts = range(0, len(dataset), BATCH)
+    for start in tqdm(starts, desc=progress if isinstance(progress, str) else "images", disable=not progress):
         x0, labels, _ = dataset.batch(torch.arange(start, min(start + BATCH, len(dataset))))
         labels = labels.to(model.device) if labelled and labels is not None and model.num_classes else None
         for name, value in model.measure(x0.to(model.device), labels, seed=seed).items():

@@ -11,7 +11,9 @@ from genengine.evaluate.report import evaluate_seeds
 from genengine.evaluate.table import comparison, measured, met
 
 
-def evaluate_model(model, train, held_out, *, seeds=range(5), options=None, with_baselines=True) -> dict:
+def evaluate_model(
+    model, train, held_out, *, seeds=range(5), options=None, with_baselines=True, progress=False
+) -> dict:
     """Everything there is to measure about a model.
 
     Samples are drawn with the training images' labels in their order: as many, and as balanced, as the set that they
@@ -20,7 +22,7 @@ def evaluate_model(model, train, held_out, *, seeds=range(5), options=None, with
     Args:
         model: a `models.Model`.  train, held_out: Datasets, what it was trained on and what it has not seen.
         seeds: of sampling, at least two.  options: keyword arguments of `model.sample`.
-        with_baselines: measure the baselines too.
+        with_baselines: measure the baselines too.  progress: say on stderr how far it is.
     Returns:
         dict with family, samples (of `evaluate_seeds`), measured (name -> {"train": mean, "held_out": mean}, of
         `model.measure`), baselines (name -> Report), bars, and failures (the bars that are missed, as text).
@@ -33,13 +35,15 @@ def evaluate_model(model, train, held_out, *, seeds=range(5), options=None, with
     sample_bars = {name: bar for name, bar in model.bars.items() if name in ARROWS}
 
     def draw(labels, seed):
-        return model.sample(len(train), labels, seed=seed, check_finite=True, **(options or {}))
+        return model.sample(
+            len(train), labels, seed=seed, check_finite=True, progress=progress and f"seed {seed}", **(options or {})
+        )
 
     asked = train.labels if model.num_classes else None
     samples = evaluate_seeds(draw, asked, seeds=seeds, bars=sample_bars, **sets)
     values: dict[str, dict[str, float]] = {}
     for split, images in (("train", train), ("held_out", held_out)):
-        for name, each in measure(model, images).items():
+        for name, each in measure(model, images, progress=progress and split).items():
             values.setdefault(name, {})[split] = float(np.mean(each))
     failures = samples["mean"].failures(sample_bars)
     for name, bar in model.bars.items():
