@@ -165,7 +165,7 @@ class VAE(Model):
         if self.settings.prior_components:
             self.fit_prior(x0, labels, seed=seed)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors could not be loaded into later
     def fit_prior(self, x0, labels=None, components=None, *, seed=0):
         """Fit the mixture to the aggregated posterior: draws of q(z | x) of every image, then `em_fit`.
 
@@ -297,7 +297,7 @@ class VAE(Model):
 
     # ---- latents ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, x0, labels=None):
         """Mean and log-variance of q(z | x), each (B, *latent_shape) float32."""
         with evaluating(self.net):
@@ -305,7 +305,7 @@ class VAE(Model):
             labels = self._given(x0, labels, "encode")
             return self.net.encode(x0.to(self.device), labels)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, z, labels=None):
         """E[x | z], (B, C, H, W) float32 in [-1, 1]; labels for a conditional model, None takes the classes in turn."""
         labels = self._labels(len(z), labels, "decode")
