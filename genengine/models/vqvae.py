@@ -112,8 +112,12 @@ class VQVAE(Model):
 
     def prior_terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
         """loss = -log p(codes | label) / (h w), nats per code, of the codes that the autoencoder gives x0."""
-        terms = self.prior.terms(self._as_pixels(x0), labels, seed=seed, sample_ids=sample_ids, step=step)
+        terms = self.prior.terms(self._as_pixels(x0), self._seen(labels), seed=seed, sample_ids=sample_ids, step=step)
         return {"loss": terms["loss"], "bits_per_code": terms["bits_per_dim"]}
+
+    def _seen(self, labels):
+        """The labels if the prior looks at them."""
+        return labels if self.num_classes else None
 
     @torch.no_grad()
     def _as_pixels(self, x0):
@@ -176,7 +180,7 @@ class VQVAE(Model):
             "perplexity": perplexity(index, self.net.config.codes).expand(len(x0)),
         }
         if self.prior is not None:
-            found["bits_per_code"] = self.prior.bits_per_dim(self._as_pixels(x0), labels)
+            found["bits_per_code"] = self.prior.bits_per_dim(self._as_pixels(x0), self._seen(labels))
         return found
 
     def diagnose(self, x0, labels, *, seed, step):
