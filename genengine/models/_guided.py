@@ -12,6 +12,7 @@ import torch
 from genengine import ops, paths, sampler
 from genengine.models import ode_likelihood
 from genengine.models.base import Model
+from genengine.nets.configs import is_int, is_number
 from genengine.nets.dit import DiT
 from genengine.nets.unet import UNet
 
@@ -126,7 +127,7 @@ class Guided(Model):
             "uniform": noise over the whole width of a level (Theis et al. 2016). Loose unless trained with it.
 
         Args:
-            x0: (B, C, H, W) in [-1, 1], on the model's device.
+            x0: (B, C, H, W) in [-1, 1].
             labels: int or (B,) ints, for log p(x0 | label); None for that of no class.
             steps: of equal length in sqrt(t).  method: "rk4" or "heun".
             divergence: "hutchinson", with `probes` random directions, or "exact": C H W backward passes.
@@ -147,9 +148,12 @@ class Guided(Model):
                 raise ValueError(
                     f"{self._name()}.ode_log_prob: {name} must be one of {', '.join(allowed)}, got {value!r}"
                 )
+        for name, value in (("steps", steps), ("probes", probes)):
+            if not is_int(value, 1):
+                raise ValueError(f"{self._name()}.ode_log_prob: {name} must be an int >= 1, got {value!r}")
         labels = self._class_or_none(len(x0), labels, "ode_log_prob")
+        x0 = x0.to(self.device, next(self.net.parameters()).dtype)
         draw = {"seed": seed, "sample_ids": None if sample_ids is None else sample_ids.to(x0.device)}
-        x0 = x0.to(next(self.net.parameters()).dtype)
         x, weight, start = self._dequantise(x0, dequantisation, draw)
         grid = np.linspace(math.sqrt(start), 1.0, steps + 1) ** 2
         directions = None
@@ -256,6 +260,9 @@ def rebuild_path(where, fields):
     path_class = getattr(paths, name, None) if isinstance(name, str) else None
     if not (dataclasses.is_dataclass(path_class) and issubclass(path_class, paths.Path)):  # not an abstract one
         raise ValueError(f"{where}: entry 'path': unknown path {name!r}")
+    for field, value in fields.items():
+        if not isinstance(value, (paths.Path, list, tuple)) and not is_number(value, -math.inf):
+            raise ValueError(f"{where}: entry 'path': {field} must be a number, a list or a path, got {value!r}")
     try:
         return path_class(**fields)
     except TypeError as error:

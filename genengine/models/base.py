@@ -134,7 +134,8 @@ class Model:
         """The config with the sizes of a data set in place: image_shape (C, H, W), classes and levels.
 
         Raises:
-            ValueError: images that are not square; the network's own refusal comes when it is built.
+            ValueError: images that are not square, a "net" that is no dict; the network's own refusal comes when it is
+                built.
         """
         channels, height, width = image_shape
         if height != width:
@@ -142,7 +143,10 @@ class Model:
                 f"{cls._name()}: images must be square, got {height} x {width}; crop or resize them beforehand"
             )
         sizes = {"image_size": height, "in_channels": channels, "num_classes": num_classes}
-        return {**config, "net": {**config.get("net", {}), **sizes}, "num_levels": num_levels}
+        net = config.get("net", {})
+        if not isinstance(net, Mapping):
+            raise ValueError(f"{cls._name()}: entry 'net' must be a dict with a name, got {net!r:.60}")
+        return {**config, "net": {**net, **sizes}, "num_levels": num_levels}
 
     # ---- what a family inherits --------------------------------------------------------------------------------
 
@@ -313,7 +317,7 @@ class Model:
         return labels.contiguous()
 
     def _check_images(self, x0, method) -> None:
-        """Refuse images that the model was not made for."""
+        """Refuse images that the model was not made for, or that are not finite."""
         if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape[1:]) != self.image_shape:
             got = f"{x0.dtype} {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
             raise ValueError(
@@ -321,6 +325,9 @@ class Model:
                 f"{', '.join(map(str, self.image_shape))}) in [-1, 1], got {got}; resize or convert the images, or "
                 "build the model for them"
             )
+        bad = int((~torch.isfinite(x0)).flatten(1).any(1).sum())
+        if bad:
+            raise ValueError(f"{self._name()}.{method}: x0 must be finite, got {bad} of {len(x0)} images that are not")
 
 
 def split_by_network(tensors, networks, path) -> dict[str, dict[str, Tensor]]:

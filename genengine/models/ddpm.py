@@ -202,14 +202,14 @@ class DDPM(Guided):
         clamped to [-1, 1], which is part of the model whose bound this is.
 
         Args:
-            x0: (B, C, H, W) in [-1, 1], on the model's device.
+            x0: (B, C, H, W) in [-1, 1].
             labels: int or (B,) ints, for log p(x0 | label); None for that of no class.
             seed: int in [0, 2^64).  sample_ids: (B,) int64, default 0 .. B - 1.
         Returns:
             VariationalTerms in nats, float32: prior (B,), diffusion (B, T - 1), decoder (B,).
         """
         self._check_images(x0, "variational_terms")
-        x0, b, steps = x0.float(), len(x0), self.steps
+        x0, b, steps = x0.to(self.device).float(), len(x0), self.steps
         labels = self._class_or_none(b, labels, "variational_terms")
         if sample_ids is not None:
             sample_ids = sample_ids.to(x0.device)

@@ -155,7 +155,8 @@ class VQVAE(Model):
     @torch.no_grad()
     def interpolate(self, x_a, x_b, steps=8, *, kind="lerp"):
         """Images (B, steps, C, H, W) along the path between the encoders' outputs, each point quantised."""
-        self._check_images(x_a, "interpolate")
+        for x in (x_a, x_b):
+            self._check_images(x, "interpolate")
         ends = (self.net.encode(x.to(self.device)) for x in (x_a, x_b))
         points = latent_paths.path(kind, *ends, steps)
         images = self.net.decode(self.net.quantise(points.flatten(0, 1))[0])
