@@ -200,10 +200,11 @@ class GAN(Model):
 
     @torch.no_grad()
     def diagnose(self, x0, labels, *, seed, step):
-        """How the game stands, on one batch of at least two real images.
+        """How the game stands, on one batch of real images.
 
         Numbers:
-            distance_ratio: mean distance between two fakes over that between two real images of the batch.
+            distance_ratio: mean distance between two fakes over that between two real images of the batch, if it has
+                two.
             class_entropy: of the classes of the fakes' nearest real images, over that of the real ones; with labels.
             overfit: E[sign D(x)] over the real images, r_t of Karras et al. 2020; not for "wgan_gp", whose logits have
                 no zero.
@@ -221,7 +222,7 @@ class GAN(Model):
         if bad:
             return {}, [f"{' and '.join(bad)} are not finite: training has diverged; lower lr or raise r1_gamma"]
         a, b = (images.double().cpu().flatten(1).numpy() for images in (x0, fake))
-        numbers = {"distance_ratio": _mean_distance(b) / max(_mean_distance(a), 1e-12)}
+        numbers = {} if len(x0) < 2 else {"distance_ratio": _mean_distance(b) / max(_mean_distance(a), 1e-12)}
         if labels is not None:
             classes = labels.cpu().numpy()
             count = max(int(classes.max()) + 1, 2)
@@ -361,7 +362,7 @@ def _mean_distance(points):
 def _warnings(numbers):
     found = []
     ratio, entropy, overfit = (numbers.get(name) for name in ("distance_ratio", "class_entropy", "overfit"))
-    if ratio < LEAST_DISTANCE_RATIO:
+    if ratio is not None and ratio < LEAST_DISTANCE_RATIO:
         found.append(
             f"the samples are collapsing: their mean distance is {ratio:.2f} of that between real images (below "
             f"{LEAST_DISTANCE_RATIO}); raise r1_gamma, set net.stddev_group or lower the generator's lr"
