@@ -231,9 +231,15 @@ class Model:
         """A folder written by `save_pretrained`, or the name of a shipped model ("digits").
 
         Raises:
+            FileNotFoundError: a folder without weights.
             ValueError: neither; or a config.json that differs from the configuration inside the weights file.
         """
         folder = Path(name_or_folder)
+        if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():
+            raise FileNotFoundError(
+                f"{cls._name()}.from_pretrained: {folder} must hold {WEIGHTS_FILE}, which training writes at its end; "
+                "go on with --resume, or name another folder"
+            )
         if not (folder / WEIGHTS_FILE).is_file():
             return cls.pretrained(str(name_or_folder), device=device)
         model = cls.load(folder / WEIGHTS_FILE, device=device)
