@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from genengine.evaluate import class_entropy, squared_distances
 from genengine.models import diff_augment, latent_paths
 from genengine.models.base import Model, Option, Turn
 from genengine.nets import gan as nets
+from genengine.nets.configs import is_int, is_number
 
 LOSSES = ("minimax", "non_saturating", "hinge", "wgan_gp")
 REAL, FAKE = 0, 1  # parts of the augmentation's draws
@@ -111,10 +111,10 @@ class GAN(Model):
         if loss not in LOSSES:
             raise ValueError(f"models/GAN: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         for name, value in (("discriminator_steps", discriminator_steps), ("r1_every", r1_every)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_int(value, 1):
                 raise ValueError(f"models/GAN: {name} must be an int >= 1, got {value!r}")
         for name, value in (("r1_gamma", r1_gamma), ("gp_weight", gp_weight)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not is_number(value):
                 raise ValueError(f"models/GAN: {name} must be a finite number >= 0, got {value!r}")
         if isinstance(augment, str) or not all(isinstance(name, str) for name in augment):
             raise ValueError(f"models/GAN: augment must be a list of names, got {augment!r}")
@@ -305,7 +305,7 @@ class GAN(Model):
         return out
 
     def _truncation(self, method, truncation):
-        if isinstance(truncation, bool) or not isinstance(truncation, (int, float)) or not 0 <= truncation <= 1:
+        if not is_number(truncation) or truncation > 1:
             raise ValueError(f"models/GAN.{method}: truncation must be in [0, 1], got {truncation!r}")
         return float(truncation)
 

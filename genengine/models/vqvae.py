@@ -6,7 +6,6 @@ van den Oord, Vinyals & Kavukcuoglu 2017; the codebook's averages: Razavi et al.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
@@ -14,6 +13,7 @@ from genengine.models import latent_paths
 from genengine.models.base import Model, Option, Turn
 from genengine.models.pixelcnn import PixelCNN
 from genengine.nets import pixelcnn
+from genengine.nets.configs import is_number
 from genengine.nets.vq import VQNet
 
 
@@ -65,7 +65,7 @@ class VQVAE(Model):
 
     def __init__(self, net, prior=None, *, commitment=0.25, num_levels=256):
         config = net.config
-        if not isinstance(commitment, (int, float)) or not 0 <= commitment < math.inf:
+        if not is_number(commitment):
             raise ValueError(f"models/VQVAE: commitment must be a finite number >= 0, got {commitment!r}")
         shape = (config.in_channels, config.image_size, config.image_size)
         classes = 0 if prior is None else prior.config.num_classes

@@ -54,7 +54,7 @@ class VQConfig:
             raise ValueError(f"{_NET}: codes must be an int >= 2, got {self.codes}")
         if self.update not in UPDATES:
             raise ValueError(f"{_NET}: update must be one of {', '.join(UPDATES)}, got {self.update!r}")
-        if not isinstance(self.restart_below, (int, float)) or not 0 <= self.restart_below < float("inf"):
+        if not configs.is_number(self.restart_below):
             raise ValueError(f"{_NET}: restart_below must be a finite number >= 0, got {self.restart_below!r}")
         object.__setattr__(self, "widths", self.coder.widths)
 
