@@ -11,7 +11,8 @@ import torch
 
 from genengine import ops, paths, sampler
 from genengine.models import ode_likelihood
-from genengine.models.base import Model
+from genengine.models.base import Model, drop_labels
+from genengine.models.evaluating import evaluating
 from genengine.nets.configs import is_int, is_number
 from genengine.nets.dit import DiT
 from genengine.nets.unet import UNet
@@ -38,8 +39,8 @@ class Guided(Model):
 
     def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
         """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
-        u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
-        return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
+        draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
+        return drop_labels(labels, self.class_drop, self.net.null_class, **draw)
 
     def _noised(self, x0, labels, coefficients, *, seed, sample_ids, step):
         """(x_t, target, labels) of a training batch: noise of stream "diffuse", labels hidden; on x0's device.
@@ -76,9 +77,7 @@ class Guided(Model):
         """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
         sample_ids = self._sample_ids(num, first_id)
         guided = bool(np.any(guidance != 1.0))
-        was_training = self.net.training
-        self.net.eval()
-        try:
+        with evaluating(self.net):
             return sampler.sample(
                 denoiser,
                 table,
@@ -92,8 +91,6 @@ class Guided(Model):
                 progress=progress,
                 check_finite=check_finite,
             )
-        finally:
-            self.net.train(was_training)
 
     def panels(self, x0, labels=None, *, seed=0, frames=8):
         """The way from noise to image, a row each: the first state, the last, and states evenly between them."""
@@ -183,12 +180,12 @@ class Guided(Model):
     @contextlib.contextmanager
     def _frozen(self):
         """The network in evaluation mode, its weights without gradients; as they were afterwards."""
-        training, flags = self.net.training, [p.requires_grad for p in self.net.parameters()]
-        self.net.eval().requires_grad_(False)
+        flags = [p.requires_grad for p in self.net.parameters()]
+        self.net.requires_grad_(False)
         try:
-            yield
+            with evaluating(self.net):
+                yield
         finally:
-            self.net.train(training)
             for parameter, flag in zip(self.net.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from genengine import ops
 from genengine.models import checkpoint
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -334,6 +335,13 @@ class Model:
         bad = int((~torch.isfinite(x0)).flatten(1).any(1).sum())
         if bad:
             raise ValueError(f"{self._name()}.{method}: x0 must be finite, got {bad} of {len(x0)} images that are not")
+
+
+def drop_labels(labels, share, null_class, *, seed, sample_ids=None, step=0) -> Tensor:
+    """Labels (N,) int64 on the CPU with a share of them replaced by the null class: those whose uniform of (seed,
+    sample, step, stream "class_drop") is below it."""
+    u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
+    return torch.where(u[:, 0] < share, null_class, labels)
 
 
 def split_by_network(tensors, networks, path) -> dict[str, dict[str, Tensor]]:
