@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from genengine import ops
+from genengine._progress import progress_bar
 from genengine.evaluate import class_entropy, squared_distances
 from genengine.models import diff_augment, latent_paths
 from genengine.models.base import Model, Option, Turn
@@ -247,7 +248,7 @@ class GAN(Model):
             labels: int, or num ints (sequence or tensor) in 0 .. num_classes - 1; None takes the classes in turn.
             truncation: in [0, 1]; below 1 the images gather around the most typical one of their class.
             seed: int in [0, 2^64).  first_id: global index of the first sample, in [0, 2^32 - num].
-            progress: show a progress bar, one unit for each 256 images.
+            progress: show a progress bar.
             check_finite: look at every image.
         Returns:
             (num, C, H, W) float32 on the network's device, in [-1, 1], not rounded to the levels.
@@ -289,16 +290,12 @@ class GAN(Model):
 
     def _generate(self, z, labels, progress, check_finite, chunk=256):
         out = torch.empty((len(z), *self.image_shape), device=self.device)
-        starts = range(0, len(z), chunk)
-        if progress:
-            from tqdm import tqdm
-
-            title = progress if isinstance(progress, str) else "gan"
-            starts = tqdm(starts, desc=title, unit="batch", dynamic_ncols=True)
-        with torch.inference_mode():
-            for i in starts:
-                y = None if labels is None else labels[i : i + chunk]
-                out[i : i + chunk] = self.generator(z[i : i + chunk], y)
+        with torch.inference_mode(), progress_bar(progress, len(z), self.family, "image") as bar:
+            for i in range(0, len(z), chunk):
+                part = slice(i, i + chunk)
+                out[part] = self.generator(z[part], None if labels is None else labels[part])
+                if bar is not None:
+                    bar.update(len(out[part]))
         if check_finite and not torch.isfinite(out).all():
             wrong = int((~torch.isfinite(out)).flatten(1).any(1).sum())
             raise FloatingPointError(f"models/GAN.sample: {wrong} of {len(out)} images are not finite")

@@ -8,7 +8,6 @@ fixed-point iteration: Song et al., Accelerating Feedforward Computation via Par
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from genengine import ops
+from genengine._progress import progress_bar
 from genengine.models.base import Model, Option, drop_labels
 from genengine.models.likelihoods import level_index, level_value
 from genengine.nets import pixelcnn as nets
@@ -197,7 +197,7 @@ class PixelCNN(Model):
         if num == 0:
             return out
         chunk = CHUNK if out.device.type == "cpu" else num
-        with torch.inference_mode(), _progress_bar(progress, num) as bar:
+        with torch.inference_mode(), progress_bar(progress, num, self.family, "image") as bar:
             for start in range(0, num, chunk):
                 part = slice(start, start + chunk)
                 fixed = None if known is None else (given[part], known[part])
@@ -321,15 +321,3 @@ class PixelCNN(Model):
             )
         options = {"class_drop": config["class_drop"]} if "class_drop" in config else {}
         return cls(nets.PixelCNN.from_config(net.pop("config", {}), seed=seed, **net), **options)
-
-
-@contextlib.contextmanager
-def _progress_bar(progress, num):
-    if not progress:
-        yield None
-        return
-    from tqdm import tqdm
-
-    title = progress if isinstance(progress, str) else "pixelcnn"
-    with tqdm(total=num, desc=title, unit="image", dynamic_ncols=True) as bar:
-        yield bar
