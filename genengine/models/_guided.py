@@ -203,17 +203,8 @@ class Guided(Model):
         anything).
         """
         where = f"{cls._name()}.from_config"
-        if config.get("family") != cls.family:
-            raise ValueError(f"{where}: entry 'family' must be {cls.family!r}, got {config.get('family')!r}")
-        unknown = sorted(set(config) - {"family", "net", "path", "extra", *defaults})
-        if unknown:
-            raise ValueError(
-                f"{where}: entries must be among family, net, path, {', '.join(defaults)}, got {unknown[0]!r}"
-            )
-        fields = _named(where, config, "net")
+        fields = cls._entries(config, ("path", *defaults), {"net": NETS})["net"]
         name = fields.pop("name")
-        if name not in NETS:
-            raise ValueError(f"{where}: entry 'net' must have the name {' or '.join(map(repr, NETS))}, got {name!r}")
         net = NETS[name].from_config(fields.pop("config", {}), seed=seed, **fields)
         path = rebuild_path(where, _named(where, config, "path")) if "path" in config else None
         rest = {key: config[key] for key in defaults if key in config}

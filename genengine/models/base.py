@@ -286,6 +286,29 @@ class Model:
     def _name(cls):
         return f"models/{cls.__name__}"
 
+    @classmethod
+    def _entries(cls, config, known, nets) -> dict:
+        """A copy of the config's entries but "family" and "extra", checked: none but "net" and `known`, and those that
+        `nets` (entry -> the names of networks that may stand there) lists are dicts with such a name.
+
+        Raises:
+            ValueError: naming the entry.
+        """
+        where, entries = f"{cls._name()}.from_config", dict(config)
+        if entries.pop("family", cls.family) != cls.family:  # may be left out: the class says it
+            raise ValueError(f"{where}: entry 'family' must be {cls.family!r}, got {config['family']!r}")
+        entries.pop("extra", None)
+        unknown = sorted(set(entries) - {"net", *known})
+        if unknown:
+            raise ValueError(f"{where}: entries must be among family, net, {', '.join(known)}, got {unknown[0]!r}")
+        for entry, names in nets.items():
+            value = entries.get(entry)
+            if not isinstance(value, Mapping) or value.get("name") not in names:
+                wanted = " or ".join(map(repr, names))
+                raise ValueError(f"{where}: entry {entry!r} must be a dict with the name {wanted}, got {value!r:.60}")
+            entries[entry] = dict(value)
+        return entries
+
     def _sample_ids(self, num, first_id) -> Tensor:
         """first_id .. first_id + num - 1 on the model's device, if they are within [0, 2^32)."""
         for name, value in (("num", num), ("first_id", first_id)):

@@ -331,22 +331,15 @@ class GAN(Model):
         Raises:
             ValueError: another family, an unknown network or entry, a missing one.
         """
-        where = "models/GAN.from_config"
-        if config.get("family", "gan") != "gan":
-            raise ValueError(f"{where}: entry 'family' must be 'gan', got {config['family']!r}")
         options = ("loss", "discriminator_steps", "r1_gamma", "r1_every", "gp_weight", "augment", "num_levels")
-        unknown = sorted(set(config) - {"family", "net", "extra", "format", *options})
-        if unknown:
-            raise ValueError(f"{where}: entries must be among family, net, {', '.join(options)}, got {unknown[0]!r}")
-        net = config.get("net")
-        if not isinstance(net, dict) or net.get("name") != "dcgan":
-            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'dcgan', got {net!r:.60}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        options = cls._entries(config, options, {"net": ("dcgan",)})
+        net = options.pop("net")
+        del net["name"]
         shape = nets.resolve_config(net.pop("config", {}), **net)
         return cls(
             nets.Generator(shape, seed=seed),
             nets.Discriminator(shape, seed=seed),
-            **{key: config[key] for key in options if key in config},
+            **options,
         )
 
 

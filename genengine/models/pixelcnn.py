@@ -306,18 +306,12 @@ class PixelCNN(Model):
             ValueError: another family, an unknown network or entry, a missing one.
         """
         where = "models/PixelCNN.from_config"
-        if config.get("family", "pixelcnn") != "pixelcnn":
-            raise ValueError(f"{where}: entry 'family' must be 'pixelcnn', got {config['family']!r}")
-        unknown = sorted(set(config) - {"family", "net", "class_drop", "num_levels", "extra", "format"})
-        if unknown:
-            raise ValueError(f"{where}: entries must be family, net, class_drop and num_levels, got {unknown[0]!r}")
-        net = config.get("net")
-        if not isinstance(net, dict) or net.get("name") != "pixelcnn":
-            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'pixelcnn', got {net!r:.60}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        options = cls._entries(config, ("class_drop", "num_levels"), {"net": ("pixelcnn",)})
+        net = options.pop("net")
+        del net["name"]
         if "num_levels" in config and net.setdefault("num_levels", config["num_levels"]) != config["num_levels"]:
             raise ValueError(
                 f"{where}: entry 'num_levels' must be the network's = {net['num_levels']}, got {config['num_levels']!r}"
             )
-        options = {"class_drop": config["class_drop"]} if "class_drop" in config else {}
+        options.pop("num_levels", None)  # the network's, which has them
         return cls(nets.PixelCNN.from_config(net.pop("config", {}), seed=seed, **net), **options)

@@ -427,14 +427,10 @@ class VAE(Model):
 
         out_channels may be left out of "net": the likelihood says what it is. Raises ValueError.
         """
-        where, rest = "models/VAE.from_config", dict(config)
-        rest.pop("extra", None)
-        if rest.pop("family", None) != "vae":
-            raise ValueError(f"{where}: entry 'family' must be 'vae', got {config.get('family')!r}")
-        net, rest["num_levels"] = rest.pop("net", None), rest.get("num_levels", 256)
-        if not isinstance(net, dict) or net.get("name") != "vae":
-            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'vae', got {net!r:.60}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        options = [field.name for field in dataclasses.fields(VAEOptions)]
+        rest = cls._entries(config, ("num_levels", *options), {"net": ("vae",)})
+        net, rest["num_levels"] = rest.pop("net"), rest.get("num_levels", 256)
+        del net["name"]
         named = net.pop("config", {})
         if "out_channels" not in net:
             channels = VAENet.describe(named, **net).in_channels

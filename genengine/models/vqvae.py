@@ -233,18 +233,10 @@ class VQVAE(Model):
         "prior" is None or a dict with the name "pixelcnn" and its fields; what follows from the codes (image_size,
         in_channels, num_levels, num_classes) is filled in. Raises ValueError.
         """
-        where, rest = "models/VQVAE.from_config", dict(config)
-        rest.pop("extra", None)
-        if rest.pop("family", None) != "vqvae":
-            raise ValueError(f"{where}: entry 'family' must be 'vqvae', got {config.get('family')!r}")
-        net, prior = rest.pop("net", None), rest.pop("prior", None)
-        for entry, value, name in (("net", net, "vq"), ("prior", prior, "pixelcnn")):
-            if (entry == "net" or value is not None) and (not isinstance(value, dict) or value.get("name") != name):
-                raise ValueError(f"{where}: entry {entry!r} must be a dict with the name {name!r}, got {value!r:.60}")
-        unknown = sorted(set(rest) - {"commitment", "num_levels"})
-        if unknown:
-            raise ValueError(f"{where}: entries must be among net, prior, commitment, num_levels, got {unknown[0]}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        nets = {"net": ("vq",)} | ({} if config.get("prior") is None else {"prior": ("pixelcnn",)})
+        rest = cls._entries(config, ("prior", "commitment", "num_levels"), nets)
+        net, prior = rest.pop("net"), rest.pop("prior", None)
+        del net["name"]
         net = VQNet.from_config(net.pop("config", {}), seed=seed, **net)
         return cls(net, None if prior is None else _build_prior(prior, net.config, seed), **rest)
 

@@ -342,12 +342,12 @@ def test_bad_arguments_are_refused():
         ({"kl": "exact"}, "kl must be 'analytic' or 'monte_carlo'"),
         ({"kl": "monte_carlo", "free_bits": 0.1}, "free_bits must be 0 with kl='monte_carlo'"),
         ({"likelihood": "poisson"}, "likelihood must be one of"),
-        ({"gamma": 1}, "options must be among .*, got gamma"),
         ({"net": {"out_channels": 5}}, "net must have out_channels = 2 for the likelihood 'logistic', got 5"),
     ):
         with pytest.raises(ValueError, match=f"models/VAE: {message}"):
             model(**options)
     for config, message in (
+        ({"family": "vae", "net": SMALL, "gamma": 1}, "entries must be among .*beta.*, got 'gamma'"),
         ({"family": "flow"}, "entry 'family' must be 'vae'"),
         ({"family": "vae", "net": {"name": "dit"}}, "entry 'net' must be a dict with the name 'vae'"),
         ({"family": "vae", "net": SMALL | {"depth": 3}}, "fields must be among .*, got depth"),

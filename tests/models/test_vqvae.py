@@ -260,7 +260,7 @@ def test_bad_arguments_are_refused():
         ({"net": SMALL, "family": "vae"}, "entry 'family' must be 'vqvae'"),
         ({"net": {"name": "vae"}}, "entry 'net' must be a dict with the name 'vq'"),
         ({"net": SMALL, "prior": {"name": "dit"}}, "entry 'prior' must be a dict with the name 'pixelcnn'"),
-        ({"net": SMALL, "gamma": 1}, "entries must be among net, prior, commitment, num_levels, got gamma"),
+        ({"net": SMALL, "gamma": 1}, "entries must be among family, net, prior, commitment, num_levels, got 'gamma'"),
         ({"net": SMALL | {"update": "adam"}}, "update must be one of ema, loss"),
         ({"net": SMALL | {"image_size": 9}}, "image_size must be a multiple of"),
         ({"net": SMALL | {"codes": 1}}, "codes must be an int >= 2"),
