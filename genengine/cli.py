@@ -96,7 +96,7 @@ def _with_model(command):
     _with_family(command)
     command.add_argument(
         "--checkpoint", default=None, metavar="FILE",
-        help="model.safetensors, or the name of a shipped model (default: digits)",
+        help="model.safetensors, the folder it is in, or the name of a shipped model (default: digits)",
     )  # fmt: skip
     for name, offers in _sampling_options().items():
         kinds = "; ".join(f"{', '.join(families)}: {text}" for text, families in _texts(offers).items())
@@ -122,7 +122,8 @@ def _texts(offers):
     """help text -> the families that say it."""
     texts = {}
     for family, option in offers:
-        texts.setdefault(f"{option.help} (default {option.default})", []).append(family)
+        default = "" if option.default is None else f" (default {option.default})"  # None: the text says what it means
+        texts.setdefault(option.help + default, []).append(family)
     return texts
 
 
@@ -176,8 +177,10 @@ def _add_train(commands):
     _with_family(command)
     _with_data(command)
     command.add_argument(
-        "--preset", default="digits", help="named settings: digits (the shipped model), smoke (a minute), and others"
-    )
+        "--preset", default=None,
+        help="named settings: digits (the shipped model), images (images of your own, on a GPU), smoke (a minute, of "
+        "digits), and others (default: digits for --data digits, else images)",
+    )  # fmt: skip
     command.add_argument(
         "--out", default=None, metavar="FOLDER", help="folder of model, state and log (default runs/FAMILY)"
     )
@@ -296,7 +299,10 @@ def _device(options):
     import torch
 
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # in which torch lists every kind there is
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {name} asked for, but torch {torch.__version__} sees no CUDA device")
     return device
@@ -335,7 +341,8 @@ def _train(options):
     names = ("split", "steps", "batch_size", "lr", "precision", "seed")
     overrides = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     overrides = settings(options.set) | overrides | {"dataset": options.data}
-    config = train.preset(options.family, options.preset, **overrides)
+    usual = "digits" if options.data == "digits" else "images"
+    config = train.preset(options.family, options.preset or usual, **overrides)
     out = Path(options.out or f"runs/{options.family}")
     images = data.load(
         options.data, config.split, on_bad=options.on_bad, report=lambda text: print(text, file=sys.stderr)
@@ -376,8 +383,9 @@ def _model(options):
     device, family = _device(options), models.family(options.family)
     if options.checkpoint is None:
         return family.pretrained("digits", device=device)
-    if Path(options.checkpoint).is_file():
-        return family.load(options.checkpoint, device=device)
+    path = Path(options.checkpoint)
+    if path.is_file() or path.suffix == ".safetensors":  # of which `load` says that it is missing
+        return family.load(path, device=device)
     return family.from_pretrained(options.checkpoint, device=device)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genengine import _capture
+from genengine._progress import progress_bar
 from genengine.ops import _check, _layout, _registry, normal
 from genengine.ops.sampler_step import ADVANCE, SAMPLER_STEP
 from genengine.table import CoefficientTable
@@ -93,7 +94,7 @@ def sample(
     run = _Run(denoiser, table, branches, noise, check_finite, model_dtype or _model_dtype(denoiser))
     run.start(x, shape, seed, sample_ids, device)
     mode = _mode(capture, run, callback, progress)
-    with torch.inference_mode(), _on(device), _progress_bar(progress, table) as bar:
+    with torch.inference_mode(), _on(device), progress_bar(progress, table.num_rows, table.name, "row") as bar:
         run.prepare()
         _drive(run, mode, callback, bar)
     return run.x
@@ -410,15 +411,3 @@ def _mode(capture, run, callback, progress):
 def _on(device):
     """The device made current, for streams, graphs and launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _progress_bar(progress, table):
-    if not progress:
-        yield None
-        return
-    from tqdm import tqdm
-
-    title = progress if isinstance(progress, str) else table.name
-    with tqdm(total=table.num_rows, desc=title, unit="row", dynamic_ncols=True) as bar:
-        yield bar

@@ -18,6 +18,7 @@ import torch
 from genengine import data, models, training_log
 from genengine.models import checkpoint
 from genengine.models.base import WEIGHTS_FILE as MODEL_FILE
+from genengine.nets.configs import is_int, is_number
 from genengine.ops import ema_update
 from genengine.training_log import LOG_FILE, STATE_FILE
 
@@ -61,35 +62,34 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):  # as JSON has it
+            object.__setattr__(self, "betas", tuple(self.betas))
+        clip, pair = self.clip_norm, isinstance(self.betas, tuple) and len(self.betas) == 2
+        scales = self.lr_scales.values() if isinstance(self.lr_scales, dict) else [None]
         rules = {
             "family": (self.family in models.FAMILIES, f"one of {', '.join(models.FAMILIES)}"),
             "model": (isinstance(self.model, dict), "a dict"),
             "split": (self.split in data.SPLITS, f"one of {', '.join(data.SPLITS)}"),
-            "steps": (_whole(self.steps, 1), "an int >= 1"),
-            "batch_size": (_whole(self.batch_size, 1), "an int >= 1"),
-            "lr": (0 < self.lr < math.inf, "a finite number > 0"),
-            "lr_scales": (all(0 <= scale < math.inf for scale in self.lr_scales.values()), "finite numbers >= 0"),
-            "betas": (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)"),
+            "steps": (is_int(self.steps, 1), "an int >= 1"),
+            "batch_size": (is_int(self.batch_size, 1), "an int >= 1"),
+            "lr": (is_number(self.lr) and self.lr > 0, "a finite number > 0"),
+            "lr_scales": (all(map(is_number, scales)), "a dict of finite numbers >= 0"),
+            "betas": (pair and all(is_number(beta, below=1) for beta in self.betas), "two numbers in [0, 1)"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            "warmup": (_whole(self.warmup, 0), "an int >= 0"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number >= 0"),
-            "clip_norm": (self.clip_norm > 0, "> 0 (inf for no clipping)"),
-            "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
+            "warmup": (is_int(self.warmup), "an int >= 0"),
+            "weight_decay": (is_number(self.weight_decay), "a finite number >= 0"),
+            "clip_norm": (clip == math.inf or (is_number(clip) and clip > 0), "> 0 (Infinity for none)"),
+            "ema_decay": (is_number(self.ema_decay, below=1), "in [0, 1)"),
             "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             "storage": (self.storage in ("float32", "float16", "bfloat16"), "float32, float16 or bfloat16"),
-            "seed": (_whole(self.seed, 0) and self.seed < 2**64, "an int in [0, 2^64)"),
+            "seed": (is_int(self.seed) and self.seed < 2**64, "an int in [0, 2^64)"),
         }
         for name, (good, expected) in rules.items():
             if not good:
                 raise ValueError(f"train/TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
 
 
-def _whole(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def preset(family, name="digits", **overrides):
+def preset(family, name="digits", /, **overrides):
     """A TrainConfig from the family's presets, with fields replaced; "model" overrides are merged, nested ones too.
 
     Raises:
@@ -98,7 +98,7 @@ def preset(family, name="digits", **overrides):
     presets = models.family(family).presets
     if name not in presets:
         raise ValueError(f"train/preset: name must be one of {', '.join(presets)}, got {name!r}")
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"family"}
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(f"train/preset: fields must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
@@ -314,6 +314,9 @@ def train(config, out_dir, *, resume=False, device="cpu", progress=True, save_ev
         FloatingPointError: a loss or gradient that is not finite, naming the step; the last good state is kept.
         RuntimeError: TensorBoard is missing.
     """
+    for name, value in (("save_every", save_every), ("log_every", log_every)):
+        if not is_int(value, 1):
+            raise ValueError(f"train/train: {name} must be an int >= 1, got {value!r}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     state_file = out_dir / STATE_FILE

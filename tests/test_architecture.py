@@ -10,7 +10,7 @@ PACKAGE = ROOT / "genengine"
 
 # Lower layers first; a module may import its own layer and those below.
 LAYERS = [
-    ["random", "paths", "schedules", "prediction", "table"],
+    ["random", "paths", "schedules", "prediction", "table", "_progress"],
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],

@@ -214,12 +214,34 @@ def test_a_mistake_names_what_would_be_right(tmp_path, capsys):
         (("sample", "flow", "--solver", "rk45", *out), "--solver must be one of euler, heun, got 'rk45'"),
         (("sample", "flow", "--checkpoint", "faces", *out), "name must be one of digits, got 'faces'"),
         (("sample", "flow", "--labels", "0-12", *out), "labels must be in 0 .. 9, got 12"),
-        (("train", "flow", "--preset", "large"), "name must be one of digits, smoke"),
+        (("sample", "flow", "--checkpoint", "runs/no.safetensors", *out), "must be an existing file, got runs/no.safe"),
+        (("sample", "flow", "--checkpoint", str(tmp_path), *out), f"{tmp_path} must hold model.safetensors"),
+        (("train", "flow", "--preset", "large"), "name must be one of digits, images, smoke"),
+        (("train", "flow", "--set", "lr_scales=3"), "lr_scales must be a dict of finite numbers"),
         (("train", "flow", "--data", "cifar"), "data must be digits, shapes-N, textures-N"),
         (("evaluate", "flow", "--density", str(tmp_path)), "must hold images"),
     ):
         status, _, err = run(*arguments, "--device", "cpu", capsys=capsys)
         assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_a_device_that_does_not_exist_is_named(tmp_path, capsys):
+    arguments = ("sample", "flow", "--num", "1", "--out", str(tmp_path / "x.png"), "--device", "tpux")
+    status, _, err = run(*arguments, capsys=capsys)
+    assert status == 2 and "--device must be cpu, cuda or cuda:N, got 'tpux'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("family", ["pixelcnn", "ddpm"])
+def test_images_of_ones_own_take_their_preset(family, tmp_path, capsys, monkeypatch):
+    from genengine import train
+
+    taken = []
+    monkeypatch.setattr(train, "train", lambda config, *_, dataset, **__: taken.append((config, dataset)))
+    for source in ("shapes-16", "digits"):
+        assert run("train", family, "--data", source, "--out", str(tmp_path), capsys=capsys)[0] == 0
+    (images, colour), (digits, _) = taken
+    assert images.steps == train.preset(family, "images").steps and digits.steps == train.preset(family, "digits").steps
+    assert train.build_model(images, colour).image_shape == (3, 16, 16)
 
 
 def test_a_checkpoint_of_another_family_is_refused(tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from genengine import data
+from genengine import data, models
 from genengine.evaluate import (
     QUALITY_BARS,
     Report,
@@ -276,13 +276,26 @@ def test_outliers_are_those_outside_of_what_is_usual():
     model.likelihood = None
     with pytest.raises(ValueError, match="bits has no likelihood"):
         outliers(model, odd, usual)
+    vague = models.VAE.from_config(
+        {"family": "vae", "net": {"name": "vae", "config": "tiny"}, "likelihood": "bernoulli", "num_levels": 17}
+    )
+    digits = data.load("digits", "validation").subset(torch.arange(6))
+    with pytest.raises(ValueError, match="this vae model has no likelihood of the pixels' levels"):
+        outliers(vague, digits, digits)
+
+
+def test_an_evaluation_on_other_or_too_few_images_is_refused_before_it_samples():
+    digits, model = data.load("digits", "train"), models.GAN.pretrained()
+    for wrong, got in ((data.load("shapes-8", "test"), r"200 of \(3, 8, 8\)"), (digits.subset([1, 2]), "2 of")):
+        with pytest.raises(ValueError, match=rf"held_out must be at least 6 images.*\(1, 8, 8\).*got {got}"):
+            evaluate_model(model, digits, wrong)
 
 
 def test_the_whole_evaluation_names_what_is_missed():
     train_set, held_out = data.load("digits", "train"), data.load("digits", "test")
 
     class Copier(Bits):
-        num_levels, num_classes = 17, 10
+        num_levels, num_classes, image_shape = 17, 10, (1, 8, 8)
         bars = {
             "frechet_distance": ("<=", 0.03),
             "coverage": (">=", 1.5),

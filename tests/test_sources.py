@@ -65,6 +65,24 @@ def test_bad_files_are_counted_and_named(folder):
         data.from_folder(folder / "nowhere")
 
 
+def test_what_would_be_read_wrongly_is_a_bad_file(folder):
+    write(folder, "loose.png", noise(6, 6, 3))
+    deep = (noise(6, 6).astype(np.uint16)) * 100
+    Image.fromarray(deep).save(folder / "ant" / "deep.png")
+    message = (
+        r"2 files of .*loose\.png \(beside the class folders\); deep\.png \(unreadable: I;16 pixels of more than 8"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.from_folder(folder)
+    assert len(data.from_folder(folder, on_bad="skip")) == 6
+
+
+def test_grey_with_transparency_is_grey(tmp_path):
+    Image.fromarray(noise(5, 5)).convert("LA").save(tmp_path / "a.png")
+    images = data.from_folder(tmp_path)
+    assert images.image_shape == (1, 5, 5) and np.array_equal(images.levels[0, 0].numpy(), noise(5, 5))
+
+
 def test_archives_as_adm_writes_them(tmp_path):
     pixels, labels = noise(7, 4, 4, 3), np.arange(7) % 3
     np.savez(tmp_path / "a.npz", arr_0=pixels, arr_1=labels)
@@ -77,13 +95,15 @@ def test_archives_as_adm_writes_them(tmp_path):
         ({"arr_0": pixels.astype(float)}, "must hold arr_0, uint8 .*, got float64"),
         ({"arr_0": pixels, "arr_1": labels[:3]}, r"arr_1 .* must be \(7,\) integer labels"),
         ({"arr_0": pixels, "arr_1": labels - 1}, r"labels must be in 0 \.\. .*, got -1"),
+        ({"arr_0": pixels, "arr_1": labels + 10**6}, r"labels must be classes 0 \.\. 65535, got 1000002"),
     ):
         np.savez(tmp_path / "c.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             data.from_npz(tmp_path / "c.npz")
-    (tmp_path / "d.npz").write_bytes(b"PK nothing")
-    with pytest.raises(ValueError, match="must be a readable .npz archive"):
-        data.from_npz(tmp_path / "d.npz")
+    for content in (b"PK nothing", b""):
+        (tmp_path / "d.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="must be a readable .npz archive"):
+            data.from_npz(tmp_path / "d.npz")
 
 
 def test_iterables_of_images_and_labels():

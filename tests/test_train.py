@@ -270,13 +270,25 @@ def test_resuming_checks_the_state(trained, tmp_path):
 
 
 def test_configuration_is_validated():
-    bad = {"steps": 0, "batch_size": 1.5, "lr": math.nan, "ema_decay": 1.0, "precision": "fp8",
+    bad = {"steps": 0, "batch_size": 1.5, "lr": math.nan, "weight_decay": None,  "ema_decay": 1.0, "precision": "fp8",
            "split": "valid", "family": "ganz", "betas": (0.9, 1.0),
            "schedule": "linear", "lr_scales": {"net": -1.0}, "seed": -1, "clip_norm": 0.0, "warmup": -1}  # fmt: skip
     for field, value in bad.items():
         with pytest.raises(ValueError, match=f"train/TrainConfig: {field} must be"):
             TrainConfig(**{field: value})
-    with pytest.raises(ValueError, match="name must be one of digits, smoke"):
+    for field, value in {"lr": "fast", "lr_scales": 3, "betas": 0.5, "clip_norm": "1"}.items():  # as --set gives them
+        with pytest.raises(ValueError, match=f"train/TrainConfig: {field} must be .*got {value!r}"):
+            preset("flow", **{field: value})
+    with pytest.raises(ValueError, match="fields must be among.*got family"):
+        preset("flow", **{"family": "vae"})
+    with pytest.raises(ValueError, match="models/FlowMatching: entry 'net' must be a dict with a name, got 5"):
+        Run(preset("flow", model={"net": 5}))
+    with pytest.raises(ValueError, match="entry 'path': s must be a number.*got 'abc'"):
+        Run(preset("ddpm", model={"path": {"s": "abc"}}))
+    for name in ("save_every", "log_every"):
+        with pytest.raises(ValueError, match=f"train/train: {name} must be an int >= 1, got 0"):
+            run_train(SHORT, "never-made", **{name: 0})
+    with pytest.raises(ValueError, match="name must be one of digits, images, smoke"):
         preset("flow", "huge")
     with pytest.raises(ValueError, match="family must be one of ddpm, flow.*got 'ganz'"):
         preset("ganz")

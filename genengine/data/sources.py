@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from genengine.data.pixels import to_levels
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 ON_BAD = ("refuse", "skip")
+MAX_CLASSES = 1 << 16
 
 
 def load(source, part: str = "train", *, on_bad: str = "refuse", report=None) -> Dataset:
@@ -59,10 +61,11 @@ def from_folder(folder, *, on_bad: str = "refuse", report=None) -> Dataset:
     """Images of a folder, one class per subfolder in the order of their names; without subfolders, no classes.
 
     All files must be of one size, that of most of them; they are read as grey if every one is grey, else as RGB.
+    Transparency is dropped; more than 8 bits per channel, and images beside the subfolders, count as bad.
 
     Args:
         folder: its name.
-        on_bad: "refuse" raises a ValueError that counts and names unreadable and odd-sized files; "skip" leaves them
+        on_bad: "refuse" raises a ValueError that counts and names the files that cannot be used; "skip" leaves them
             out and tells `report`.
     Raises:
         ValueError: bad files, or no images at all; FileNotFoundError: no such folder; RuntimeError: Pillow is missing.
@@ -74,7 +77,7 @@ def from_folder(folder, *, on_bad: str = "refuse", report=None) -> Dataset:
         raise FileNotFoundError(f"data/from_folder: folder must be an existing folder, got {folder}; check the name")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and _image_files(path))
     groups = [(label, _image_files(folder / name)) for label, name in enumerate(classes)] or [(0, _image_files(folder))]
-    read, bad = [], []
+    read, bad = [], [(file, "beside the class folders") for file in _image_files(folder)] if classes else []
     for label, files in groups:
         for file in files:
             try:
@@ -109,7 +112,7 @@ def from_npz(path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"data/from_npz: {path} must be a readable .npz archive, got {_first_line(error)}") from error
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4):
@@ -159,13 +162,15 @@ def _image_files(folder):
 
 
 def _read(file):
-    """uint8 (H, W) of a grey image, (H, W, 3) of any other."""
+    """uint8 (H, W) of a grey image, (H, W, 3) of any other; ValueError of one with more than 8 bits."""
     try:
         from PIL import Image
     except ImportError as error:
         raise RuntimeError("reading images needs Pillow: pip install 'genengine[image]', or pass an .npz") from error
     with Image.open(file) as image:
-        return np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+        if image.mode.startswith(("I", "F")):  # Pillow would cut them off at 255
+            raise ValueError(f"{image.mode} pixels of more than 8 bits; convert them")
+        return np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
 
 
 def _settle(folder, bad, on_bad, report):
@@ -209,6 +214,9 @@ def _rgb(array):
 
 
 def _names(labels):
+    """A name for every class up to the largest label."""
+    if len(labels) and int(labels.max()) >= MAX_CLASSES:
+        raise ValueError(f"data: labels must be classes 0 .. {MAX_CLASSES - 1}, got {int(labels.max())}; number them")
     return tuple(map(str, range(int(labels.max()) + 1))) if len(labels) and labels.min() >= 0 else ("0",)
 
 

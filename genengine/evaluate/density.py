@@ -52,7 +52,10 @@ def outliers(model, dataset: Dataset, usual: Dataset, *, seed: int = 0, share: f
             f"evaluate/outliers: needs images and 0 < share < 0.5, got {len(dataset)} images, {len(usual)} usual ones "
             f"and share {share}"
         )
-    bits, usual_bits = (measure(model, part, seed=seed, labelled=False)["bits_per_dim"] for part in (dataset, usual))
+    found = [measure(model, part, seed=seed, labelled=False) for part in (dataset, usual)]
+    if "bits_per_dim" not in found[0]:
+        raise ValueError(f"evaluate/outliers: this {model.family} model has no likelihood of the pixels' levels")
+    bits, usual_bits = (values["bits_per_dim"] for values in found)
     low, high = np.quantile(usual_bits, [share, 1.0 - share])
     spread = usual_bits.std() + 1e-12
     distance = np.maximum(bits - high, low - bits) / spread

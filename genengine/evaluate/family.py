@@ -27,8 +27,14 @@ def evaluate_model(
         dict with family, samples (of `evaluate_seeds`), measured (name -> {"train": mean, "held_out": mean}, of
         `model.measure`), baselines (name -> Report), bars, and failures (the bars that are missed, as text).
     Raises:
-        ValueError: images that do not fit the model.
+        ValueError: images that do not fit the model, or too few of them.
     """
+    for name, part in (("train", train), ("held_out", held_out)):
+        if part.image_shape != model.image_shape or len(part) < 6:
+            raise ValueError(
+                f"evaluate/evaluate_model: {name} must be at least 6 images of shape (C, H, W) = {model.image_shape}, "
+                f"which the model makes, got {len(part)} of {part.image_shape} in {part.name}"
+            )
     train, held_out = (part.with_levels(model.num_levels) for part in (train, held_out))
     sets = {"reference": (train.images, train.labels), "held_out": (held_out.images, held_out.labels)}
     sets["num_levels"] = model.num_levels

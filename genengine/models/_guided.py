@@ -11,7 +11,9 @@ import torch
 
 from genengine import ops, paths, sampler
 from genengine.models import ode_likelihood
-from genengine.models.base import Model
+from genengine.models.base import Model, drop_labels
+from genengine.models.evaluating import evaluating
+from genengine.nets.configs import is_int, is_number
 from genengine.nets.dit import DiT
 from genengine.nets.unet import UNet
 
@@ -37,8 +39,8 @@ class Guided(Model):
 
     def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
         """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
-        u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
-        return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
+        draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
+        return drop_labels(labels, self.class_drop, self.net.null_class, **draw)
 
     def _noised(self, x0, labels, coefficients, *, seed, sample_ids, step):
         """(x_t, target, labels) of a training batch: noise of stream "diffuse", labels hidden; on x0's device.
@@ -75,9 +77,7 @@ class Guided(Model):
         """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
         sample_ids = self._sample_ids(num, first_id)
         guided = bool(np.any(guidance != 1.0))
-        was_training = self.net.training
-        self.net.eval()
-        try:
+        with evaluating(self.net):
             return sampler.sample(
                 denoiser,
                 table,
@@ -91,8 +91,6 @@ class Guided(Model):
                 progress=progress,
                 check_finite=check_finite,
             )
-        finally:
-            self.net.train(was_training)
 
     def panels(self, x0, labels=None, *, seed=0, frames=8):
         """The way from noise to image, a row each: the first state, the last, and states evenly between them."""
@@ -126,7 +124,7 @@ class Guided(Model):
             "uniform": noise over the whole width of a level (Theis et al. 2016). Loose unless trained with it.
 
         Args:
-            x0: (B, C, H, W) in [-1, 1], on the model's device.
+            x0: (B, C, H, W) in [-1, 1].
             labels: int or (B,) ints, for log p(x0 | label); None for that of no class.
             steps: of equal length in sqrt(t).  method: "rk4" or "heun".
             divergence: "hutchinson", with `probes` random directions, or "exact": C H W backward passes.
@@ -147,9 +145,12 @@ class Guided(Model):
                 raise ValueError(
                     f"{self._name()}.ode_log_prob: {name} must be one of {', '.join(allowed)}, got {value!r}"
                 )
+        for name, value in (("steps", steps), ("probes", probes)):
+            if not is_int(value, 1):
+                raise ValueError(f"{self._name()}.ode_log_prob: {name} must be an int >= 1, got {value!r}")
         labels = self._class_or_none(len(x0), labels, "ode_log_prob")
+        x0 = x0.to(self.device, next(self.net.parameters()).dtype)
         draw = {"seed": seed, "sample_ids": None if sample_ids is None else sample_ids.to(x0.device)}
-        x0 = x0.to(next(self.net.parameters()).dtype)
         x, weight, start = self._dequantise(x0, dequantisation, draw)
         grid = np.linspace(math.sqrt(start), 1.0, steps + 1) ** 2
         directions = None
@@ -179,12 +180,12 @@ class Guided(Model):
     @contextlib.contextmanager
     def _frozen(self):
         """The network in evaluation mode, its weights without gradients; as they were afterwards."""
-        training, flags = self.net.training, [p.requires_grad for p in self.net.parameters()]
-        self.net.eval().requires_grad_(False)
+        flags = [p.requires_grad for p in self.net.parameters()]
+        self.net.requires_grad_(False)
         try:
-            yield
+            with evaluating(self.net):
+                yield
         finally:
-            self.net.train(training)
             for parameter, flag in zip(self.net.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
 
@@ -202,17 +203,8 @@ class Guided(Model):
         anything).
         """
         where = f"{cls._name()}.from_config"
-        if config.get("family") != cls.family:
-            raise ValueError(f"{where}: entry 'family' must be {cls.family!r}, got {config.get('family')!r}")
-        unknown = sorted(set(config) - {"family", "net", "path", "extra", *defaults})
-        if unknown:
-            raise ValueError(
-                f"{where}: entries must be among family, net, path, {', '.join(defaults)}, got {unknown[0]!r}"
-            )
-        fields = _named(where, config, "net")
+        fields = cls._entries(config, ("path", *defaults), {"net": NETS})["net"]
         name = fields.pop("name")
-        if name not in NETS:
-            raise ValueError(f"{where}: entry 'net' must have the name {' or '.join(map(repr, NETS))}, got {name!r}")
         net = NETS[name].from_config(fields.pop("config", {}), seed=seed, **fields)
         path = rebuild_path(where, _named(where, config, "path")) if "path" in config else None
         rest = {key: config[key] for key in defaults if key in config}
@@ -256,6 +248,9 @@ def rebuild_path(where, fields):
     path_class = getattr(paths, name, None) if isinstance(name, str) else None
     if not (dataclasses.is_dataclass(path_class) and issubclass(path_class, paths.Path)):  # not an abstract one
         raise ValueError(f"{where}: entry 'path': unknown path {name!r}")
+    for field, value in fields.items():
+        if not isinstance(value, (paths.Path, list, tuple)) and not is_number(value, -math.inf):
+            raise ValueError(f"{where}: entry 'path': {field} must be a number, a list or a path, got {value!r}")
     try:
         return path_class(**fields)
     except TypeError as error:

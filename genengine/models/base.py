@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from genengine import ops
 from genengine.models import checkpoint
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -134,7 +135,8 @@ class Model:
         """The config with the sizes of a data set in place: image_shape (C, H, W), classes and levels.
 
         Raises:
-            ValueError: images that are not square; the network's own refusal comes when it is built.
+            ValueError: images that are not square, a "net" that is no dict; the network's own refusal comes when it is
+                built.
         """
         channels, height, width = image_shape
         if height != width:
@@ -142,7 +144,10 @@ class Model:
                 f"{cls._name()}: images must be square, got {height} x {width}; crop or resize them beforehand"
             )
         sizes = {"image_size": height, "in_channels": channels, "num_classes": num_classes}
-        return {**config, "net": {**config.get("net", {}), **sizes}, "num_levels": num_levels}
+        net = config.get("net", {})
+        if not isinstance(net, Mapping):
+            raise ValueError(f"{cls._name()}: entry 'net' must be a dict with a name, got {net!r:.60}")
+        return {**config, "net": {**net, **sizes}, "num_levels": num_levels}
 
     # ---- what a family inherits --------------------------------------------------------------------------------
 
@@ -227,9 +232,15 @@ class Model:
         """A folder written by `save_pretrained`, or the name of a shipped model ("digits").
 
         Raises:
+            FileNotFoundError: a folder without weights.
             ValueError: neither; or a config.json that differs from the configuration inside the weights file.
         """
         folder = Path(name_or_folder)
+        if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():
+            raise FileNotFoundError(
+                f"{cls._name()}.from_pretrained: {folder} must hold {WEIGHTS_FILE}, which training writes at its end; "
+                "go on with --resume, or name another folder"
+            )
         if not (folder / WEIGHTS_FILE).is_file():
             return cls.pretrained(str(name_or_folder), device=device)
         model = cls.load(folder / WEIGHTS_FILE, device=device)
@@ -275,6 +286,29 @@ class Model:
     def _name(cls):
         return f"models/{cls.__name__}"
 
+    @classmethod
+    def _entries(cls, config, known, nets) -> dict:
+        """A copy of the config's entries but "family" and "extra", checked: none but "net" and `known`, and those that
+        `nets` (entry -> the names of networks that may stand there) lists are dicts with such a name.
+
+        Raises:
+            ValueError: naming the entry.
+        """
+        where, entries = f"{cls._name()}.from_config", dict(config)
+        if entries.pop("family", cls.family) != cls.family:  # may be left out: the class says it
+            raise ValueError(f"{where}: entry 'family' must be {cls.family!r}, got {config['family']!r}")
+        entries.pop("extra", None)
+        unknown = sorted(set(entries) - {"net", *known})
+        if unknown:
+            raise ValueError(f"{where}: entries must be among family, net, {', '.join(known)}, got {unknown[0]!r}")
+        for entry, names in nets.items():
+            value = entries.get(entry)
+            if not isinstance(value, Mapping) or value.get("name") not in names:
+                wanted = " or ".join(map(repr, names))
+                raise ValueError(f"{where}: entry {entry!r} must be a dict with the name {wanted}, got {value!r:.60}")
+            entries[entry] = dict(value)
+        return entries
+
     def _sample_ids(self, num, first_id) -> Tensor:
         """first_id .. first_id + num - 1 on the model's device, if they are within [0, 2^32)."""
         for name, value in (("num", num), ("first_id", first_id)):
@@ -313,7 +347,7 @@ class Model:
         return labels.contiguous()
 
     def _check_images(self, x0, method) -> None:
-        """Refuse images that the model was not made for."""
+        """Refuse images that the model was not made for, or that are not finite."""
         if not isinstance(x0, Tensor) or not x0.is_floating_point() or tuple(x0.shape[1:]) != self.image_shape:
             got = f"{x0.dtype} {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
             raise ValueError(
@@ -321,6 +355,16 @@ class Model:
                 f"{', '.join(map(str, self.image_shape))}) in [-1, 1], got {got}; resize or convert the images, or "
                 "build the model for them"
             )
+        bad = int((~torch.isfinite(x0)).flatten(1).any(1).sum())
+        if bad:
+            raise ValueError(f"{self._name()}.{method}: x0 must be finite, got {bad} of {len(x0)} images that are not")
+
+
+def drop_labels(labels, share, null_class, *, seed, sample_ids=None, step=0) -> Tensor:
+    """Labels (N,) int64 on the CPU with a share of them replaced by the null class: those whose uniform of (seed,
+    sample, step, stream "class_drop") is below it."""
+    u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
+    return torch.where(u[:, 0] < share, null_class, labels)
 
 
 def split_by_network(tensors, networks, path) -> dict[str, dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from genengine import ops, paths, prediction, schedules, solvers
 from genengine.models import variational
 from genengine.models._guided import Guided
 from genengine.models.base import Option
+from genengine.models.evaluating import evaluating
 from genengine.models.variational import VariationalTerms
 
 PREDICTIONS = ("eps", "x0", "v")
@@ -202,21 +203,19 @@ class DDPM(Guided):
         clamped to [-1, 1], which is part of the model whose bound this is.
 
         Args:
-            x0: (B, C, H, W) in [-1, 1], on the model's device.
+            x0: (B, C, H, W) in [-1, 1].
             labels: int or (B,) ints, for log p(x0 | label); None for that of no class.
             seed: int in [0, 2^64).  sample_ids: (B,) int64, default 0 .. B - 1.
         Returns:
             VariationalTerms in nats, float32: prior (B,), diffusion (B, T - 1), decoder (B,).
         """
         self._check_images(x0, "variational_terms")
-        x0, b, steps = x0.float(), len(x0), self.steps
+        x0, b, steps = x0.to(self.device).float(), len(x0), self.steps
         labels = self._class_or_none(b, labels, "variational_terms")
         if sample_ids is not None:
             sample_ids = sample_ids.to(x0.device)
         times = torch.from_numpy(steps.t.astype(np.float32)).to(x0.device)
-        was_training = self.net.training
-        self.net.eval()
-        try:
+        with evaluating(self.net):
             run = self.net.for_schedule(times[:, None].expand(-1, b), **({} if labels is None else {"y": labels}))
             columns = []
             for n in range(self.num_timesteps):
@@ -225,8 +224,6 @@ class DDPM(Guided):
                 x_t, _ = ops.diffuse(x0, alpha, sigma, alpha, sigma, seed=seed, sample_ids=sample_ids, step=n)
                 output, v = self._split(run(x_t, row.to(x0.device)).float())
                 columns.append(self._step_terms(x0, x_t, output, v, row, clip=True))
-        finally:
-            self.net.train(was_training)
         prior = variational.prior_kl(x0, float(steps.alpha[-1]), float(steps.sigma[-1]))
         diffusion = torch.stack(columns[1:], 1) if len(columns) > 1 else x0.new_zeros(b, 0)
         return VariationalTerms(prior, diffusion, columns[0])

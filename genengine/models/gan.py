@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 
 from genengine import ops
+from genengine._progress import progress_bar
 from genengine.evaluate import class_entropy, squared_distances
 from genengine.models import diff_augment, latent_paths
 from genengine.models.base import Model, Option, Turn
 from genengine.nets import gan as nets
+from genengine.nets.configs import is_int, is_number
 
 LOSSES = ("minimax", "non_saturating", "hinge", "wgan_gp")
 REAL, FAKE = 0, 1  # parts of the augmentation's draws
@@ -111,10 +112,10 @@ class GAN(Model):
         if loss not in LOSSES:
             raise ValueError(f"models/GAN: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         for name, value in (("discriminator_steps", discriminator_steps), ("r1_every", r1_every)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_int(value, 1):
                 raise ValueError(f"models/GAN: {name} must be an int >= 1, got {value!r}")
         for name, value in (("r1_gamma", r1_gamma), ("gp_weight", gp_weight)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not is_number(value):
                 raise ValueError(f"models/GAN: {name} must be a finite number >= 0, got {value!r}")
         if isinstance(augment, str) or not all(isinstance(name, str) for name in augment):
             raise ValueError(f"models/GAN: augment must be a list of names, got {augment!r}")
@@ -200,10 +201,11 @@ class GAN(Model):
 
     @torch.no_grad()
     def diagnose(self, x0, labels, *, seed, step):
-        """How the game stands, on one batch of at least two real images.
+        """How the game stands, on one batch of real images.
 
         Numbers:
-            distance_ratio: mean distance between two fakes over that between two real images of the batch.
+            distance_ratio: mean distance between two fakes over that between two real images of the batch, if it has
+                two.
             class_entropy: of the classes of the fakes' nearest real images, over that of the real ones; with labels.
             overfit: E[sign D(x)] over the real images, r_t of Karras et al. 2020; not for "wgan_gp", whose logits have
                 no zero.
@@ -221,7 +223,7 @@ class GAN(Model):
         if bad:
             return {}, [f"{' and '.join(bad)} are not finite: training has diverged; lower lr or raise r1_gamma"]
         a, b = (images.double().cpu().flatten(1).numpy() for images in (x0, fake))
-        numbers = {"distance_ratio": _mean_distance(b) / max(_mean_distance(a), 1e-12)}
+        numbers = {} if len(x0) < 2 else {"distance_ratio": _mean_distance(b) / max(_mean_distance(a), 1e-12)}
         if labels is not None:
             classes = labels.cpu().numpy()
             count = max(int(classes.max()) + 1, 2)
@@ -246,7 +248,7 @@ class GAN(Model):
             labels: int, or num ints (sequence or tensor) in 0 .. num_classes - 1; None takes the classes in turn.
             truncation: in [0, 1]; below 1 the images gather around the most typical one of their class.
             seed: int in [0, 2^64).  first_id: global index of the first sample, in [0, 2^32 - num].
-            progress: show a progress bar, one unit for each 256 images.
+            progress: show a progress bar.
             check_finite: look at every image.
         Returns:
             (num, C, H, W) float32 on the network's device, in [-1, 1], not rounded to the levels.
@@ -288,23 +290,19 @@ class GAN(Model):
 
     def _generate(self, z, labels, progress, check_finite, chunk=256):
         out = torch.empty((len(z), *self.image_shape), device=self.device)
-        starts = range(0, len(z), chunk)
-        if progress:
-            from tqdm import tqdm
-
-            title = progress if isinstance(progress, str) else "gan"
-            starts = tqdm(starts, desc=title, unit="batch", dynamic_ncols=True)
-        with torch.inference_mode():
-            for i in starts:
-                y = None if labels is None else labels[i : i + chunk]
-                out[i : i + chunk] = self.generator(z[i : i + chunk], y)
+        with torch.inference_mode(), progress_bar(progress, len(z), self.family, "image") as bar:
+            for i in range(0, len(z), chunk):
+                part = slice(i, i + chunk)
+                out[part] = self.generator(z[part], None if labels is None else labels[part])
+                if bar is not None:
+                    bar.update(len(out[part]))
         if check_finite and not torch.isfinite(out).all():
             wrong = int((~torch.isfinite(out)).flatten(1).any(1).sum())
             raise FloatingPointError(f"models/GAN.sample: {wrong} of {len(out)} images are not finite")
         return out
 
     def _truncation(self, method, truncation):
-        if isinstance(truncation, bool) or not isinstance(truncation, (int, float)) or not 0 <= truncation <= 1:
+        if not is_number(truncation) or truncation > 1:
             raise ValueError(f"models/GAN.{method}: truncation must be in [0, 1], got {truncation!r}")
         return float(truncation)
 
@@ -333,22 +331,15 @@ class GAN(Model):
         Raises:
             ValueError: another family, an unknown network or entry, a missing one.
         """
-        where = "models/GAN.from_config"
-        if config.get("family", "gan") != "gan":
-            raise ValueError(f"{where}: entry 'family' must be 'gan', got {config['family']!r}")
         options = ("loss", "discriminator_steps", "r1_gamma", "r1_every", "gp_weight", "augment", "num_levels")
-        unknown = sorted(set(config) - {"family", "net", "extra", "format", *options})
-        if unknown:
-            raise ValueError(f"{where}: entries must be among family, net, {', '.join(options)}, got {unknown[0]!r}")
-        net = config.get("net")
-        if not isinstance(net, dict) or net.get("name") != "dcgan":
-            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'dcgan', got {net!r:.60}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        options = cls._entries(config, options, {"net": ("dcgan",)})
+        net = options.pop("net")
+        del net["name"]
         shape = nets.resolve_config(net.pop("config", {}), **net)
         return cls(
             nets.Generator(shape, seed=seed),
             nets.Discriminator(shape, seed=seed),
-            **{key: config[key] for key in options if key in config},
+            **options,
         )
 
 
@@ -361,7 +352,7 @@ def _mean_distance(points):
 def _warnings(numbers):
     found = []
     ratio, entropy, overfit = (numbers.get(name) for name in ("distance_ratio", "class_entropy", "overfit"))
-    if ratio < LEAST_DISTANCE_RATIO:
+    if ratio is not None and ratio < LEAST_DISTANCE_RATIO:
         found.append(
             f"the samples are collapsing: their mean distance is {ratio:.2f} of that between real images (below "
             f"{LEAST_DISTANCE_RATIO}); raise r1_gamma, set net.stddev_group or lower the generator's lr"

@@ -8,7 +8,6 @@ fixed-point iteration: Song et al., Accelerating Feedforward Computation via Par
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 
@@ -16,8 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from genengine import ops
-from genengine.models.base import Model, Option
+from genengine._progress import progress_bar
+from genengine.models.base import Model, Option, drop_labels
+from genengine.models.likelihoods import level_index, level_value
 from genengine.nets import pixelcnn as nets
+from genengine.nets.configs import is_number
 from genengine.ops.normal import exp_ieee
 
 MARGINALS = ("mixture", "null_class")
@@ -74,7 +76,7 @@ class PixelCNN(Model):
     bars = {"bits_per_dim": ("<=", 1.69), "unconditional_bits_per_dim": ("<=", 1.79)}
 
     def __init__(self, net, *, class_drop=0.1):
-        if isinstance(class_drop, bool) or not isinstance(class_drop, (int, float)) or not 0 <= class_drop < 1:
+        if not is_number(class_drop, below=1):
             raise ValueError(f"models/PixelCNN: class_drop must be in [0, 1), got {class_drop!r}")
         config = net.config
         super().__init__(
@@ -89,17 +91,16 @@ class PixelCNN(Model):
 
     def levels(self, x0):
         """The nearest level of each pixel of x0 in [-1, 1], int64 in 0 .. L - 1."""
-        last = self.num_levels - 1
-        return torch.round((x0.float() + 1) * (0.5 * last)).clamp(0, last).long()
+        return level_index(x0.float(), self.num_levels)
 
     def pixels(self, levels):
         """2 level / (L - 1) - 1, float32: the inverse of `levels`."""
-        return (2 * levels.float() - (self.num_levels - 1)) / (self.num_levels - 1)
+        return level_value(levels, self.num_levels)
 
     def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
         """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
-        u = ops.uniform((len(labels), 1), seed=seed, sample_ids=sample_ids, step=step, stream="class_drop")
-        return torch.where(u[:, 0] < self.class_drop, self.net.null_class, labels)
+        draw = {"seed": seed, "sample_ids": sample_ids, "step": step}
+        return drop_labels(labels, self.class_drop, self.net.null_class, **draw)
 
     def terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
         """-log p(x0 | y) / (C H W), in nats: the mean over the batch. Arguments as of `loss`.
@@ -190,7 +191,7 @@ class PixelCNN(Model):
             TypeError: labels that are not integers, a num or first_id that is no int.
             FloatingPointError: with check_finite, an output of the network that is not finite.
         """
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 1e-6 <= temperature <= 1e6:
+        if not is_number(temperature, 1e-6) or temperature > 1e6:
             raise ValueError(f"models/PixelCNN.sample: temperature must be in [1e-6, 1e6], got {temperature!r}")
         ids = self._sample_ids(num, first_id)
         labels = self._labels(num, labels)
@@ -201,7 +202,7 @@ class PixelCNN(Model):
         if num == 0:
             return out
         chunk = CHUNK if out.device.type == "cpu" else num
-        with torch.inference_mode(), _progress_bar(progress, num) as bar:
+        with torch.inference_mode(), progress_bar(progress, num, self.family, "image") as bar:
             for start in range(0, num, chunk):
                 part = slice(start, start + chunk)
                 fixed = None if known is None else (given[part], known[part])
@@ -310,30 +311,12 @@ class PixelCNN(Model):
             ValueError: another family, an unknown network or entry, a missing one.
         """
         where = "models/PixelCNN.from_config"
-        if config.get("family", "pixelcnn") != "pixelcnn":
-            raise ValueError(f"{where}: entry 'family' must be 'pixelcnn', got {config['family']!r}")
-        unknown = sorted(set(config) - {"family", "net", "class_drop", "num_levels", "extra", "format"})
-        if unknown:
-            raise ValueError(f"{where}: entries must be family, net, class_drop and num_levels, got {unknown[0]!r}")
-        net = config.get("net")
-        if not isinstance(net, dict) or net.get("name") != "pixelcnn":
-            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'pixelcnn', got {net!r:.60}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        options = cls._entries(config, ("class_drop", "num_levels"), {"net": ("pixelcnn",)})
+        net = options.pop("net")
+        del net["name"]
         if "num_levels" in config and net.setdefault("num_levels", config["num_levels"]) != config["num_levels"]:
             raise ValueError(
                 f"{where}: entry 'num_levels' must be the network's = {net['num_levels']}, got {config['num_levels']!r}"
             )
-        options = {"class_drop": config["class_drop"]} if "class_drop" in config else {}
+        options.pop("num_levels", None)  # the network's, which has them
         return cls(nets.PixelCNN.from_config(net.pop("config", {}), seed=seed, **net), **options)
-
-
-@contextlib.contextmanager
-def _progress_bar(progress, num):
-    if not progress:
-        yield None
-        return
-    from tqdm import tqdm
-
-    title = progress if isinstance(progress, str) else "pixelcnn"
-    with tqdm(total=num, desc=title, unit="image", dynamic_ncols=True) as bar:
-        yield bar

@@ -16,6 +16,7 @@ from genengine.models import latent_paths, likelihoods
 from genengine.models.base import Model, Option
 from genengine.models.evaluating import evaluating
 from genengine.models.latent_prior import COVARIANCES, MixturePrior
+from genengine.nets.configs import is_int, is_number
 from genengine.nets.vae import VAENet
 
 PRIORS = ("auto", "gmm", "normal")
@@ -50,12 +51,12 @@ class VAEOptions:
     def __post_init__(self):
         rules = {
             "likelihood": (self.likelihood in likelihoods.NAMES, f"one of {', '.join(likelihoods.NAMES)}"),
-            "components": (_is_int(self.components, 1), "an int >= 1"),
-            "beta": (_is_number(self.beta), "a finite number >= 0"),
-            "warmup": (_is_int(self.warmup, 0), "an int >= 0"),
+            "components": (is_int(self.components, 1), "an int >= 1"),
+            "beta": (is_number(self.beta), "a finite number >= 0"),
+            "warmup": (is_int(self.warmup, 0), "an int >= 0"),
             "kl": (self.kl in ("analytic", "monte_carlo"), "'analytic' or 'monte_carlo'"),
-            "free_bits": (_is_number(self.free_bits), "a finite number >= 0"),
-            "prior_components": (_is_int(self.prior_components, 0), "an int >= 0"),
+            "free_bits": (is_number(self.free_bits), "a finite number >= 0"),
+            "prior_components": (is_int(self.prior_components, 0), "an int >= 0"),
             "prior_covariance": (self.prior_covariance in COVARIANCES, f"one of {', '.join(COVARIANCES)}"),
         }
         for name, (good, expected) in rules.items():
@@ -63,14 +64,6 @@ class VAEOptions:
                 raise ValueError(f"models/VAE: {name} must be {expected}, got {getattr(self, name)!r}")
         if self.free_bits and self.kl != "analytic":
             raise ValueError(f"models/VAE: free_bits must be 0 with kl='monte_carlo', got {self.free_bits}")
-
-
-def _is_int(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 class VAE(Model):
@@ -165,7 +158,7 @@ class VAE(Model):
         if self.settings.prior_components:
             self.fit_prior(x0, labels, seed=seed)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors could not be loaded into later
     def fit_prior(self, x0, labels=None, components=None, *, seed=0):
         """Fit the mixture to the aggregated posterior: draws of q(z | x) of every image, then `em_fit`.
 
@@ -176,7 +169,7 @@ class VAE(Model):
             ValueError: no images, a class without images, or no components.
         """
         components = self.settings.prior_components if components is None else components
-        if not _is_int(components, 1):
+        if not is_int(components, 1):
             raise ValueError(f"models/VAE.fit_prior: components must be an int >= 1, got {components!r}")
         self._check_images(x0, "fit_prior")
         labels = self._given(x0, labels, "fit_prior")
@@ -255,7 +248,7 @@ class VAE(Model):
                 f"models/VAE.{method}: {self.settings.likelihood!r} is no likelihood of {self.num_levels} levels; "
                 "use 'binomial' or another one"
             )
-        if not _is_int(draws, 1) or not _is_int(batch, 1):
+        if not is_int(draws, 1) or not is_int(batch, 1):
             raise ValueError(f"models/VAE.{method}: draws and batch must be ints >= 1, got {draws!r} and {batch!r}")
         self._check_images(x0, method)
         labels = self._labels(len(x0), labels, method) if self.num_classes else None
@@ -297,7 +290,7 @@ class VAE(Model):
 
     # ---- latents ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, x0, labels=None):
         """Mean and log-variance of q(z | x), each (B, *latent_shape) float32."""
         with evaluating(self.net):
@@ -305,7 +298,7 @@ class VAE(Model):
             labels = self._given(x0, labels, "encode")
             return self.net.encode(x0.to(self.device), labels)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, z, labels=None):
         """E[x | z], (B, C, H, W) float32 in [-1, 1]; labels for a conditional model, None takes the classes in turn."""
         labels = self._labels(len(z), labels, "decode")
@@ -383,7 +376,7 @@ class VAE(Model):
         """
         if pixels not in PIXELS:
             raise ValueError(f"models/VAE.sample: pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
-        if not _is_number(temperature):
+        if not is_number(temperature):
             raise ValueError(f"models/VAE.sample: temperature must be a finite number >= 0, got {temperature!r}")
         prior = self._which(prior, "sample")
         sample_ids, labels = self._sample_ids(num, first_id), self._labels(num, labels)
@@ -434,14 +427,10 @@ class VAE(Model):
 
         out_channels may be left out of "net": the likelihood says what it is. Raises ValueError.
         """
-        where, rest = "models/VAE.from_config", dict(config)
-        rest.pop("extra", None)
-        if rest.pop("family", None) != "vae":
-            raise ValueError(f"{where}: entry 'family' must be 'vae', got {config.get('family')!r}")
-        net, rest["num_levels"] = rest.pop("net", None), rest.get("num_levels", 256)
-        if not isinstance(net, dict) or net.get("name") != "vae":
-            raise ValueError(f"{where}: entry 'net' must be a dict with the name 'vae', got {net!r:.60}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        options = [field.name for field in dataclasses.fields(VAEOptions)]
+        rest = cls._entries(config, ("num_levels", *options), {"net": ("vae",)})
+        net, rest["num_levels"] = rest.pop("net"), rest.get("num_levels", 256)
+        del net["name"]
         named = net.pop("config", {})
         if "out_channels" not in net:
             channels = VAENet.describe(named, **net).in_channels

@@ -6,7 +6,6 @@ van den Oord, Vinyals & Kavukcuoglu 2017; the codebook's averages: Razavi et al.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
@@ -14,6 +13,7 @@ from genengine.models import latent_paths
 from genengine.models.base import Model, Option, Turn
 from genengine.models.pixelcnn import PixelCNN
 from genengine.nets import pixelcnn
+from genengine.nets.configs import is_number
 from genengine.nets.vq import VQNet
 
 
@@ -65,7 +65,7 @@ class VQVAE(Model):
 
     def __init__(self, net, prior=None, *, commitment=0.25, num_levels=256):
         config = net.config
-        if not isinstance(commitment, (int, float)) or not 0 <= commitment < math.inf:
+        if not is_number(commitment):
             raise ValueError(f"models/VQVAE: commitment must be a finite number >= 0, got {commitment!r}")
         shape = (config.in_channels, config.image_size, config.image_size)
         classes = 0 if prior is None else prior.config.num_classes
@@ -112,8 +112,12 @@ class VQVAE(Model):
 
     def prior_terms(self, x0, labels=None, *, seed, sample_ids=None, step=0):
         """loss = -log p(codes | label) / (h w), nats per code, of the codes that the autoencoder gives x0."""
-        terms = self.prior.terms(self._as_pixels(x0), labels, seed=seed, sample_ids=sample_ids, step=step)
+        terms = self.prior.terms(self._as_pixels(x0), self._seen(labels), seed=seed, sample_ids=sample_ids, step=step)
         return {"loss": terms["loss"], "bits_per_code": terms["bits_per_dim"]}
+
+    def _seen(self, labels):
+        """The labels if the prior looks at them."""
+        return labels if self.num_classes else None
 
     @torch.no_grad()
     def _as_pixels(self, x0):
@@ -151,7 +155,8 @@ class VQVAE(Model):
     @torch.no_grad()
     def interpolate(self, x_a, x_b, steps=8, *, kind="lerp"):
         """Images (B, steps, C, H, W) along the path between the encoders' outputs, each point quantised."""
-        self._check_images(x_a, "interpolate")
+        for x in (x_a, x_b):
+            self._check_images(x, "interpolate")
         ends = (self.net.encode(x.to(self.device)) for x in (x_a, x_b))
         points = latent_paths.path(kind, *ends, steps)
         images = self.net.decode(self.net.quantise(points.flatten(0, 1))[0])
@@ -176,7 +181,7 @@ class VQVAE(Model):
             "perplexity": perplexity(index, self.net.config.codes).expand(len(x0)),
         }
         if self.prior is not None:
-            found["bits_per_code"] = self.prior.bits_per_dim(self._as_pixels(x0), labels)
+            found["bits_per_code"] = self.prior.bits_per_dim(self._as_pixels(x0), self._seen(labels))
         return found
 
     def diagnose(self, x0, labels, *, seed, step):
@@ -228,18 +233,10 @@ class VQVAE(Model):
         "prior" is None or a dict with the name "pixelcnn" and its fields; what follows from the codes (image_size,
         in_channels, num_levels, num_classes) is filled in. Raises ValueError.
         """
-        where, rest = "models/VQVAE.from_config", dict(config)
-        rest.pop("extra", None)
-        if rest.pop("family", None) != "vqvae":
-            raise ValueError(f"{where}: entry 'family' must be 'vqvae', got {config.get('family')!r}")
-        net, prior = rest.pop("net", None), rest.pop("prior", None)
-        for entry, value, name in (("net", net, "vq"), ("prior", prior, "pixelcnn")):
-            if (entry == "net" or value is not None) and (not isinstance(value, dict) or value.get("name") != name):
-                raise ValueError(f"{where}: entry {entry!r} must be a dict with the name {name!r}, got {value!r:.60}")
-        unknown = sorted(set(rest) - {"commitment", "num_levels"})
-        if unknown:
-            raise ValueError(f"{where}: entries must be among net, prior, commitment, num_levels, got {unknown[0]}")
-        net = {key: value for key, value in net.items() if key != "name"}
+        nets = {"net": ("vq",)} | ({} if config.get("prior") is None else {"prior": ("pixelcnn",)})
+        rest = cls._entries(config, ("prior", "commitment", "num_levels"), nets)
+        net, prior = rest.pop("net"), rest.pop("prior", None)
+        del net["name"]
         net = VQNet.from_config(net.pop("config", {}), seed=seed, **net)
         return cls(net, None if prior is None else _build_prior(prior, net.config, seed), **rest)
 

@@ -31,11 +31,21 @@ def resolve(net, config_class, named, config, overrides):
     return config_class(**fields)
 
 
+def is_int(value, least=0) -> bool:
+    """True for an int of at least `least`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value, least=0.0, below=math.inf) -> bool:
+    """True for an int or float in [least, below); a bool or nan is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < below
+
+
 def check_ints(net, config, names, least=1):
     """Refuse a field of `config` that is no int of at least `least`."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_int(value, least):
             raise ValueError(f"{net}: {name} must be an int >= {least}, got {value!r}")
 
 
@@ -43,7 +53,7 @@ def check_widths(net, config, name):
     """The field as a tuple of at least one positive int (JSON gives a list); refuse anything else."""
     value = getattr(config, name)
     good = isinstance(value, (list, tuple)) and len(value) > 0
-    if not good or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in value):
+    if not good or not all(is_int(v, 1) for v in value):
         raise ValueError(f"{net}: {name} must be a sequence of ints >= 1, got {value!r}")
     object.__setattr__(config, name, tuple(value))
 
@@ -51,5 +61,5 @@ def check_widths(net, config, name):
 def check_share(net, config, name):
     """Refuse a field that is no number in [0, 1)."""
     value = getattr(config, name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1 or math.isnan(value):
+    if not is_number(value, below=1):
         raise ValueError(f"{net}: {name} must be a number in [0, 1), got {value!r}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genengine import ops
-from genengine.nets import layers
+from genengine.nets import configs, layers
 
 SIZES = (8, 16, 32, 64)
 SLOPE, GAIN = 0.2, math.sqrt(2.0)  # of the leaky ReLU, and what keeps its output's variance
@@ -45,12 +45,9 @@ class GANConfig:
     stddev_group: int = 0
 
     def __post_init__(self):
-        least = {"in_channels": 1, "num_classes": 0, "latent_dim": 1, "class_dim": 1, "generator_dim": 1,
-                 "discriminator_dim": 1, "max_dim": 1, "stddev_group": 0}  # fmt: skip
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"nets/GAN: {name} must be an int >= {low}, got {value!r}")
+        sizes = ("in_channels", "latent_dim", "class_dim", "generator_dim", "discriminator_dim", "max_dim")
+        configs.check_ints("nets/GAN", self, sizes)
+        configs.check_ints("nets/GAN", self, ("num_classes", "stddev_group"), least=0)
         if self.image_size not in SIZES:
             raise ValueError(f"nets/GAN: image_size must be one of {SIZES}, got {self.image_size!r}; resize the images")
         if self.stddev_group == 1:
@@ -79,17 +76,7 @@ def resolve_config(config, **overrides):
     Raises:
         ValueError: unknown name or field, or values that do not fit together.
     """
-    if isinstance(config, str):
-        if config not in CONFIGS:
-            raise ValueError(f"nets/GAN: config must be one of {', '.join(CONFIGS)}, got {config!r}")
-        config = CONFIGS[config]
-    fields = dataclasses.asdict(config) if isinstance(config, GANConfig) else dict(config)
-    fields.update(overrides)
-    known = [field.name for field in dataclasses.fields(GANConfig)]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"nets/GAN: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
-    return GANConfig(**fields)
+    return configs.resolve("nets/GAN", GANConfig, CONFIGS, config, overrides)
 
 
 class Conv(nn.Module):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genengine import ops
-from genengine.nets import layers
+from genengine.nets import configs, layers
 from genengine.ops.logistic_mixture import MAX_CHANNELS, params_per_component
 
 MODES = ("gated", "plain")
@@ -62,14 +62,12 @@ class PixelCNNConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        least = {
-            "image_size": 1, "in_channels": 1, "num_levels": 2, "num_classes": 0, "dim": 1, "depth": 1,
-            "kernel_size": 3, "first_size": 3, "components": 1, "head_dim": 1, "embedding": 0,
-        }  # fmt: skip
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"nets/PixelCNN: {name} must be an int >= {low}, got {value!r}")
+        sizes = ("image_size", "in_channels", "dim", "depth", "components", "head_dim")
+        configs.check_ints("nets/PixelCNN", self, sizes)
+        configs.check_ints("nets/PixelCNN", self, ("num_classes", "embedding"), least=0)
+        configs.check_ints("nets/PixelCNN", self, ("num_levels",), least=2)
+        configs.check_ints("nets/PixelCNN", self, ("kernel_size", "first_size"), least=3)
+        configs.check_share("nets/PixelCNN", self, "dropout")
         for name, choices in (("mode", MODES), ("head", HEADS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -80,8 +78,6 @@ class PixelCNNConfig:
                 "nets/PixelCNN: kernel_size and first_size must be odd, so that a pixel is in the middle, got "
                 f"{self.kernel_size} and {self.first_size}"
             )
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"nets/PixelCNN: dropout must be in [0, 1), got {self.dropout!r}")
         if self.head == "logistic_mixture" and self.in_channels > MAX_CHANNELS:
             raise ValueError(
                 f"nets/PixelCNN: in_channels must be 1 to {MAX_CHANNELS} for a mixture of logistics, got "
@@ -272,17 +268,7 @@ class PixelCNN(nn.Module):
         Raises:
             ValueError: unknown name or field, or values that do not fit together.
         """
-        if isinstance(config, str):
-            if config not in CONFIGS:
-                raise ValueError(f"nets/PixelCNN: config must be one of {', '.join(CONFIGS)}, got {config!r}")
-            config = CONFIGS[config]
-        fields = dataclasses.asdict(config) if isinstance(config, PixelCNNConfig) else dict(config)
-        fields.update(overrides)
-        known = [field.name for field in dataclasses.fields(PixelCNNConfig)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"nets/PixelCNN: config fields must be among {', '.join(known)}, got {', '.join(unknown)}")
-        return cls(PixelCNNConfig(**fields), seed=seed)
+        return cls(configs.resolve("nets/PixelCNN", PixelCNNConfig, CONFIGS, config, overrides), seed=seed)
 
     @torch.no_grad()
     def reset_parameters(self, seed):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genengine import ops
-from genengine.nets import layers
+from genengine.nets import configs, layers
 from genengine.nets.conditioned import Conditioned
 from genengine.ops.attention import MAX_HEAD_DIM
 
@@ -60,16 +60,12 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("multipliers", "attention", "fourier"):
             value, least = getattr(self, name), 1 if name != "fourier" else 0
-            if not isinstance(value, (tuple, list)) or not all(_whole(v, least) for v in value):
+            if not isinstance(value, (tuple, list)) or not all(configs.is_int(v, least) for v in value):
                 raise ValueError(f"nets/UNet: {name} must be ints >= {least}, got {value!r}")
             object.__setattr__(self, name, tuple(value))
-        for name in ("image_size", "in_channels", "channels", "num_blocks", "num_groups"):
-            if not _whole(getattr(self, name), 1):
-                raise ValueError(f"nets/UNet: {name} must be an int >= 1, got {getattr(self, name)!r}")
-        for name in ("num_classes", "head_dim", "time_features"):
-            if not _whole(getattr(self, name), 0):
-                raise ValueError(f"nets/UNet: {name} must be an int >= 0, got {getattr(self, name)!r}")
-        if not isinstance(self.time_scale, (int, float)) or not 0 < self.time_scale < math.inf:
+        configs.check_ints("nets/UNet", self, ("image_size", "in_channels", "channels", "num_blocks", "num_groups"))
+        configs.check_ints("nets/UNet", self, ("num_classes", "head_dim", "time_features"), least=0)
+        if not configs.is_number(self.time_scale) or not self.time_scale:
             raise ValueError(f"nets/UNet: time_scale must be a finite number > 0, got {self.time_scale!r}")
         if self.modulation not in MODULATIONS:
             raise ValueError(f"nets/UNet: modulation must be one of {', '.join(MODULATIONS)}, got {self.modulation!r}")
@@ -115,10 +111,6 @@ class UNetConfig:
     def _attention_widths(self):
         return [self.channels * m for m, r in zip(self.multipliers, self.resolutions, strict=True)
                 if r in self.attention]  # fmt: skip
-
-
-def _whole(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 # name -> UNetConfig fields: `tiny` for the embedded digits, `cifar` the network of DDPM's 32x32 experiments (Ho et al.

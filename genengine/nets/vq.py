@@ -54,7 +54,7 @@ class VQConfig:
             raise ValueError(f"{_NET}: codes must be an int >= 2, got {self.codes}")
         if self.update not in UPDATES:
             raise ValueError(f"{_NET}: update must be one of {', '.join(UPDATES)}, got {self.update!r}")
-        if not isinstance(self.restart_below, (int, float)) or not 0 <= self.restart_below < float("inf"):
+        if not configs.is_number(self.restart_below):
             raise ValueError(f"{_NET}: restart_below must be a finite number >= 0, got {self.restart_below!r}")
         object.__setattr__(self, "widths", self.coder.widths)
 
@@ -93,11 +93,13 @@ def nearest_code(z, codebook) -> Tensor:
     Returns:
         (N,) int64.
     """
+    if not len(z):
+        return torch.empty(0, dtype=torch.int64, device=z.device)
     z, codebook = z.detach().float(), codebook.detach().float()
     half = 0.5 * codebook.square().sum(1)
     rows = max(1, SEARCH_ELEMENTS // len(codebook))
-    return torch.cat([(part @ codebook.T - half).argmax(1) for part in z.split(rows)]) if len(z) else z.new_empty(
-        0, dtype=torch.int64)  # fmt: skip
+    with torch.autocast(z.device.type, enabled=False):  # scores of 16 bits would find other codes
+        return torch.cat([(part @ codebook.T - half).argmax(1) for part in z.split(rows)])
 
 
 class Codebook(nn.Module):

@@ -149,6 +149,20 @@ def test_bad_labels_and_indices_are_refused_by_name(family):
         model.sample(2, first_id=2**32 - 1)
 
 
+def test_bad_images_are_refused_by_name(family):
+    run = trained(family, 0)
+    x0, labels, _ = run.dataset.batch(torch.arange(3))
+    labels = labels_for(run.model, labels)
+    if not run.model.measure(x0, labels):
+        pytest.skip(f"{family} measures nothing of given images")
+    x0[1, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="x0 must be finite, got 1 of 3 images that are not"):
+        run.model.measure(x0, labels)
+    for wrong in (x0[:, :, :4], (x0 > 0).long()):
+        with pytest.raises(ValueError, match=r"x0 must be floating point.*\(B, 1, 8, 8\) in \[-1, 1\], got"):
+            run.model.measure(wrong, labels)
+
+
 @pytest.mark.parametrize("classes", [True, False], ids=["classes", "no_classes"])
 def test_colour_of_another_size_with_and_without_classes(family, classes):
     run = trained(family, 2, dataset=colour(classes=classes), **COLOUR.get(family, {}))

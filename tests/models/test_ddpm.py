@@ -420,7 +420,8 @@ def test_bad_models_are_refused():
             model(**options)
     good = model().config()
     for entry, value, message in (
-        ("net", {"name": "vgg"}, "'net' must have the name 'dit' or 'unet'"), ("net", 3, "a dict with a name"),
+        ("net", {"name": "vgg"}, "'net' must be a dict with the name 'dit' or 'unet'"),
+        ("net", 3, "a dict with the name 'dit'"),
         ("path", {"name": "Path"}, "unknown path 'Path'"), ("path", {"name": "Cosine", "r": 1}, "'path'.*'r'"),
         ("loss", "l1", "'loss' must be one of 'simple'"), ("gamma", "big", "'gamma' must be a number"),
         ("num_timesteps", 2.5, "'num_timesteps' must be an int"), ("gama", 1, "entries must be among .* got 'gama'"),

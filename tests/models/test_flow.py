@@ -180,6 +180,9 @@ def test_likelihood_draws_and_refusals():
         ({"divergence": "skilling"}, "divergence must be one of exact, hutchinson"),
         ({"dequantisation": "none"}, "dequantisation must be one of path, uniform"),
         ({"method": "euler"}, "method must be one of heun, rk4"),
+        ({"steps": 0}, "steps must be an int >= 1, got 0"),
+        ({"steps": 2.5}, "steps must be an int >= 1, got 2.5"),
+        ({"probes": 0}, "probes must be an int >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             flow.log_prob(x0, labels, **options)

@@ -230,6 +230,12 @@ def test_collapse_is_called_by_name_and_health_is_not():
     assert numbers == {} and "fakes and logits are not finite" in warnings[0]
 
 
+def test_one_image_says_nothing_of_distances():
+    x0, y = batch(1)
+    numbers, warnings = model().diagnose(x0, y, seed=0, step=0)
+    assert "distance_ratio" not in numbers and not any("collapsing" in text for text in warnings)
+
+
 def test_diagnosis_of_other_models():
     x0, y = batch(12)
     numbers, _ = model(loss="wgan_gp").diagnose(x0, y, seed=0, step=5)

@@ -268,6 +268,16 @@ def test_a_sample_does_not_depend_on_its_batch(prior, conditional):
     assert vae.sample(0, [] if conditional else None, prior=prior).shape == (0, 1, 8, 8)
 
 
+def test_latents_and_a_new_mixture_are_ordinary_tensors():
+    vae = model()
+    x0, _ = batch(40)
+    z = vae.encode(x0)[0]
+    (z * torch.ones(1, requires_grad=True)).sum().backward()  # tensors of inference mode refuse that
+    assert not vae.decode(z).is_inference()
+    vae.fit_prior(x0, components=3)
+    vae.load_state_dict({name: value.clone() for name, value in vae.state_dict().items()}, "memory")
+
+
 def test_auto_takes_the_mixture_once_it_is_fitted():
     vae = model(prior_components=3)
     x0, labels = batch(40)
@@ -332,12 +342,12 @@ def test_bad_arguments_are_refused():
         ({"kl": "exact"}, "kl must be 'analytic' or 'monte_carlo'"),
         ({"kl": "monte_carlo", "free_bits": 0.1}, "free_bits must be 0 with kl='monte_carlo'"),
         ({"likelihood": "poisson"}, "likelihood must be one of"),
-        ({"gamma": 1}, "options must be among .*, got gamma"),
         ({"net": {"out_channels": 5}}, "net must have out_channels = 2 for the likelihood 'logistic', got 5"),
     ):
         with pytest.raises(ValueError, match=f"models/VAE: {message}"):
             model(**options)
     for config, message in (
+        ({"family": "vae", "net": SMALL, "gamma": 1}, "entries must be among .*beta.*, got 'gamma'"),
         ({"family": "flow"}, "entry 'family' must be 'vae'"),
         ({"family": "vae", "net": {"name": "dit"}}, "entry 'net' must be a dict with the name 'vae'"),
         ({"family": "vae", "net": SMALL | {"depth": 3}}, "fields must be among .*, got depth"),

@@ -52,6 +52,13 @@ def test_the_nearest_code_is_that_of_all_distances(budget, monkeypatch):
     assert vq.nearest_code(torch.zeros(1, 2), torch.ones(3, 2)).item() == 0  # of equals the first
 
 
+def test_the_nearest_code_is_found_in_full_precision_under_autocast():
+    z, codes = torch.randn(500, 8) + 20, torch.randn(64, 8) + 20
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vq.nearest_code(z, codes)
+    assert torch.equal(found, vq.nearest_code(z, codes))
+
+
 def test_quantising_passes_the_gradient_straight_through():
     net = model().net
     z = torch.randn(2, 4, 4, 4, requires_grad=True)
@@ -209,6 +216,14 @@ def test_sampling_draws_code_after_code():
     torch.testing.assert_close(found[2:], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_prior_without_classes_learns_from_labelled_images():
+    run = Run(preset("vqvae", "smoke", model={"prior": {"num_classes": 0}}, batch_size=8))
+    assert torch.isfinite(run.train_step()["prior/loss"])
+    x0, labels, _ = run.dataset.batch(torch.arange(4))
+    measured = run.model.measure(x0, labels)
+    assert run.model.num_classes == 0 and measured["bits_per_code"].shape == (4,)
+
+
 def test_the_prior_learns_the_codes_and_nothing_else_moves():
     vae = model()
     x0, labels = batch(20)
@@ -245,7 +260,7 @@ def test_bad_arguments_are_refused():
         ({"net": SMALL, "family": "vae"}, "entry 'family' must be 'vqvae'"),
         ({"net": {"name": "vae"}}, "entry 'net' must be a dict with the name 'vq'"),
         ({"net": SMALL, "prior": {"name": "dit"}}, "entry 'prior' must be a dict with the name 'pixelcnn'"),
-        ({"net": SMALL, "gamma": 1}, "entries must be among net, prior, commitment, num_levels, got gamma"),
+        ({"net": SMALL, "gamma": 1}, "entries must be among family, net, prior, commitment, num_levels, got 'gamma'"),
         ({"net": SMALL | {"update": "adam"}}, "update must be one of ema, loss"),
         ({"net": SMALL | {"image_size": 9}}, "image_size must be a multiple of"),
         ({"net": SMALL | {"codes": 1}}, "codes must be an int >= 2"),

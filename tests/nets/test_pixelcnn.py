@@ -236,7 +236,7 @@ def test_labels_and_sizes_are_checked():
         PixelCNN.from_config("tiny", widht=3)
     refused = {"dim": (0, "dim must be an int >= 1"), "num_levels": (1, "num_levels must be an int >= 2"),
                "kernel_size": (4, "must be odd"), "mode": ("row", "mode must be one of gated, plain"),
-               "head": ("gaussian", "head must be one of"), "dropout": (1.0, r"dropout must be in \[0, 1\)"),
+               "head": ("gaussian", "head must be one of"), "dropout": (1.0, r"dropout must be a number in \[0, 1\)"),
                "in_channels": (4, "multiples of in_channels = 4")}  # fmt: skip
     for name, (value, message) in refused.items():
         with pytest.raises(ValueError, match=message):
