@@ -59,9 +59,9 @@ class FlowMatching(Guided):
         Option("guidance", 1.0, "classifier-free guidance scale; 1 is none"),
     )
     bars = {
-        "frechet_distance": ("<=", 0.06),
-        "knn_accuracy": (">=", 0.97),
-        "coverage": (">=", 0.85),
+        "frechet_distance": ("<=", 0.05),
+        "knn_accuracy": (">=", 0.98),
+        "coverage": (">=", 0.88),
         "nn_distance_ratio": (">=", 0.7),
         "nearer_train_share": ("<=", 0.61),
     }

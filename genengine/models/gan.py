@@ -101,6 +101,8 @@ class GAN(Model):
         "frechet_distance": ("<=", 0.035),
         "coverage": (">=", 0.95),
         "recall": (">=", 0.85),
+        "nn_distance_ratio": (">=", 0.7),
+        "nearer_train_share": ("<=", 0.61),
     }
 
     def __init__(

@@ -107,6 +107,7 @@ class VAE(Model):
     likelihood = "bound"
     bars = {
         "bits_per_dim": ("<=", 1.88),
+        "iwae_500_bits_per_dim": ("<=", 1.84),
         "frechet_distance": ("<=", 0.05),
         "coverage": (">=", 0.82),
         "nn_distance_ratio": (">=", 0.7),
