@@ -61,12 +61,14 @@ class Training:
     def generator_loss(self):
         return self.model.terms(self.x0, self.y, seed=0, step=1)["loss"]
 
+    @torch.enable_grad()
     def run(self, name):
         if name not in self.functions:
             self.functions[name] = [torch.compile(eager.calling(turn)) for turn in self.turns]
         for turn, network in zip(self.functions[name], ("discriminator", "generator"), strict=True):
             torch.autograd.grad(turn(), list(self.model.networks[network].parameters()))
 
+    @torch.enable_grad()
     def check(self):
         for turn in self.turns:
             ours, plain = (float(f().detach()) for f in (turn, eager.calling(turn, same_noise=True)))

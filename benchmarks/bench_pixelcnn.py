@@ -89,6 +89,7 @@ class Training:
         self.x0, self.y = x0[:batch].to(device), y[:batch]
         self.loss_functions = {"fused": self.model.loss, "eager": eager.calling(self.model.loss)}
 
+    @torch.enable_grad()
     def run(self, name):
         if name not in self.loss_functions:
             self.loss_functions[name] = torch.compile(eager.calling(self.model.loss))

@@ -13,15 +13,23 @@ import torch
 
 from genengine import benchmarks
 from genengine.benchmarks import harness
+from genengine.models import FAMILIES
 
-SUITES = ("quick", "all")
+SUITES = ("quick", "models", "all")
 TABLE_HEAD = "| work | shape | dtype | fused | others / fused (95 % interval) | goals |\n|---|---|---|---|---|---|"
 
 
-def discover(device: str = "cpu") -> Iterator[harness.Benchmark]:
-    """Every benchmark of every bench_<name>.py, built when it is its turn: inputs are big."""
+def discover(device: str = "cpu", suite: str = "all") -> Iterator[harness.Benchmark]:
+    """The benchmarks of a suite, built when it is their turn: inputs are big.
+
+    "all" is every benchmark of every bench_<name>.py, "models" those of the families, "quick" the short ones of all.
+    """
     for name in names():
-        yield from module_benchmarks(name, device)
+        if suite == "models" and name not in FAMILIES:
+            continue
+        for benchmark in module_benchmarks(name, device):
+            if suite != "quick" or benchmark.quick:
+                yield benchmark
 
 
 def names() -> list[str]:
@@ -31,7 +39,7 @@ def names() -> list[str]:
 
 
 def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report_row: Callable | None = None) -> dict:
-    """Run a suite ("quick", "all") or the benchmarks of one op or model; returns the report."""
+    """Run a suite ("quick", "models", "all") or the benchmarks of one op or model; returns the report."""
     if what not in SUITES and what not in names():
         raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names()))}, got {what!r}")
     if not 0 < budget < math.inf:
@@ -39,9 +47,7 @@ def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report
     torch.set_num_threads(1)
     rows = []
     with torch.no_grad():
-        for benchmark in discover(device) if what in SUITES else module_benchmarks(what, device):
-            if what == "quick" and not benchmark.quick:
-                continue
+        for benchmark in discover(device, what) if what in SUITES else module_benchmarks(what, device):
             row = harness.run(benchmark, budget=budget)
             rows.append(row)
             if report_row is not None:

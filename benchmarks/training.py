@@ -32,6 +32,7 @@ class TrainingStep:
         model = self.make().train()
         return model, self.make(), torch.optim.AdamW(model.net.parameters(), lr=1e-6)
 
+    @torch.enable_grad()
     def fused(self):
         model, average, optimizer = self.ours
         optimizer.zero_grad(set_to_none=True)
@@ -40,6 +41,7 @@ class TrainingStep:
         with torch.no_grad():
             ema_update(list(average.net.parameters()), list(model.net.parameters()), 0.999)
 
+    @torch.enable_grad()
     def _plain_step(self, net, state):
         model, average, optimizer = state
         optimizer.zero_grad(set_to_none=True)
@@ -59,6 +61,7 @@ class TrainingStep:
         with eager.ops():
             self._plain_step(self.compiled_net, self.traced)
 
+    @torch.enable_grad()
     def check(self):
         """The same draws give the same loss and, to rounding, the same gradients."""
         model, draw = self.make(), {"seed": 3, "step": 5}

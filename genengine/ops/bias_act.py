@@ -97,21 +97,29 @@ def check_bias(op: str, bias: Tensor, x: Tensor, channels: int) -> None:
 def _run(x, bias, dim, activation, alpha, gain, clamp, backend):
     """The op on x as it lies in memory, its channels in the middle."""
     run = _registry.resolve(BIAS_ACT, x.device, x.dtype, backend)
+    if x.is_contiguous():  # nothing to permute
+        return run(x.view(_flat(x.shape, bias, dim)), bias, activation, alpha, gain, clamp).view(x.shape)
     order = _memory_order(x)
     if order is None:
         x, order = x.contiguous(), range(x.dim())
-    memory = x if x.is_contiguous() else x.permute(order)
-    shape = memory.shape
-    at = list(order).index(dim % x.dim()) if bias is not None else 0
-    flat = (shape[:at].numel(), shape[at], shape[at + 1 :].numel()) if bias is not None else (1, 1, x.numel())
-    y = run(memory.reshape(flat), bias, activation, alpha, gain, clamp).view(shape)
-    return y if x.is_contiguous() else y.permute([list(order).index(d) for d in range(x.dim())])
+    places = list(order)
+    memory = x.permute(places)
+    at = places.index(dim % x.dim()) if bias is not None else 0
+    flat = _flat(memory.shape, bias, at)
+    y = run(memory.reshape(flat), bias, activation, alpha, gain, clamp).view(memory.shape)
+    return y.permute([places.index(d) for d in range(x.dim())])
+
+
+def _flat(shape, bias, dim):
+    """(outer, C, inner) around dimension `dim`, or all elements in a row where there is no bias to lie along one."""
+    if bias is None:
+        return 1, 1, shape.numel()
+    dim %= len(shape)
+    return shape[:dim].numel(), shape[dim], shape[dim + 1 :].numel()
 
 
 def _memory_order(x):
     """The dimensions of dense x from the outermost in memory to the innermost; None if x is not dense."""
-    if x.is_contiguous():
-        return range(x.dim())
     order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
     return order if x.permute(order).is_contiguous() else None
 
