@@ -1,9 +1,10 @@
-"""Writes the README's figures from a result of `genengine bench all --save benchmarks/results`.
+"""Writes the README's figures from a result of `genengine bench all --save benchmarks/results`, or `bench models`.
 
     python tools/readme_figures.py benchmarks/results/<device>/<file>.json
 
-Between `<!-- ops -->` and `<!-- figures -->` markers and their `/` forms: the table of ops, with the ratio of each op's
-first row to eager and to torch.compile; and every row of the result, reached goals and missed ones alike.
+Of the suite "all", between `<!-- ops -->` and `<!-- figures -->` markers and their `/` forms: the table of ops, with the
+ratio of each op's first row to eager and to torch.compile; and every row of the result, reached goals and missed ones
+alike. Of the suite "models", its rows between `<!-- model figures -->` markers.
 """
 
 from __future__ import annotations
@@ -95,10 +96,14 @@ def between(text, marker, body):
 def main():
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
-    text = README.read_text()
-    text = between(text, "ops", "\n".join([OPS_HEAD, *(op_line(rows, *op) for op in OPS)]))
-    text = between(text, "figures", "\n".join([ROWS_HEAD, *map(row_line, rows)]))
+    report = json.loads(Path(sys.argv[1]).read_text())
+    rows, text = report["rows"], README.read_text()
+    table = "\n".join([ROWS_HEAD, *map(row_line, rows)])
+    if report["suite"] == "models":
+        text = between(text, "model figures", table)
+    else:
+        text = between(text, "ops", "\n".join([OPS_HEAD, *(op_line(rows, *op) for op in OPS)]))
+        text = between(text, "figures", table)
     README.write_text(text)
 
 
