@@ -2,9 +2,9 @@
 
     python tools/readme_figures.py benchmarks/results/<device>/<file>.json
 
-Of the suite "all", between `<!-- ops -->` and `<!-- figures -->` markers and their `/` forms: the table of ops, with the
-ratio of each op's first row to eager and to torch.compile; and every row of the result, reached goals and missed ones
-alike. Of the suite "models", its rows between `<!-- model figures -->` markers.
+Of the suite "all", between `<!-- ops -->` and `<!-- figures -->` markers and their `/` forms: the table of ops, with
+the ratio of each op's first row to eager and to torch.compile; and every row of the result, reached goals and missed
+ones alike. Of the suite "models", its rows between `<!-- model figures -->` markers.
 """
 
 from __future__ import annotations
