@@ -7,12 +7,15 @@ import contextlib
 
 @contextlib.contextmanager
 def evaluating(*networks):
-    """`with evaluating(net):` puts the networks into evaluation mode and back into their own after."""
-    modes = [network.training for network in networks]
-    for network in networks:
+    """`with evaluating(net):` puts the networks into evaluation mode and back into training after.
+
+    One that is evaluating already is left alone: to walk through its modules would take longer than a small network.
+    """
+    training = [network for network in networks if network.training]
+    for network in training:
         network.eval()
     try:
         yield
     finally:
-        for network, mode in zip(networks, modes, strict=True):
-            network.train(mode)
+        for network in training:
+            network.train()
