@@ -66,6 +66,7 @@ class Section:
 
     family: str
     pictures: dict[str, np.ndarray]
+    curve_of: str
     curve: list[tuple[int, float]]
     metrics: dict[str, str]
     facts: dict[str, str]
@@ -129,7 +130,8 @@ def section(name: str, *, seed: int = 0, device="cpu") -> Section:
         "training": f"{record['environment']['train_seconds'] / 60:.1f} min, one core",
         "sampling": f"{10 * COLUMNS / seconds:,.0f} images/s, {where}",
     }
-    return Section(name, pictures, record["curve"], _metrics(record), facts, record["command"])
+    curve = record["curve_of"], record["curve"]
+    return Section(name, pictures, *curve, _metrics(model, record), facts, record["command"])
 
 
 def _examples(model):
@@ -147,12 +149,13 @@ def _grid(model, pixels, columns=COLUMNS):
     return canvas[..., 0] if canvas.shape[-1] == 1 else canvas
 
 
-def _metrics(record):
+def _metrics(model, record):
     """What visitors are shown of the recorded test metrics, as text with the spread over sampling seeds."""
     test, found = record["test"], {}
     for name, title in SHOWN.items():
         if name in test["measured"]:
-            found[title] = f"{test['measured'][name]['held_out']:.3f}"
+            bound = "≤ " if model.likelihood == "bound" else ""
+            found[title] = f"{bound}{test['measured'][name]['held_out']:.3f}"
         elif name in test["samples"]["mean"]:
             found[title] = f"{test['samples']['mean'][name]:.3f} ± {test['samples']['std'][name]:.3f}"
     return found
@@ -207,7 +210,7 @@ def _section_html(part):
 <div class="row">
 {figures}
 </div><div class="row told">
-<figure>{_curve_svg(part.curve)}<figcaption>training loss by step</figcaption></figure>
+<figure>{_curve_svg(part.curve)}<figcaption>{html.escape(part.curve_of)} by step</figcaption></figure>
 {_table(part.metrics)}
 {_table(part.facts)}
 </div></section>"""
@@ -240,7 +243,7 @@ def _curve_svg(curve, width=260, height=120):
     x = width * (steps - steps[0]) / max(steps[-1] - steps[0], 1.0)
     y = height * (1.0 - (np.minimum(losses, high) - low) / max(high - low, 1e-12))
     points = " L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
-    return f"""<svg width="{width + 46}" height="{height + 20}" role="img" aria-label="training loss">
+    return f"""<svg width="{width + 46}" height="{height + 20}" role="img" aria-label="loss by step">
 <line x1="0" y1="{height}" x2="{width}" y2="{height}"/><path d="M{points}"/>
 <text x="{width + 6}" y="{y[-1] + 4:.1f}">{losses[-1]:.3g}</text>
 <text x="0" y="{height + 15}">{steps[0]:.0f}</text>
@@ -279,7 +282,7 @@ def plot(sections: list[Section], path, figure_module) -> None:
             axis.set_title(title, size=8, color=FAINT, loc="left", pad=3)
             left += max(wide, 1.3) + 0.3
         axis = figure.add_axes(((WIDTH - 5.1) / WIDTH, (top - 2.35) / height, 1.9 / WIDTH, 1.75 / height))
-        _plot_curve(axis, part.curve)
+        _plot_curve(axis, part)
         for line, (name, value) in enumerate(part.lines.items()):
             y = (top - 0.45 - 0.215 * line) / height
             figure.text((WIDTH - 2.85) / WIDTH, y, name, size=8, color=FAINT, va="top")
@@ -287,12 +290,12 @@ def plot(sections: list[Section], path, figure_module) -> None:
     figure.savefig(path)
 
 
-def _plot_curve(axis, curve):
-    steps, losses = zip(*curve, strict=True)
+def _plot_curve(axis, part):
+    steps, losses = zip(*part.curve, strict=True)
     axis.set_facecolor("none")
     axis.plot(steps, losses, color=MARK, linewidth=1.0)
     axis.set_ylim(min(losses), float(np.quantile(losses, 0.98)))
-    axis.set_title("training loss", size=8, color=FAINT, loc="left", pad=3)
+    axis.set_title(part.curve_of, size=8, color=FAINT, loc="left", pad=3)
     axis.tick_params(labelsize=6, colors=FAINT, length=2)
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))

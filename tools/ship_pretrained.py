@@ -60,6 +60,7 @@ def describe(run: Path, target: Path) -> dict:
             "device": "CPU, x86-64",
             "train_seconds": round(sum_of_parts([entry["cpu_seconds"] for entry in log]), 1),
         },
+        "curve_of": "training loss" if loss == "loss" else f"loss of the {loss.split('/')[0]}",
         "curve": [[entry["step"], round(entry[loss], 4)] for entry in log[::every]],
     }
 
