@@ -1,6 +1,7 @@
 """What every family owes the training loop, the command line and its users; a new one is tested by being registered."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -228,13 +229,16 @@ def test_panels_are_rows_of_images(family):
 
 
 def test_the_shipped_model_is_small_and_meets_its_bars(family):
-    path = PRETRAINED / f"{family}_digits.safetensors"
+    model, path = FAMILIES[family], PRETRAINED / f"{family}_digits.safetensors"
     record = json.loads((PRETRAINED / f"{family}_digits.json").read_text(encoding="utf-8"))
     assert path.stat().st_size <= 2_000_000
     _, config = checkpoint.read(path)
     assert record["train"] == config["extra"]["train"] == json.loads(json.dumps(dataclasses.asdict(preset(family))))
     assert record["command"] == f"genengine train {family} --preset digits --threads 1 --device cpu --out OUT"
     assert record["environment"]["train_seconds"] <= 15 * 60
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    for split in ("validation", "test"):
+        assert record[split]["failures"] == [] and record[split]["bars"] == {k: list(v) for k, v in model.bars.items()}
     assert len(record["curve"]) >= 15 and record["curve"][-1][1] < record["curve"][0][1] or family == "gan"
 
 
