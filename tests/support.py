@@ -55,3 +55,17 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "channels_last" and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
+
+
+def as_tuple(found):
+    """What an op returned, one tensor or several, as a tuple."""
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def filled(net: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torch.nn.Module:
+    """The network with noise on every parameter, so that layers that begin at zero matter too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return net

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import filled
 
 from genengine.nets import layers
 from genengine.nets.dit import CONFIGS, DiT, DiTConfig
@@ -15,12 +16,7 @@ SMALL = {"image_size": 8, "patch_size": 2, "in_channels": 3, "dim": 24, "depth":
 
 def randomised(seed=0, dtype=torch.float32, **overrides):
     """A small DiT whose zero-initialised layers are filled too, so that every branch matters."""
-    net = DiT.from_config(SMALL, seed=seed, **overrides).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
-    return net
+    return filled(DiT.from_config(SMALL, seed=seed, **overrides).to(dtype), seed)
 
 
 def inputs(b=4, dtype=torch.float32, config=None):

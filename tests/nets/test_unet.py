@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import filled
 
 from genengine.nets.unet import CONFIGS, UNet, UNetConfig
 
@@ -21,12 +22,7 @@ VARIANTS = [
 
 def randomised(seed=0, dtype=torch.float32, **overrides):
     """A small UNet whose zero-initialised layers are filled too, so that every branch matters."""
-    net = UNet.from_config(SMALL, seed=seed, **overrides).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
-    return net
+    return filled(UNet.from_config(SMALL, seed=seed, **overrides).to(dtype), seed)
 
 
 def inputs(b=4, dtype=torch.float32, net=None):

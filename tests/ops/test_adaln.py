@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BACKENDS, laid_out, skip_unless_available
+from support import BACKENDS, as_tuple, laid_out, skip_unless_available
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -72,10 +72,6 @@ def short_row_error(tensors, eps):
     outer = max([1.0] + [tensors[key].abs().max().item() for key in ("gate", "branch") if key in tensors])
     terms = condition * (1 + rstd) * gain * tensors["grad_h"].abs().amax(-1)
     return 4 * torch.finfo(F32).eps * outer * terms.sum(1).max().item()
-
-
-def as_tuple(found):
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def magnitudes(backward, args, eps, output):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BACKENDS, LAYOUTS, laid_out, luck, skip_unless_available
+from support import BACKENDS, LAYOUTS, as_tuple, laid_out, luck, skip_unless_available
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -43,10 +43,6 @@ ARGUMENTS = {
     "bias_act_backward": ("grad", "x", "bias"),
     "bias_act_backward_backward": ("grad_dx", "grad_dbias", "grad", "x", "bias"),
 }
-
-
-def as_tuple(found):
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def widened(args):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BACKENDS, laid_out, luck, skip_unless_available
+from support import BACKENDS, as_tuple, laid_out, luck, skip_unless_available
 from torch.library import opcheck
 
 from genengine import testing
@@ -22,10 +22,6 @@ def make(batch, tokens, dim, dtype=F32, narrow=F32, device="cpu", biased=True):
     draw = lambda kind, *size: torch.randn(*size).to(device, kind)  # noqa: E731
     tensors = {"grad": draw(dtype, batch, tokens, dim), "x": draw(dtype, batch, tokens, 2 * dim)}
     return tensors | {"bias": draw(narrow, 2 * dim) if biased else None}
-
-
-def as_tuple(found):
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def magnitude(args):
