@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genengine.nets import configs
+from genengine.nets import configs, layers
 
 
 class Conditioned(nn.Module):
@@ -47,7 +47,7 @@ class Conditioned(nn.Module):
 
     def condition(self, t, y=None):
         """silu(time embedding + class embedding): t (B,) float, y (B,) int64 or None (no class) -> (B, D)."""
-        self._check_labels(y, len(t), may_sync=False)
+        layers.check_labels(self._name(), y, len(t), self.config.num_classes)
         c = self.t_embedder(t)
         if self.y_embedder is not None:
             if y is None:
@@ -96,7 +96,7 @@ class Conditioned(nn.Module):
             ValueError, TypeError: y as in `forward`, its values checked on every device.
         """
         num_rows, b = t_rows.shape
-        self._check_labels(y, b, may_sync=True)
+        layers.check_labels(self._name(), y, b, self.config.num_classes, may_sync=True)
         labels = torch.full((b,), self.null_class, device=t_rows.device) if y is None else y
         times, place = torch.unique(t_rows, return_inverse=True)
         count = self.null_class + 1
@@ -117,21 +117,3 @@ class Conditioned(nn.Module):
 
     def _name(self):
         return f"nets/{type(self).__name__}"
-
-    def _check_labels(self, y, b, *, may_sync):
-        """Refuse labels that fit neither the batch nor the classes; values on a GPU are read if `may_sync`."""
-        if y is None:
-            return
-        if self.y_embedder is None:
-            raise ValueError(f"{self._name()}: y must be None for a network with num_classes = 0, got labels")
-        expected = f"{self._name()}: y must be (B,) = ({b},) int64 in 0 .. {self.null_class}"
-        if not isinstance(y, torch.Tensor) or y.dtype not in (torch.int64, torch.int32):
-            got = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
-            raise TypeError(f"{expected}, got {got}; convert it with torch.as_tensor(y).long()")
-        if tuple(y.shape) != (b,):
-            raise ValueError(f"{expected}, got shape {tuple(y.shape)}; give one label per sample")
-        readable = may_sync or (y.device.type == "cpu" and not torch.compiler.is_compiling())
-        if b and readable:
-            low, high = (int(value) for value in y.aminmax())
-            if low < 0 or high > self.null_class:
-                raise ValueError(f"{expected}, got {low if low < 0 else high}; {self.null_class} means no class")

@@ -138,7 +138,7 @@ class Generator(nn.Module):
         """
         if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"nets/GAN: z must be (B, {self.config.latent_dim}), got {tuple(z.shape)}")
-        check_labels(y, len(z), self.config.num_classes)
+        layers.check_labels("nets/GAN", y, len(z), self.config.num_classes, null=False)
         if self.classes is not None:
             z = torch.cat([z, self.classes(y)], dim=1)
         x = F.linear(z, self.start.weight).view(len(z), self.dim, 4, 4)
@@ -187,7 +187,7 @@ class Discriminator(nn.Module):
         shape = (config.in_channels, config.image_size, config.image_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != shape:
             raise ValueError(f"nets/GAN: x must be (B, C, H, W) = (B, {str(shape)[1:-1]}), got {tuple(x.shape)}")
-        check_labels(y, len(x), config.num_classes)
+        layers.check_labels("nets/GAN", y, len(x), config.num_classes, null=False)
         x = self.blocks(x)
         if config.stddev_group:
             x = torch.cat([x, minibatch_stddev(x, config.stddev_group)], dim=1)
@@ -212,24 +212,6 @@ def minibatch_stddev(x, group):
     variance = grouped.var(dim=0, unbiased=False)  # (B / group, C H W)
     deviation = (variance + 1e-8).sqrt().mean(1)
     return deviation.repeat(group).view(b, 1, 1, 1).expand(b, 1, height, width)
-
-
-def check_labels(y, b, num_classes):
-    """Refuse labels that fit neither the batch nor the classes; values on a GPU are not read."""
-    if num_classes == 0:
-        if y is not None:
-            raise ValueError("nets/GAN: y must be None for networks with num_classes = 0, got labels")
-        return
-    expected = f"nets/GAN: y must be (B,) = ({b},) int64 in 0 .. {num_classes - 1}"
-    if not isinstance(y, torch.Tensor) or y.dtype not in (torch.int64, torch.int32):
-        got = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
-        raise TypeError(f"{expected}, got {got}; a conditional network needs a label for every image")
-    if tuple(y.shape) != (b,):
-        raise ValueError(f"{expected}, got shape {tuple(y.shape)}; give one label per image")
-    if b and y.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(value) for value in y.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"{expected}, got {low if low < 0 else high}")
 
 
 def _embedding(num_classes, dim):

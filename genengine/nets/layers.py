@@ -115,6 +115,36 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
+def check_labels(where, y, b, num_classes, *, null=True, may_sync=False):
+    """Refuse labels that fit neither the batch nor the classes.
+
+    Args:
+        where: begins the message.  y: (b,) int64 on any device, or None.  num_classes: 0 for a network without.
+        null: whether num_classes itself is a label, that of no class, and None stands for it.
+        may_sync: read the values on a GPU too, which waits for it.
+    Raises:
+        ValueError: a wrong shape or a label out of range, or labels where there are no classes; TypeError: no integers.
+    """
+    if y is None and (null or num_classes == 0):
+        return
+    if num_classes == 0:
+        raise ValueError(f"{where}: y must be None for a network with num_classes = 0, got labels")
+    top = num_classes if null else num_classes - 1
+    expected = f"{where}: y must be (B,) = ({b},) int64 in 0 .. {top}"
+    if y is None:
+        raise TypeError(f"{expected}, got NoneType; a conditional network needs a label for every image")
+    if not isinstance(y, torch.Tensor) or y.dtype not in (torch.int64, torch.int32):
+        got = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
+        raise TypeError(f"{expected}, got {got}; convert it with torch.as_tensor(y).long()")
+    if tuple(y.shape) != (b,):
+        raise ValueError(f"{expected}, got shape {tuple(y.shape)}; give one label per sample")
+    if b and (may_sync or (y.device.type == "cpu" and not torch.compiler.is_compiling())):
+        low, high = (int(value) for value in y.aminmax())
+        if low < 0 or high > top:
+            remedy = f"; {top} means no class" if null else ""
+            raise ValueError(f"{expected}, got {low if low < 0 else high}{remedy}")
+
+
 class LabelEmbedder(nn.Module):
     """Class table with one more row, index `num_classes`, that stands for "no class" (Ho & Salimans 2022)."""
 

@@ -368,17 +368,4 @@ class PixelCNN(nn.Module):
                 f"nets/PixelCNN: x must be (B, C, H, W) = (B, {channels}, {rows}, {size}), got {tuple(x.shape)}; "
                 "resize x or build the network with another image_size"
             )
-        if y is None:
-            return
-        if self.classes is None:
-            raise ValueError("nets/PixelCNN: y must be None for a network with num_classes = 0, got labels")
-        expected = f"nets/PixelCNN: y must be (B,) = ({len(x)},) int64 in 0 .. {self.null_class}"
-        if not isinstance(y, torch.Tensor) or y.dtype not in (torch.int64, torch.int32):
-            got = y.dtype if isinstance(y, torch.Tensor) else type(y).__name__
-            raise TypeError(f"{expected}, got {got}; convert it with torch.as_tensor(y).long()")
-        if tuple(y.shape) != (len(x),):
-            raise ValueError(f"{expected}, got shape {tuple(y.shape)}; give one label per sample")
-        if len(y) and y.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(value) for value in y.aminmax())
-            if low < 0 or high > self.null_class:
-                raise ValueError(f"{expected}, got {low if low < 0 else high}; {self.null_class} means no class")
+        layers.check_labels("nets/PixelCNN", y, len(x), self.config.num_classes)
