@@ -11,7 +11,7 @@ import torch
 
 from genengine import ops, paths, sampler
 from genengine.models import ode_likelihood
-from genengine.models.base import Model, drop_labels
+from genengine.models.base import INNOCENCE, Model, drop_labels
 from genengine.models.evaluating import evaluating
 from genengine.nets.configs import is_int, is_number
 from genengine.nets.dit import DiT
@@ -28,6 +28,13 @@ class Guided(Model):
         path: path from data (t = 0) to noise (t = 1).
         class_drop: probability in [0, 1) of hiding the label in training.  num_levels: see `Model`.
     """
+
+    bars = {
+        "frechet_distance": ("<=", 0.05),
+        "knn_accuracy": (">=", 0.98),
+        "coverage": (">=", 0.88),
+        **INNOCENCE,
+    }
 
     def __init__(self, net, path, class_drop, num_levels):
         if not 0 <= class_drop < 1:
@@ -72,10 +79,9 @@ class Guided(Model):
         return weights if num else 1.0  # no sample, no weight
 
     def _run_table(
-        self, table, denoiser, num, labels, guidance, *, seed, first_id, callback, progress, check_finite, noise=None
+        self, table, denoiser, num, labels, guidance, *, seed, sample_ids, callback, progress, check_finite, noise=None
     ):  # fmt: skip
         """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
-        sample_ids = self._sample_ids(num, first_id)
         guided = bool(np.any(guidance != 1.0))
         with evaluating(self.net):
             return sampler.sample(

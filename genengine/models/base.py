@@ -21,6 +21,8 @@ from genengine.models import checkpoint
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+# What shows that samples are no copies, of every family: see `evaluate.nearer_train_share`.
+INNOCENCE = {"nn_distance_ratio": (">=", 0.7), "nearer_train_share": ("<=", 0.61)}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 

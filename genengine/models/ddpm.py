@@ -79,14 +79,7 @@ class DDPM(Guided):
         Option("guidance", None, "classifier-free guidance scale; 1 is none; default 1.1, or 1 without classes"),
         Option("clip", None, "radius that x0 is clamped to; 0 for none, default 1 where the solver can"),
     )
-    bars = {
-        "frechet_distance": ("<=", 0.05),
-        "knn_accuracy": (">=", 0.98),
-        "coverage": (">=", 0.88),
-        "nn_distance_ratio": (">=", 0.7),
-        "nearer_train_share": ("<=", 0.61),
-        "bits_per_dim": ("<=", 1.95),
-    }
+    bars = {**Guided.bars, "bits_per_dim": ("<=", 1.95)}
 
     def __init__(
         self, net, path=None, *, num_timesteps=1000, prediction="eps", loss="simple", gamma=5.0, vlb_weight=0.001,
@@ -299,8 +292,8 @@ class DDPM(Guided):
             if solver == "ddpm":
                 noise = _learned_noise(denoiser, self.path, times, (num, *self.image_shape), seed, sample_ids)
         return self._run_table(
-            table, denoiser, num, labels, guidance, seed=seed, first_id=first_id, callback=callback, progress=progress,
-            check_finite=check_finite, noise=noise,
+            table, denoiser, num, labels, guidance, seed=seed, sample_ids=sample_ids, callback=callback,
+            progress=progress, check_finite=check_finite, noise=noise,
         )  # fmt: skip
 
     def _clip(self, solver, clip):

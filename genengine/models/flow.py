@@ -58,13 +58,6 @@ class FlowMatching(Guided):
         Option("solver", "heun", "solver", str, SOLVERS),
         Option("guidance", 1.0, "classifier-free guidance scale; 1 is none"),
     )
-    bars = {
-        "frechet_distance": ("<=", 0.05),
-        "knn_accuracy": (">=", 0.98),
-        "coverage": (">=", 0.88),
-        "nn_distance_ratio": (">=", 0.7),
-        "nearer_train_share": ("<=", 0.61),
-    }
 
     def __init__(
         self, net, path=None, *, times="logit_normal", time_mean=0.0, time_std=1.0, time_shift=3.0, class_drop=0.1,
@@ -134,15 +127,15 @@ class FlowMatching(Guided):
         """
         if solver not in SOLVERS:
             raise ValueError(f"models/FlowMatching.sample: solver must be one of {SOLVERS}, got {solver!r}")
-        self._sample_ids(num, first_id)
+        sample_ids = self._sample_ids(num, first_id)
         labels = self._labels(num, labels)
         guidance = self._guidance(num, guidance)
         table = getattr(solvers, solver)(
             self.path, schedules.uniform(steps), prediction="velocity", guidance_scale=guidance
         )
         return self._run_table(
-            table, self.net, num, labels, guidance, seed=seed, first_id=first_id, callback=callback, progress=progress,
-            check_finite=check_finite,
+            table, self.net, num, labels, guidance, seed=seed, sample_ids=sample_ids, callback=callback,
+            progress=progress, check_finite=check_finite,
         )  # fmt: skip
 
     def velocity(self, x, t, labels=None):

@@ -17,7 +17,7 @@ from genengine import ops
 from genengine._progress import progress_bar
 from genengine.evaluate import class_entropy, squared_distances
 from genengine.models import diff_augment, latent_paths
-from genengine.models.base import Model, Option, Turn
+from genengine.models.base import INNOCENCE, Model, Option, Turn
 from genengine.nets import gan as nets
 from genengine.nets.configs import is_int, is_number
 
@@ -101,8 +101,7 @@ class GAN(Model):
         "frechet_distance": ("<=", 0.035),
         "coverage": (">=", 0.95),
         "recall": (">=", 0.85),
-        "nn_distance_ratio": (">=", 0.7),
-        "nearer_train_share": ("<=", 0.61),
+        **INNOCENCE,
     }
 
     def __init__(

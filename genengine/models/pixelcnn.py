@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from genengine import ops
 from genengine._progress import progress_bar
-from genengine.models.base import Model, Option, drop_labels
+from genengine.models.base import INNOCENCE, Model, Option, drop_labels
 from genengine.models.likelihoods import level_index, level_value
 from genengine.nets import pixelcnn as nets
 from genengine.nets.configs import is_number
@@ -73,7 +73,7 @@ class PixelCNN(Model):
         },
     }  # fmt: skip
     options = (Option("temperature", 1.0, "below 1 likelier images, above 1 more varied ones; 1 is the model itself"),)
-    bars = {"bits_per_dim": ("<=", 1.69), "unconditional_bits_per_dim": ("<=", 1.79)}
+    bars = {"bits_per_dim": ("<=", 1.69), "unconditional_bits_per_dim": ("<=", 1.79), **INNOCENCE}
 
     def __init__(self, net, *, class_drop=0.1):
         if not is_number(class_drop, below=1):

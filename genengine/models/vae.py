@@ -13,7 +13,7 @@ import torch
 
 from genengine import ops
 from genengine.models import latent_paths, likelihoods
-from genengine.models.base import Model, Option
+from genengine.models.base import INNOCENCE, Model, Option
 from genengine.models.evaluating import evaluating
 from genengine.models.latent_prior import COVARIANCES, MixturePrior
 from genengine.nets.configs import is_int, is_number
@@ -110,8 +110,7 @@ class VAE(Model):
         "iwae_500_bits_per_dim": ("<=", 1.84),
         "frechet_distance": ("<=", 0.05),
         "coverage": (">=", 0.82),
-        "nn_distance_ratio": (">=", 0.7),
-        "nearer_train_share": ("<=", 0.61),
+        **INNOCENCE,
     }
 
     def __init__(self, net, *, num_levels=256, **options):

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from genengine.models import latent_paths
-from genengine.models.base import Model, Option, Turn
+from genengine.models.base import INNOCENCE, Model, Option, Turn
 from genengine.models.pixelcnn import PixelCNN
 from genengine.nets import pixelcnn
 from genengine.nets.configs import is_number
@@ -59,7 +59,7 @@ class VQVAE(Model):
         "perplexity": (">=", 64),
         "frechet_distance": ("<=", 0.12),
         "coverage": (">=", 0.8),
-        "nearer_train_share": ("<=", 0.61),
+        **INNOCENCE,
     }
     options = (Option("temperature", 1.0, "of the prior's logits: below 1 likelier codes"),)
 
