@@ -11,6 +11,7 @@ from genengine import ops, paths, schedules, solvers
 from genengine.ops import backend
 from genengine.sampler import sample
 from genengine.table import CoefficientTable
+from genengine.trace import trace
 
 __version__ = "0.1.0"
-__all__ = ["CoefficientTable", "backend", "ops", "paths", "sample", "schedules", "solvers"]
+__all__ = ["CoefficientTable", "backend", "ops", "paths", "sample", "schedules", "solvers", "trace"]

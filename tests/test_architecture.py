@@ -15,12 +15,12 @@ LAYERS = [
     ["ops", "kernels"],
     ["testing", "data"],
     ["sampler", "_capture", "extensions", "rotary", "nets", "evaluate", "images"],
-    ["trace"],
+    ["_probe", "_registers", "_recording", "_loop_fit", "trace"],
     ["integrations"],
     ["models"],
     ["training_log", "train", "environment"],
     ["benchmarks"],
-    ["demo", "gallery"],
+    ["demo", "gallery", "arguments"],
     ["cli", "__main__", "__init__"],
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
