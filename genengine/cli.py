@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genengine import data
+from genengine.arguments import parse_labels, settings
 
 HELD_OUT = {"train": "test", "train_fit": "validation"}  # training split -> the images it has not seen
 
@@ -43,7 +44,9 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"genengine {genengine.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_env, _add_verify, _add_demo, _add_train, _add_sample, _add_evaluate, _add_gallery, _add_bench):
+    for add in (
+        _add_env, _add_verify, _add_demo, _add_train, _add_sample, _add_evaluate, _add_gallery, _add_bench, _add_trace,
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -279,6 +282,32 @@ def _add_bench(commands):
     _with_json(command)
 
 
+def _add_trace(commands):
+    command = _command(
+        commands, "trace", _trace, "show a sampler of another library as a table of coefficients",
+        "genengine trace diffusers:DPMSolverMultistepScheduler --steps 8 --set use_karras_sigmas=true",
+    )  # fmt: skip
+    command.add_argument(
+        "target", metavar="MODULE:NAME",
+        help="a scheduler class, such as diffusers:DDIMScheduler; a loop over noise levels, such as "
+        "k_diffusion.sampling:sample_heun; or a step function (x, output, row) -> x' of your own",
+    )  # fmt: skip
+    command.add_argument("--steps", type=int, default=20, help="number of steps (default 20)")
+    command.add_argument("--begin", type=int, default=0, help="index of the first timestep, for schedulers (default 0)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of the scheduler's class, or of the loop or function; JSON or text; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--step", action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of the scheduler's every step, such as eta=1.0; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--sigmas", default="0.03,14.6", metavar="MIN,MAX", help="noise levels of a loop, in Karras's spacing"
+    )
+    _with_json(command)
+
+
 def _check_seed(seed):
     if seed is not None and not 0 <= seed < 1 << 64:
         raise ValueError(f"--seed must be in [0, 2^64), got {seed}")
@@ -359,24 +388,40 @@ def _train(options):
         print(f"model: {model}\nnext:  genengine sample {options.family} --checkpoint {model} --out samples.png")
 
 
-def settings(texts: Sequence[str]) -> dict:
-    """["a.b=1", "c=x"] as {"a": {"b": 1}, "c": "x"}."""
-    result: dict = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not all(name.split(".")):
-            raise ValueError(f"--set must look like NAME=VALUE, got {text!r}")
-        *outer, last = name.split(".")
-        place = result
-        for key in outer:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"--set {name} must not be inside another --set, got {key}")
-        try:
-            place[last] = json.loads(value)
-        except json.JSONDecodeError:
-            place[last] = value
-    return result
+def _trace(options):
+    import inspect
+    from importlib import import_module
+
+    from genengine import schedules
+    from genengine.trace import trace
+
+    module, colon, name = options.target.partition(":")
+    if not colon:
+        raise ValueError(
+            f"target must look like MODULE:NAME, diffusers:DDIMScheduler for example, got {options.target!r}"
+        )
+    sys.path.insert(0, str(Path.cwd()))  # a module of the user's own
+    try:
+        target = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot find {options.target}: {error}") from error
+    arguments, step = settings(options.set), settings(options.step)
+    if inspect.isclass(target):
+        table = trace(target(**arguments), options.steps, options=step, begin=options.begin)
+    elif "sigmas" in inspect.signature(target).parameters:
+        low, high = (float(level) for level in options.sigmas.split(","))
+        levels = high * schedules.karras(options.steps, low, high)
+        table = trace(target, sigmas=levels, options=arguments)
+    else:
+        table = trace(target, options.steps, options=arguments)
+    print(json.dumps(_table_record(table)) if options.json else table.describe())
+
+
+def _table_record(table):
+    from genengine.table import COLUMNS
+
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in table.rows[:, 0].tolist()]
+    return {"name": table.name, "init_scale": table.init_scale, "first_c_in": table.first_c_in, "rows": rows}
 
 
 def _model(options):
@@ -389,23 +434,6 @@ def _model(options):
     if path.is_file() or path.suffix == ".safetensors":  # of which `load` says that it is missing
         return family.load(path, device=device)
     return family.from_pretrained(options.checkpoint, device=device)
-
-
-def parse_labels(text: str, num_classes: int | None = None) -> list[int]:
-    """ "7", "0-9" or "1,3,5-7" as a list of classes, below `num_classes` if given."""
-    labels = []
-    for part in text.split(","):
-        low, dash, high = part.partition("-")
-        try:
-            first, last = int(low), int(high) if dash else int(low)
-        except ValueError:
-            raise ValueError(f"--labels must look like 7, 0-9 or 1,3,5, got {text!r}") from None
-        if last < first:
-            raise ValueError(f"--labels ranges must rise, got {part!r}")
-        if num_classes is not None and last >= num_classes:
-            raise ValueError(f"labels must be in 0 .. {num_classes - 1}, got {last}")
-        labels += range(first, last + 1)
-    return labels
 
 
 def _sample(options):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from genengine import cli, images
+from genengine.arguments import parse_labels, settings
 
-COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench")
+COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench", "trace")
 
 
-def run(*arguments, capsys):
-    status = cli.main(list(arguments))
+def run(*words, capsys):
+    status = cli.main(list(words))
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -58,13 +59,13 @@ def test_verify_writes_verdicts(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("text", "labels"), [("7", [7]), ("0-3", [0, 1, 2, 3]), ("1,3,5-6", [1, 3, 5, 6])])
 def test_labels(text, labels):
-    assert cli.parse_labels(text) == labels
+    assert parse_labels(text) == labels
 
 
 @pytest.mark.parametrize("text", ["", "x", "3-1", "1,,2"])
 def test_bad_labels(text):
     with pytest.raises(ValueError, match="--labels"):
-        cli.parse_labels(text)
+        parse_labels(text)
 
 
 def test_train_then_sample(tmp_path, capsys):
@@ -188,12 +189,12 @@ def test_the_pages_say_what_the_records_say():
 def test_any_setting_from_the_command_line(tmp_path, capsys):
     from genengine.models import checkpoint
 
-    assert cli.settings(["a.b=1", "a.c=x", "d=[1, 2]"]) == {"a": {"b": 1, "c": "x"}, "d": [1, 2]}
+    assert settings(["a.b=1", "a.c=x", "d=[1, 2]"]) == {"a": {"b": 1, "c": "x"}, "d": [1, 2]}
     for text in ("a", "=1", "a..b=1"):
         with pytest.raises(ValueError, match="--set must look like NAME=VALUE"):
-            cli.settings([text])
+            settings([text])
     with pytest.raises(ValueError, match="must not be inside another"):
-        cli.settings(["a=1", "a.b=2"])
+        settings(["a=1", "a.b=2"])
     status, _, err = run(
         "train", "flow", "--preset", "smoke", "--set", "model.net.dim=32", "--set", "ema_decay=0.5", "--steps", "2",
         "--data", "shapes-8", "--no-progress", "--device", "cpu", "--out", str(tmp_path), capsys=capsys,
@@ -271,3 +272,26 @@ def test_the_density_report_finds_what_does_not_belong(tmp_path, capsys):
     assert status == 0 and out.startswith("44 images: ") and "unlikely" in out
     status, _, err = run("evaluate", "gan", "--density", str(tmp_path / "mixed.npz"), "--device", "cpu", capsys=capsys)
     assert status == 2 and "gan has no likelihood" in err
+
+
+def test_trace_shows_a_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_sampler.py").write_text(
+        "def step(x, output, row, rate=0.5):\n    return x - rate * output\n"
+        "def loop(model, x, sigmas):\n"
+        "    for a, b in zip(sigmas[:-1], sigmas[1:]):\n"
+        "        x = x + (x - model(x, a)) / a * (b - a)\n"
+        "    return x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    status, out, _ = run("trace", "my_sampler:step", "--steps", "3", "--set", "rate=0.25", capsys=capsys)
+    assert status == 0 and out.startswith("step: nfe 3") and "-0.25" in out
+    status, out, _ = run("trace", "my_sampler:loop", "--steps", "5", "--sigmas", "0.1,10", "--json", capsys=capsys)
+    record = json.loads(out)
+    assert (
+        status == 0 and record["init_scale"] == 10 and len(record["rows"]) == 5 and record["rows"][0]["t_model"] == 10
+    )
+    status, _, err = run("trace", "my_sampler:missing", capsys=capsys)
+    assert status == 2 and "cannot find my_sampler:missing" in err
+    status, _, err = run("trace", "my_sampler", capsys=capsys)
+    assert status == 2 and "MODULE:NAME" in err
