@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*/*.* 
 	$(PY) -m pip install -q --upgrade "pip>=24" "setuptools>=77" wheel cmake ninja numpy
 	$(PY) -m pip install -q $(TORCH)
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev,plot]"
+	$(PY) -m pip install -q --no-deps k-diffusion  # for the parity tests; most of what it depends on they do not need
 	touch $@
 
 demo: setup
