@@ -1,0 +1,87 @@
+"""What holds of every solver: lean tables, the common arguments, errors that say what to do."""
+
+import numpy as np
+import pytest
+from solver_support import MEAN, RF, STD, VP, sampled_moments
+
+from genengine import schedules, solvers
+from genengine.table import CoefficientTable, unpack_flags
+
+DETERMINISTIC = ("euler", "heun", "dpm_2", "ddim", "dpmpp_2m", "lms")
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
+
+
+def test_relations_between_solvers():
+    grid = schedules.uniform(6)
+    rows = lambda name, path, **options: solvers.SOLVERS[name](path, grid, prediction="v", **options).rows  # noqa: E731
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)  # noqa: E731
+    same(rows("ddim", VP, eta=1.0), rows("ddpm", VP))
+    same(rows("ddim", VP, eta=0.3), rows("euler_ancestral", VP, eta=0.3))
+    same(rows("ddim", RF), rows("euler", RF))
+    same(rows("dpmpp_2m", VP), rows("dpmpp_2m_sde", VP, eta=0.0))
+
+
+def test_deterministic_solvers_reach_the_mean_and_variance():
+    for name in DETERMINISTIC:
+        table = solvers.SOLVERS[name](VP, schedules.uniform(400, 0.99, 0.0), prediction="v")
+        assert not table.needs_noise
+        assert sampled_moments(table, VP, "v", 0.99) == pytest.approx((MEAN, STD**2), abs=0.01)
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_tables_are_lean(name):
+    grid = schedules.uniform(4, 0.9)
+    table = solvers.SOLVERS[name](VP, grid, prediction="eps", guidance_scale=3.0)
+    per_step = 2 if name in ("heun", "dpm_2") else 1
+    assert table.num_rows == 4 * per_step - (per_step - 1)  # a step to sigma = 0 is one row
+    assert table.num_history == {"heun": 2, "dpm_2": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "lms": 3}.get(name, 0)
+    assert table.needs_noise == (name in STOCHASTIC)
+    assert np.all(table.column("c") == 0), "without clipping y is folded into a and b"
+    assert np.all(table.column("g1") == 3.0) and np.all(table.column("c_in") == 1.0)
+    assert table.column("s")[-1] == 0 and unpack_flags(table.column("flags")[-1, 0])[1] == (0, 0, 0)
+    assert table.name == name == solvers.SOLVERS[name].__name__ and table.init_scale == 1.0
+    assert f"{name}: nfe {table.num_rows}, guidance 3" in table.describe()
+
+
+def test_per_sample_guidance_and_stacking():
+    table = solvers.ddim(VP, schedules.uniform(4), prediction="v", guidance_scale=np.array([1.0, 5.0]))
+    assert table.rows.shape == (4, 2, 16)
+    stacked = CoefficientTable.stack([table, solvers.heun(RF, schedules.uniform(3), prediction="velocity")])
+    assert stacked.validate().rows.shape == (6, 3, 16)
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+@pytest.mark.parametrize(
+    "grid",
+    [[1.0], [0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [1.2, 0.0], [1.0, -0.1], [[1.0, 0.0]], [1.0, np.nan, 0.0]],
+    ids=str,
+)
+def test_bad_grids_are_refused(name, grid):
+    with pytest.raises(ValueError, match="strictly falling times"):
+        solvers.SOLVERS[name](VP, grid, prediction="eps")
+
+
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_singular_ends_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"alpha > 0, got alpha = 0 at t = 1.0; start the grid"):
+        solvers.SOLVERS[name](RF, schedules.uniform(4), prediction="eps")
+    with pytest.raises(ValueError, match="prediction must be one of"):
+        solvers.SOLVERS[name](RF, schedules.uniform(4, 0.9), prediction="epsilon")
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("euler", {"clip": 0.0}, "clip must be None or a finite radius"),
+        ("euler", {"clip": -1.0}, "clip must be None or a finite radius"),
+        ("ddim", {"eta": 1.1}, r"eta must be in \[0, 1\], got 1.1"),
+        ("ddim", {"eta": -0.1}, r"eta must be in \[0, 1\]"),
+        ("euler_ancestral", {"eta": -0.1}, "eta must be a finite number >= 0"),
+        ("dpmpp_2m_sde", {"eta": np.nan}, "eta must be a finite number >= 0"),
+        ("ddpm", {"variance": "learned"}, "variance must be 'small' or 'large', got 'learned'"),
+        ("lms", {"order": 5}, "order must be 1, 2, 3 or 4, got 5"),
+    ],
+)
+def test_bad_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=f"{message}"):
+        solvers.SOLVERS[name](VP, schedules.uniform(4), prediction="eps", **options)
