@@ -18,10 +18,25 @@ They raise ValueError on an invalid grid, clip or prediction, and where the pred
 of the grid, as eps is at alpha = 0.
 """
 
+from genengine.solvers.adams import deis, ipndm, lms, plms
 from genengine.solvers.ancestral import ddim, ddpm, euler_ancestral
-from genengine.solvers.multistep import dpmpp_2m, dpmpp_2m_sde, lms
-from genengine.solvers.ode import dpm_2, euler, heun
+from genengine.solvers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
+from genengine.solvers.ode import dpm_2, euler, heun, midpoint, rk4
 
 SOLVERS = {
-    solver.__name__: solver for solver in (euler, heun, dpm_2, ddpm, ddim, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, lms)
+    "euler": euler,
+    "heun": heun,
+    "midpoint": midpoint,
+    "rk4": rk4,
+    "dpm_2": dpm_2,
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler_ancestral": euler_ancestral,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m": dpmpp_3m,
+    "lms": lms,
+    "deis": deis,
+    "plms": plms,
+    "ipndm": ipndm,
 }

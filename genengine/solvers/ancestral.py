@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from genengine.solvers._model import Model, Point, Row, kept, solver
+from genengine.solvers._model import Model, Point, Row, finite_eta, kept, one_of, solver
 
 
 @solver
@@ -11,21 +11,30 @@ def ddpm(model: Model, *, variance: str = "small") -> list[Row]:
 
     With k = alpha sigma'/(alpha' sigma) the mean is alpha' x0 + k sigma' eps, and the standard deviation is
     sigma' sqrt(1 - k^2) ("small", the posterior's) or sigma sqrt(1 - k^2) ("large", the forward step's,
-    sqrt(beta) of DDPM). A step to sigma' = 0 adds no noise.
+    sqrt(beta) of DDPM). With "learned_range" the network has twice the channels and the second half, v from -1 to
+    1, chooses between the two: with lo and hi the log variances of "small" and "large" the standard deviation is
+    exp((lo + hi)/4) exp((hi - lo)/4 v). A step to sigma' = 0 adds no noise.
 
-    Arguments and returns: see the module. Ho 2020, eqs. 6-7, Alg. 2 and section 3.2.
+    Arguments and returns: see the module. Ho 2020, eqs. 6-7, Alg. 2 and section 3.2; Nichol and Dhariwal 2021,
+    eq. 15.
 
     Raises:
-        ValueError: as the module says, and where variance is neither "small" nor "large".
+        ValueError: as the module says, and where variance is not "small", "large" or "learned_range".
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"ddpm: variance must be 'small' or 'large', got {variance!r}")
+    one_of("ddpm", "variance", variance, ("small", "large", "learned_range"))
     rows = []
     for now, end in model.steps:
         k = kept(now, end)
         mean = end.alpha * model.x0(now) + k * end.sigma * model.eps(now)
-        scale = end.sigma if variance == "small" or end.sigma == 0 else now.sigma
-        rows.append(model.row(now, mean, noise=scale * np.sqrt(1 - k * k)))
+        small, large = end.sigma * np.sqrt(1 - k * k), now.sigma * np.sqrt(1 - k * k)
+        learned = 0.0
+        if end.sigma == 0 or variance == "small":
+            noise = small
+        elif variance == "large":
+            noise = large
+        else:
+            noise, learned = np.sqrt(small * large), 0.5 * np.log(large / small)
+        rows.append(model.row(now, mean, noise=noise, learned=learned))
     return rows
 
 
@@ -60,8 +69,7 @@ def euler_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     Raises:
         ValueError: as the module says, and where eta is negative or not finite.
     """
-    if not 0.0 <= eta < np.inf:
-        raise ValueError(f"euler_ancestral: eta must be a finite number >= 0, got {eta!r}")
+    finite_eta("euler_ancestral", eta)
     return [_ancestral_row(model, now, end, eta) for now, end in model.steps]
 
 

@@ -7,8 +7,14 @@ from solver_support import MEAN, RF, STD, VP, sampled_moments
 from genengine import schedules, solvers
 from genengine.table import CoefficientTable, unpack_flags
 
-DETERMINISTIC = ("euler", "heun", "dpm_2", "ddim", "dpmpp_2m", "lms")
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
+DETERMINISTIC = tuple(name for name in solvers.SOLVERS if name not in STOCHASTIC)
+# of four steps, the last one to sigma = 0; where not given, 4 rows and 0 registers
+ROWS = {"heun": 7, "dpm_2": 7, "midpoint": 8, "rk4": 14, "plms": 5}
+HISTORY = {
+    "heun": 2, "dpm_2": 1, "midpoint": 1, "rk4": 3, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "dpmpp_3m": 2, "lms": 3,
+    "deis": 2, "plms": 3, "ipndm": 3,
+}  # fmt: skip
 
 
 def test_relations_between_solvers():
@@ -32,9 +38,8 @@ def test_deterministic_solvers_reach_the_mean_and_variance():
 def test_tables_are_lean(name):
     grid = schedules.uniform(4, 0.9)
     table = solvers.SOLVERS[name](VP, grid, prediction="eps", guidance_scale=3.0)
-    per_step = 2 if name in ("heun", "dpm_2") else 1
-    assert table.num_rows == 4 * per_step - (per_step - 1)  # a step to sigma = 0 is one row
-    assert table.num_history == {"heun": 2, "dpm_2": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "lms": 3}.get(name, 0)
+    assert table.num_rows == ROWS.get(name, 4)
+    assert table.num_history == HISTORY.get(name, 0)
     assert table.needs_noise == (name in STOCHASTIC)
     assert np.all(table.column("c") == 0), "without clipping y is folded into a and b"
     assert np.all(table.column("g1") == 3.0) and np.all(table.column("c_in") == 1.0)
@@ -78,7 +83,12 @@ def test_singular_ends_are_refused_by_name(name):
         ("ddim", {"eta": -0.1}, r"eta must be in \[0, 1\]"),
         ("euler_ancestral", {"eta": -0.1}, "eta must be a finite number >= 0"),
         ("dpmpp_2m_sde", {"eta": np.nan}, "eta must be a finite number >= 0"),
-        ("ddpm", {"variance": "learned"}, "variance must be 'small' or 'large', got 'learned'"),
+        ("ddpm", {"variance": "learned"}, "variance must be 'small', 'large' or 'learned_range', got 'learned'"),
+        ("dpmpp_2m", {"form": "simpson"}, "form must be 'midpoint' or 'heun', got 'simpson'"),
+        ("dpmpp_2m_sde", {"form": "simpson"}, "form must be 'midpoint' or 'heun', got 'simpson'"),
+        ("dpmpp_3m", {"form": "half"}, "form must be 'published' or 'exact', got 'half'"),
+        ("deis", {"order": 4}, "order must be 1, 2 or 3, got 4"),
+        ("ipndm", {"order": 0}, "order must be 1, 2, 3 or 4, got 0"),
         ("lms", {"order": 5}, "order must be 1, 2, 3 or 4, got 5"),
     ],
 )

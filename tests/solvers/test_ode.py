@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from solver_support import (
+    INSIDE,
     ON_PATHS,
     PREDICTIONS,
     RF,
@@ -48,21 +49,42 @@ def loop_dpm_2(model, path, grid, x, noise):  # Lu 2022 (DPM-Solver), Alg. 1
     return x
 
 
+def loop_midpoint(model, path, grid, x, noise):  # k2 = f(t + h/2, x + h/2 k1)
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        h = t_next - t
+        x = x + h * model(x + h / 2 * model(x, t)[2], t + h / 2)[2]
+    return x
+
+
+def loop_rk4(model, path, grid, x, noise):  # the classical tableau
+    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        smooth = model.prediction == "velocity" and path == RF and not model.clip
+        if path.sigma(t_next) == 0 and not smooth:
+            return loop_midpoint(model, path, (t, t_next), x, noise)
+        h = t_next - t
+        k1 = model(x, t)[2]
+        k2 = model(x + h / 2 * k1, t + h / 2)[2]
+        k3 = model(x + h / 2 * k2, t + h / 2)[2]
+        k4 = model(x + h * k3, t_next)[2]
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
 @pytest.mark.parametrize("clip", [None, 0.6])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("loop", [loop_euler, loop_heun, loop_dpm_2])
+@pytest.mark.parametrize("loop", [loop_euler, loop_heun, loop_dpm_2, loop_midpoint, loop_rk4])
 def test_equals_textbook_for_every_prediction(loop, prediction, clip):
     assert_equals_loop(loop, VP, schedules.uniform(6, 0.98, 0.0), prediction, clip, guidance_scale=2.5)
 
 
 @pytest.mark.parametrize("clip", [None, 0.6])
 @pytest.mark.parametrize("path, grid, prediction", ON_PATHS)
-@pytest.mark.parametrize("loop", [loop_euler, loop_heun, loop_dpm_2])
+@pytest.mark.parametrize("loop", [loop_euler, loop_heun, loop_dpm_2, loop_midpoint, loop_rk4])
 def test_equals_textbook_on_every_path(loop, path, grid, prediction, clip):
     assert_equals_loop(loop, path, grid, prediction, clip)
 
 
-@pytest.mark.parametrize("loop", [loop_euler, loop_heun])
+@pytest.mark.parametrize("loop", [loop_euler, loop_heun, loop_midpoint, loop_rk4])
 def test_equals_textbook_from_the_singular_end(loop):
     assert_equals_loop(loop, RF, schedules.uniform(5), "velocity")
     assert_equals_loop(loop, Cosine(), schedules.uniform(5), "v", clip=0.7)
@@ -72,6 +94,21 @@ def test_equals_textbook_from_the_singular_end(loop):
 @pytest.mark.parametrize("name, order, options", [("euler", 1, {}), ("heun", 2, {}), ("dpm_2", 2, {})])
 def test_convergence_order(name, order, options, path, prediction, t_max, t_min):
     assert_convergence_order(name, order, path, prediction, t_max, t_min, **options)
+
+
+@pytest.mark.parametrize("path, prediction, t_max, t_min", INSIDE)
+def test_rk4_is_of_fourth_order(path, prediction, t_max, t_min):
+    assert_convergence_order("rk4", 4, path, prediction, t_max, t_min, steps=(10, 20, 40, 80))
+
+
+@pytest.mark.parametrize("path, prediction, t_max, t_min", INSIDE[1:])  # on RF, Gaussian data, it is of third order
+def test_midpoint_is_of_second_order(path, prediction, t_max, t_min):
+    assert_convergence_order("midpoint", 2, path, prediction, t_max, t_min)
+
+
+def test_midpoint_and_rk4_over_the_whole_path():
+    assert np.all(flow_errors("midpoint", RF, "velocity", 1.0, 0.0, (40, 80)) < (1e-5, 2e-6))
+    assert np.all(flow_errors("rk4", RF, "velocity", 1.0, 0.0, (40, 80)) < (1e-7, 1e-8))
 
 
 @pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2)])
@@ -94,6 +131,13 @@ def test_heun_evaluates_the_data_end_only_where_it_is_regular():
     assert solvers.heun(VP, grid, prediction="velocity").num_rows == 5
     assert solvers.heun(EDM(), grid, prediction="x0").num_rows == 5
     assert solvers.heun(VP, schedules.uniform(3, 1.0, 0.01), prediction="eps").num_rows == 6
+
+
+def test_rk4_ends_with_a_midpoint_step_where_the_end_is_singular():
+    assert solvers.rk4(RF, schedules.uniform(3), prediction="velocity").num_rows == 12
+    for path, prediction in ((RF, "x0"), (VP, "velocity"), (EDM(), "x0")):
+        table = solvers.rk4(path, schedules.uniform(3), prediction=prediction)
+        assert table.num_rows == 10 and table.t_model[-1] == pytest.approx(1 / 6)
 
 
 def test_model_time_and_input_scale():
