@@ -13,6 +13,7 @@ from genengine.paths import EDM, VE, Cosine, RectifiedFlow, VPLinear
 from genengine.table import COLUMNS, unpack_flags
 
 RF, VP = RectifiedFlow(), VPLinear()
+ALL = solvers.SOLVERS | solvers.INVERSE_SOLVERS
 PREDICTIONS = ("eps", "x0", "v", "velocity", "score")
 # Gaussian data N(MEAN, STD^2)
 MEAN, STD = 0.7, 0.5
@@ -104,12 +105,12 @@ class Network:
 def assert_equals_loop(loop, path, grid, prediction, clip=None, guidance_scale=None, **options):
     """The table of solver X against loop_X(model, path, grid, x, noise, **options), in float64."""
     rng = np.random.default_rng(1)
-    x, noise = path.prior_scale(grid[0]) * rng.standard_normal((3, 5)), rng.standard_normal((len(grid), 3, 5))
+    x, noise = (path.prior_scale(grid[0]) or 1.0) * rng.standard_normal((3, 5)), rng.standard_normal((len(grid), 3, 5))
     model = Network(path, prediction, clip, guidance_scale)
     arguments = dict(options) if clip is None else options | {"clip": clip}
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
-    table = solvers.SOLVERS[loop.__name__.removeprefix("loop_")](path, grid, prediction=prediction, **arguments)
+    table = ALL[loop.__name__.removeprefix("loop_")](path, grid, prediction=prediction, **arguments)
     expected = loop(model, path, grid, x, noise, **options)
     actual = run_table(table, model.branches, x, noise)
     assert np.ptp(expected) > 0.1
@@ -150,7 +151,7 @@ def flow_errors(name, path, prediction, t_max, t_min, steps, grid=schedules.unif
     expected = mean_end + std_end / std * (x - mean)
     errors = []
     for num_steps in steps:
-        table = solvers.SOLVERS[name](path, grid(num_steps, t_max, t_min), prediction=prediction, **options)
+        table = ALL[name](path, grid(num_steps, t_max, t_min), prediction=prediction, **options)
         errors.append(np.abs(run_table(table, Exact(path, prediction), x) - expected).max())
     return np.array(errors)
 

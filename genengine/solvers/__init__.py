@@ -6,7 +6,8 @@ eps = (x - alpha y)/sigma.
 
 All solvers share these arguments:
     path: a `paths.Path`.
-    grid: (num_steps + 1,) strictly falling times in [0, 1], see `schedules`.
+    grid: (num_steps + 1,) strictly falling times in [0, 1], see `schedules`; rising for `INVERSE_SOLVERS`, which
+        go from data to noise.
     prediction: what the network predicts, one of `prediction.PREDICTIONS`.
     guidance_scale: the weight g1 in m = out_0 + g1 (out_1 - out_0), a number or (B,); without a second branch
         unused.
@@ -20,8 +21,13 @@ of the grid, as eps is at alpha = 0.
 
 from genengine.solvers.adams import deis, ipndm, lms, plms
 from genengine.solvers.ancestral import ddim, ddpm, euler_ancestral
+from genengine.solvers.consistency import consistency, lcm
+from genengine.solvers.inverse import ddim_inverse, dpmpp_2m_inverse
 from genengine.solvers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from genengine.solvers.ode import dpm_2, euler, heun, midpoint, rk4
+from genengine.solvers.sde import euler_maruyama
+from genengine.solvers.singlestep import dpmpp_singlestep
+from genengine.solvers.unipc import unipc
 
 SOLVERS = {
     "euler": euler,
@@ -35,8 +41,17 @@ SOLVERS = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m": dpmpp_3m,
+    "dpmpp_singlestep": dpmpp_singlestep,
+    "unipc": unipc,
     "lms": lms,
     "deis": deis,
     "plms": plms,
     "ipndm": ipndm,
+    "euler_maruyama": euler_maruyama,
+    "consistency": consistency,
+    "lcm": lcm,
+}
+INVERSE_SOLVERS = {
+    "ddim_inverse": ddim_inverse,
+    "dpmpp_2m_inverse": dpmpp_2m_inverse,
 }

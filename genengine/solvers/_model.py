@@ -143,6 +143,10 @@ class Model:
                     "start the grid above it, or do not clip"
                 )
             return (X - point.alpha * Y) / point.sigma
+        if point.sigma == 0 and self.prediction == "score":
+            raise ValueError(
+                f"prediction 'score': needs sigma > 0, got sigma = 0 at t = {point.t}; keep t above that end"
+            )
         return self._affine(to_eps, point)
 
     def velocity(self, point: Point) -> np.ndarray:
@@ -223,13 +227,6 @@ def _drop_unread_writes(rows: list[Row]) -> None:
 def kept(now: Point, end: Point) -> float:
     """k = alpha sigma'/(alpha' sigma) = exp(lambda - lambda'): the share of eps an ancestral step keeps."""
     return now.alpha * end.sigma / (end.alpha * now.sigma)
-
-
-def half_log_snr(point: Point) -> float:
-    """lambda = log(alpha/sigma); inf at sigma = 0, -inf at alpha = 0."""
-    if point.sigma == 0 or point.alpha == 0:
-        return np.inf if point.sigma == 0 else -np.inf
-    return float(np.log(point.alpha / point.sigma))
 
 
 def remembered(i: int, weights: Mapping[int, float], size: int) -> tuple[list[float], list[Write]]:

@@ -5,11 +5,10 @@ None of them clips: the history would have to hold the eps of a clipped x0, whic
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from numpy.polynomial import Polynomial
 
-from genengine.solvers._model import Model, Point, Row, X, half_log_snr, one_of, remembered, solver
-from genengine.solvers.multistep import usable
+from genengine.solvers._exponential import half_log_snr, moments, order_at, usable
+from genengine.solvers._model import Model, Point, Row, X, one_of, remembered, solver
 
 # Adams-Bashforth weights of the newest eps first, by the number of eps there are
 ADAMS_BASHFORTH = {
@@ -18,8 +17,6 @@ ADAMS_BASHFORTH = {
     3: (23 / 12, -16 / 12, 5 / 12),
     4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 }
-# Gauss-Legendre nodes and weights on [0, 1]; 24 of them integrate exp(h s) times a quadratic to rounding for h < 40
-_NODES, _WEIGHTS = ((side + shift) / 2 for side, shift in zip(np.polynomial.legendre.leggauss(24), (1, 0), strict=True))
 
 
 @solver(clips=False, needs_signal=True)
@@ -67,14 +64,13 @@ def deis(model: Model, *, order: int = 3, lower_order_final: bool = False) -> li
     lam = [half_log_snr(point) for point in model.points]
     rows = []
     for i, (now, end) in enumerate(model.steps):
-        used = usable(lam, i, min(order, len(model.steps) - i) if lower_order_final else order)
-        if end.sigma == 0:
-            weights = {i: -end.alpha * now.sigma / now.alpha}
-        else:
+        used = usable(lam, i, order_at(len(model.steps), i, order, lower_order_final))
+        weights = {i: -end.alpha * now.sigma / now.alpha}
+        if end.sigma > 0:
             h = lam[i + 1] - lam[i]
-            s = [(lam[j] - lam[i]) / h for j in used]
-            decay = -end.sigma * h * np.exp(h * (1 - _NODES)) * _WEIGHTS
-            weights = {j: float(decay @ _lagrange(s, k)(_NODES)) for k, j in enumerate(used)}
+            nodes = [(lam[j] - lam[i]) / h for j in used]
+            integrals = end.sigma * moments(-h, len(used))  # of -h exp(h (1 - s)) s^k, the weight of eps
+            weights = {j: float(_lagrange(nodes, k).coef @ integrals) for k, j in enumerate(used)}
         rows.append(_eps_row(model, i, now, end, weights, order - 1))
     return rows
 

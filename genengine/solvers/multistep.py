@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from genengine.solvers._model import Model, Point, Row, X, finite_eta, half_log_snr, kept, one_of, remembered, solver
+from genengine.solvers._exponential import half_log_snr, moments, order_at, usable
+from genengine.solvers._model import Model, Point, Row, X, finite_eta, kept, one_of, remembered, solver
 from genengine.table import Write
 
 FORMS = ("midpoint", "heun")
@@ -70,7 +71,7 @@ def dpmpp_3m(model: Model, *, form: str = "published", lower_order_final: bool =
     lam = [half_log_snr(point) for point in model.points]
     rows = []
     for i, (now, end) in enumerate(model.steps):
-        used = usable(lam, i, min(3, len(model.steps) - i) if lower_order_final else 3)
+        used = usable(lam, i, order_at(len(model.steps), i, 3, lower_order_final))
         weights = dict(zip(used, _dpmpp_3m_weights(lam, used, end, form), strict=True))
         history, writes = remembered(i, weights, 2)
         update = end.sigma / now.sigma * X + weights[i] * model.x0(now)
@@ -78,30 +79,22 @@ def dpmpp_3m(model: Model, *, form: str = "published", lower_order_final: bool =
     return rows
 
 
-def usable(lam: list[float], i: int, order: int) -> list[int]:
-    """The newest `order` steps up to i whose y can enter step i, newest first: only i itself where h is infinite."""
-    if not np.isfinite(lam[i + 1] - lam[i]):
-        return [i]
-    return [j for j in range(i, max(-1, i - order), -1) if np.isfinite(lam[j])]
-
-
 def _dpmpp_3m_weights(lam: list[float], used: list[int], end: Point, form: str) -> np.ndarray:
     """The weights in x' of the x0 of the steps `used`."""
     unit = np.eye(len(used))  # row j stands for the x0 of used[j]
     i = used[0]
     h = lam[i + 1] - lam[i]
-    phi1 = -np.expm1(-h)
     if len(used) == 1:
-        return end.alpha * phi1 * unit[0]
+        return end.alpha * -np.expm1(-h) * unit[0]
+    phi1, phi2, twice_phi3 = moments(h, 3)
     r0 = (lam[i] - lam[i - 1]) / h
     d = (unit[0] - unit[1]) / r0
     if len(used) == 2:
         return end.alpha * phi1 * (unit[0] + d / 2)
     r1 = (lam[i - 1] - lam[i - 2]) / h
     bend = (d - (unit[1] - unit[2]) / r1) / (r0 + r1)
-    phi2 = 1 - phi1 / h
-    phi3 = 0.5 - phi2 / h
-    return end.alpha * (phi1 * unit[0] + phi2 * (d + r0 * bend) + (1 if form == "published" else 2) * phi3 * bend)
+    phi3 = twice_phi3 / 2 if form == "published" else twice_phi3
+    return end.alpha * (phi1 * unit[0] + phi2 * (d + r0 * bend) + phi3 * bend)
 
 
 def _dpmpp_2m_rows(model: Model, eta: float, form: str) -> list[Row]:

@@ -7,13 +7,13 @@ from solver_support import MEAN, RF, STD, VP, sampled_moments
 from genengine import schedules, solvers
 from genengine.table import CoefficientTable, unpack_flags
 
-STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama", "consistency", "lcm")
 DETERMINISTIC = tuple(name for name in solvers.SOLVERS if name not in STOCHASTIC)
 # of four steps, the last one to sigma = 0; where not given, 4 rows and 0 registers
-ROWS = {"heun": 7, "dpm_2": 7, "midpoint": 8, "rk4": 14, "plms": 5}
+ROWS = {"heun": 7, "dpm_2": 7, "midpoint": 8, "rk4": 14, "plms": 5, "dpmpp_singlestep": 7}
 HISTORY = {
     "heun": 2, "dpm_2": 1, "midpoint": 1, "rk4": 3, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "dpmpp_3m": 2, "lms": 3,
-    "deis": 2, "plms": 3, "ipndm": 3,
+    "deis": 2, "plms": 3, "ipndm": 3, "dpmpp_singlestep": 1, "unipc": 2,
 }  # fmt: skip
 
 
@@ -87,6 +87,9 @@ def test_singular_ends_are_refused_by_name(name):
         ("dpmpp_2m", {"form": "simpson"}, "form must be 'midpoint' or 'heun', got 'simpson'"),
         ("dpmpp_2m_sde", {"form": "simpson"}, "form must be 'midpoint' or 'heun', got 'simpson'"),
         ("dpmpp_3m", {"form": "half"}, "form must be 'published' or 'exact', got 'half'"),
+        ("dpmpp_singlestep", {"order": 1}, "order must be 2 or 3, got 1"),
+        ("unipc", {"order": 4}, "order must be 1, 2 or 3, got 4"),
+        ("unipc", {"form": "bh3"}, "form must be 'bh1' or 'bh2', got 'bh3'"),
         ("deis", {"order": 4}, "order must be 1, 2 or 3, got 4"),
         ("ipndm", {"order": 0}, "order must be 1, 2, 3 or 4, got 0"),
         ("lms", {"order": 5}, "order must be 1, 2, 3 or 4, got 5"),
