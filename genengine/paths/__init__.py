@@ -6,8 +6,8 @@ float64. Where a derivative or log-SNR is infinite, infinity is returned; solver
 """
 
 from genengine.paths._base import Path, VariancePreserving
-from genengine.paths.continuous import EDM, VE, Cosine, RectifiedFlow, VPLinear
-from genengine.paths.discrete import DDPMCosine, DDPMLinear, Discrete, ScaledLinear, ZeroTerminalSNR
+from genengine.paths.continuous import EDM, VE, Cosine, RectifiedFlow, Sigmoid, Trigonometric, VPLinear
+from genengine.paths.discrete import DDPMCosine, DDPMLinear, DDPMSigmoid, Discrete, ScaledLinear, ZeroTerminalSNR
 
 __all__ = [
     "EDM",
@@ -15,10 +15,13 @@ __all__ = [
     "Cosine",
     "DDPMCosine",
     "DDPMLinear",
+    "DDPMSigmoid",
     "Discrete",
     "Path",
     "RectifiedFlow",
     "ScaledLinear",
+    "Sigmoid",
+    "Trigonometric",
     "VPLinear",
     "VariancePreserving",
     "ZeroTerminalSNR",

@@ -109,6 +109,100 @@ class Cosine(VariancePreserving):
 
 
 @dataclass(frozen=True)
+class Trigonometric(VariancePreserving):
+    """alpha = cos(pi t/2), sigma = sin(pi t/2): the generalised variance-preserving interpolant and TrigFlow.
+
+    Its velocity at data of unit variance has unit scale at every t. Albergo 2023 (stochastic interpolants); Ma 2024
+    (SiT), GVP; Lu and Song 2024 (sCM), whose time is pi t/2.
+    """
+
+    def alpha(self, t):
+        return np.sin(0.5 * np.pi * (1.0 - checked_time(t)))  # exactly 0 at t = 1, where cos(pi/2) would leave 6e-17
+
+    def sigma(self, t):
+        return np.sin(0.5 * np.pi * checked_time(t))
+
+    def d_alpha(self, t):
+        return -0.5 * np.pi * self.sigma(t)
+
+    def d_sigma(self, t):
+        return 0.5 * np.pi * self.alpha(t)
+
+    def t_of_log_snr(self, log_snr):
+        alpha, sigma = vp_of_log_snr(log_snr)
+        return np.arctan2(sigma, alpha) / (0.5 * np.pi)
+
+
+@dataclass(frozen=True)
+class Sigmoid(VariancePreserving):
+    """The sigmoid path: alpha^2 falls from 1 to 0 along a piece of the logistic function.
+
+    With u = (start + t (end - start))/tau and S the logistic function,
+    alpha^2 = (S(end/tau) - S(u))/(S(end/tau) - S(start/tau)). Jabri 2022 (RIN), without its clip at 1e-9:
+    alpha is exactly 0 at t = 1, so a model that predicts eps or score needs a grid that starts below.
+
+    Args:
+        start, end: the piece of the logistic function, start < end.
+        tau: its temperature, above 0; larger is nearer to a straight line.
+
+    Raises:
+        ValueError: unless start < end are finite and tau is finite and above 0.
+    """
+
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 1.0
+
+    def __post_init__(self):
+        if not (-np.inf < self.start < self.end < np.inf and 0.0 < self.tau < np.inf):
+            raise ValueError(
+                "Sigmoid: needs finite start < end and tau > 0, "
+                f"got start={self.start!r}, end={self.end!r}, tau={self.tau!r}"
+            )
+
+    @property
+    def _span(self) -> float:
+        return (self.end - self.start) / self.tau
+
+    def _share(self, t, part: float, there: float) -> np.ndarray:
+        """sinh(span part/2) cosh(there/2) / (sinh(span/2) cosh(u/2)), which is alpha^2 or sigma^2 without cancellation.
+
+        From S(a) - S(b) = sinh((a - b)/2)/(2 cosh(a/2) cosh(b/2)).
+        """
+        u = self.start / self.tau + self._span * t
+        return np.sinh(self._span * part / 2) * np.cosh(there / 2) / (np.sinh(self._span / 2) * np.cosh(u / 2))
+
+    def alpha(self, t):
+        t = checked_time(t)
+        return np.sqrt(self._share(t, 1.0 - t, self.start / self.tau))
+
+    def sigma(self, t):
+        t = checked_time(t)
+        return np.sqrt(self._share(t, t, self.end / self.tau))
+
+    def _half_slope(self, t) -> np.ndarray:
+        """Half the derivative of sigma^2."""
+        t = checked_time(t)
+        u = self.start / self.tau + self._span * t
+        total = np.tanh(self.end / self.tau / 2) - np.tanh(self.start / self.tau / 2)  # 2 (S(end) - S(start))
+        return self._span / (4.0 * np.cosh(u / 2) ** 2 * total)
+
+    def d_alpha(self, t):
+        with np.errstate(divide="ignore"):
+            return -self._half_slope(t) / self.alpha(t)
+
+    def d_sigma(self, t):
+        with np.errstate(divide="ignore"):
+            return self._half_slope(t) / self.sigma(t)
+
+    def t_of_log_snr(self, log_snr):
+        sigma = vp_of_log_snr(log_snr)[1]
+        low, high = (1.0 / (1.0 + np.exp(-side / self.tau)) for side in (self.start, self.end))
+        value = low + sigma * sigma * (high - low)
+        return (np.log(value) - np.log1p(-value) - self.start / self.tau) / self._span
+
+
+@dataclass(frozen=True)
 class EDM(Path):
     """alpha = 1, sigma = t sigma_max: the path of Karras 2022 with its time scaled to [0, 1].
 

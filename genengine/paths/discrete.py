@@ -140,6 +140,34 @@ class DDPMCosine(Discrete):
 
 
 @dataclass(frozen=True)
+class DDPMSigmoid(Discrete):
+    """Discrete betas along a logistic curve: beta_n = beta_start + S(linspace(-6, 6, T)) (beta_end - beta_start).
+
+    S is the logistic function. The "sigmoid" betas of GeoDiff (Xu 2022) and of diffusion libraries; the continuous
+    `Sigmoid` is another path.
+
+    Args:
+        beta_start, beta_end: the ends of the curve, 0 < beta_start < beta_end < 1.
+        num_timesteps: T.
+
+    Raises:
+        ValueError: on arguments out of order or range.
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    num_timesteps: int = 1000
+
+    def __post_init__(self):
+        _discrete_arguments(self)
+
+    @cached_property
+    def betas(self):
+        curve = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, self.num_timesteps)))
+        return self.beta_start + curve * (self.beta_end - self.beta_start)
+
+
+@dataclass(frozen=True)
 class ZeroTerminalSNR(Discrete):
     """A discrete path shifted and scaled so that nothing of the data is left at t = 1 (Lin 2024, Alg. 1).
 
@@ -184,7 +212,7 @@ class ZeroTerminalSNR(Discrete):
         return np.interp(-vp_of_log_snr(log_snr)[0], -self._alphas, self._times)[()]
 
 
-def _discrete_arguments(path: DDPMLinear | ScaledLinear) -> None:
+def _discrete_arguments(path: DDPMLinear | ScaledLinear | DDPMSigmoid) -> None:
     name = type(path).__name__
     ordered(name, "beta_start", path.beta_start, "beta_end", path.beta_end)
     if path.beta_end >= 1.0:
