@@ -11,6 +11,7 @@ from solver_support import (
     assert_convergence_order,
     assert_equals_loop,
     assert_reaches_the_moments,
+    run_table,
 )
 
 from genengine import schedules, solvers
@@ -81,6 +82,38 @@ def test_euler_ancestral_with_eta_equals_textbook(eta):
 def test_ddpm_equals_textbook(prediction, clip, variance):
     path = DDPMLinear(0.01, 0.4, 12)
     assert_equals_loop(loop_ddpm, path, schedules.uniform(12), prediction, clip, 3.0, variance=variance)
+
+
+@pytest.mark.parametrize("clip", [None, 0.6])
+@pytest.mark.parametrize("guided", [False, True])
+def test_ddpm_with_a_learned_range_equals_textbook(guided, clip):
+    """Nichol and Dhariwal 2021, eq. 15: variance beta^v beta_tilde^(1 - v), v = (network + 1)/2, over all steps."""
+    path, rng = DDPMLinear(0.01, 0.4, 12), np.random.default_rng(5)
+    x, noise, weights = rng.standard_normal((3, 5)), rng.standard_normal((12, 3, 5)), rng.standard_normal((2, 5, 10))
+
+    def branches(x, t):
+        return [np.tanh(x @ weight / 2 + t) for weight in weights[: 1 + guided]]
+
+    table = solvers.ddpm(
+        path, schedules.uniform(12), prediction="eps", variance="learned_range", clip=clip,
+        guidance_scale=2.5 if guided else 1.0,
+    )  # fmt: skip
+    actual = run_table(table, branches, x, noise)
+    beta = path.betas
+    bar = np.cumprod(1 - beta)
+    for k, n in enumerate(reversed(range(12))):
+        out = branches(x, (n + 1) / 12)
+        eps = out[0][:, :5] if not guided else out[0][:, :5] + 2.5 * (out[1][:, :5] - out[0][:, :5])
+        x0 = (x - np.sqrt(1 - bar[n]) * eps) / np.sqrt(bar[n])
+        x0 = np.clip(x0, -clip, clip) if clip else x0
+        before = bar[n - 1] if n > 0 else 1.0
+        x = np.sqrt(before) * beta[n] / (1 - bar[n]) * x0 + np.sqrt(1 - beta[n]) * (1 - before) / (1 - bar[n]) * x
+        if n > 0:
+            v = (out[-1][:, 5:] + 1) / 2
+            variance = beta[n] ** v * (beta[n] * (1 - before) / (1 - bar[n])) ** (1 - v)
+            x = x + np.sqrt(variance) * noise[k]
+    np.testing.assert_allclose(actual, x, rtol=1e-10, atol=1e-10)
+    assert table.column("l")[-1] == 0 and np.all(table.column("l")[:-1] > 0)
 
 
 @pytest.mark.parametrize("path, prediction, t_max, t_min", SMOOTH)
