@@ -5,7 +5,7 @@ None of them clips: the history would have to hold the eps of a clipped x0, whic
 
 from collections.abc import Mapping, Sequence
 
-from numpy.polynomial import Polynomial
+import numpy as np
 
 from genengine.solvers._exponential import half_log_snr, moments, order_at, usable
 from genengine.solvers._model import Model, Point, Row, X, one_of, remembered, solver
@@ -70,7 +70,7 @@ def deis(model: Model, *, order: int = 3, lower_order_final: bool = False) -> li
             h = lam[i + 1] - lam[i]
             nodes = [(lam[j] - lam[i]) / h for j in used]
             integrals = end.sigma * moments(-h, len(used))  # of -h exp(h (1 - s)) s^k, the weight of eps
-            weights = {j: float(_lagrange(nodes, k).coef @ integrals) for k, j in enumerate(used)}
+            weights = {j: float(_lagrange(nodes, k) @ integrals) for k, j in enumerate(used)}
         rows.append(_eps_row(model, i, now, end, weights, order - 1))
     return rows
 
@@ -132,16 +132,17 @@ def _eps_row(model: Model, i: int, now: Point, end: Point, weights: Mapping[int,
     return model.row(now, update, y=model.eps(now), history=history, writes=writes)
 
 
-def _lagrange(nodes: Sequence[float], index: int, origin: float = 0.0) -> Polynomial:
-    """The polynomial in x - origin that is 1 where x is nodes[index] and 0 where x is another node."""
-    basis = Polynomial([1.0])
+def _lagrange(nodes: Sequence[float], index: int, origin: float = 0.0) -> np.ndarray:
+    """Coefficients, lowest first, in x - origin, of the polynomial that is 1 at nodes[index], 0 at other nodes."""
+    basis = np.ones(1)
     for k, node in enumerate(nodes):
         if k != index:
-            basis = basis * Polynomial([origin - node, 1.0]) / (nodes[index] - node)
+            basis = np.convolve(basis, (origin - node, 1.0)) / (nodes[index] - node)
     return basis
 
 
 def _lagrange_integral(nodes: Sequence[float], index: int, start: float, stop: float) -> float:
     """The integral over [start, stop] of the polynomial that is 1 at nodes[index], 0 at the other nodes."""
-    # in r - start, so that the integral of short steps does not cancel
-    return float(_lagrange(nodes, index, start).integ()(stop - start))
+    basis = _lagrange(nodes, index, start)  # from start, so that the integral of short steps does not cancel
+    powers = np.arange(1, len(basis) + 1)
+    return float(np.sum(basis * (stop - start) ** powers / powers))
