@@ -149,6 +149,10 @@ class Model:
             )
         return self._affine(to_eps, point)
 
+    def own_eps(self, point: Point) -> np.ndarray:
+        """eps as the network says it, whatever becomes of x0."""
+        return self._affine(to_eps, point)
+
     def velocity(self, point: Point) -> np.ndarray:
         if self.clip:
             return point.d_alpha * Y + point.d_sigma * self.eps(point)

@@ -39,20 +39,25 @@ def ddpm(model: Model, *, variance: str = "small") -> list[Row]:
 
 
 @solver
-def ddim(model: Model, *, eta: float = 0.0) -> list[Row]:
+def ddim(model: Model, *, eta: float = 0.0, eps: str = "x0") -> list[Row]:
     """DDIM: x' = alpha' x0 + sqrt(sigma'^2 - s^2) eps + s z.
 
     s = eta sigma' sqrt(1 - k^2), k = alpha sigma'/(alpha' sigma). Deterministic and first order at eta = 0;
     `ddpm` with the small variance at eta = 1.
 
-    Arguments and returns: see the module. Song 2020 (DDIM), eqs. 12 and 16.
+    Arguments and returns: see the module.
+        eta: the share of fresh noise, in [0, 1].
+        eps: with clip, "x0" derives eps from the clipped x0 again, so that x is alpha x0 + sigma eps still; "model"
+            keeps the network's own beside it, as diffusers does by default. Without clip they are the same.
+    Song 2020 (DDIM), eqs. 12 and 16.
 
     Raises:
-        ValueError: as the module says, and where eta is outside [0, 1].
+        ValueError: as the module says, where eta is outside [0, 1] or eps is neither "x0" nor "model".
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"ddim: eta must be in [0, 1], got {eta!r}")
-    return [_ancestral_row(model, now, end, eta) for now, end in model.steps]
+    one_of("ddim", "eps", eps, ("x0", "model"))
+    return [_ancestral_row(model, now, end, eta, own_eps=eps == "model") for now, end in model.steps]
 
 
 @solver
@@ -73,8 +78,9 @@ def euler_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     return [_ancestral_row(model, now, end, eta) for now, end in model.steps]
 
 
-def _ancestral_row(model: Model, now: Point, end: Point, eta: float) -> Row:
+def _ancestral_row(model: Model, now: Point, end: Point, eta: float, own_eps: bool = False) -> Row:
     k = kept(now, end)
     fresh = min(1.0, eta * np.sqrt(1 - k * k))  # the share of sigma' that is new noise
-    mean = end.alpha * model.x0(now) + end.sigma * np.sqrt(1 - fresh * fresh) * model.eps(now)
+    eps = model.own_eps(now) if own_eps else model.eps(now)
+    mean = end.alpha * model.x0(now) + end.sigma * np.sqrt(1 - fresh * fresh) * eps
     return model.row(now, mean, noise=end.sigma * fresh)

@@ -81,6 +81,7 @@ def test_singular_ends_are_refused_by_name(name):
         ("euler", {"clip": -1.0}, "clip must be None or a finite radius"),
         ("ddim", {"eta": 1.1}, r"eta must be in \[0, 1\], got 1.1"),
         ("ddim", {"eta": -0.1}, r"eta must be in \[0, 1\]"),
+        ("ddim", {"eps": "raw"}, "eps must be 'x0' or 'model', got 'raw'"),
         ("euler_ancestral", {"eta": -0.1}, "eta must be a finite number >= 0"),
         ("dpmpp_2m_sde", {"eta": np.nan}, "eta must be a finite number >= 0"),
         ("ddpm", {"variance": "learned"}, "variance must be 'small', 'large' or 'learned_range', got 'learned'"),

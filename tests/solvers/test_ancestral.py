@@ -8,6 +8,7 @@ from solver_support import (
     SMOOTH,
     VP,
     WHOLE,
+    Network,
     assert_convergence_order,
     assert_equals_loop,
     assert_reaches_the_moments,
@@ -18,12 +19,16 @@ from genengine import schedules, solvers
 from genengine.paths import EDM, DDPMLinear
 
 
-def loop_ddim(model, path, grid, x, noise, eta=0.0):  # Song 2020 (DDIM), eqs. 12 and 16, for alpha^2 + sigma^2 = 1
+def loop_ddim(model, path, grid, x, noise, eta=0.0, eps="x0"):
+    """Song 2020 (DDIM), eqs. 12 and 16, for alpha^2 + sigma^2 = 1."""
+    unclipped = Network(path, model.prediction, None, model.guidance_scale)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
         bar, bar_next = path.alpha(t) ** 2, path.alpha(t_next) ** 2
         s = eta * np.sqrt((1 - bar_next) / (1 - bar)) * np.sqrt(1 - bar / bar_next)
-        x0, eps, _ = model(x, t)
-        x = np.sqrt(bar_next) * x0 + np.sqrt(max(1 - bar_next - s**2, 0)) * eps + s * noise[k]
+        x0, direction, _ = model(x, t)
+        if eps == "model":
+            direction = unclipped(x, t)[1]
+        x = np.sqrt(bar_next) * x0 + np.sqrt(max(1 - bar_next - s**2, 0)) * direction + s * noise[k]
     return x
 
 
@@ -68,6 +73,7 @@ def test_equals_textbook_on_every_path(loop, path, grid, prediction, clip):
 @pytest.mark.parametrize("clip", [None, 0.6])
 def test_ddim_with_eta_equals_textbook(eta, clip):
     assert_equals_loop(loop_ddim, VP, schedules.uniform(6), "eps", clip, 1.7, eta=eta)
+    assert_equals_loop(loop_ddim, VP, schedules.uniform(6), "v", clip, 1.7, eta=eta, eps="model")
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.6])

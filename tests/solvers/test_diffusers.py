@@ -85,16 +85,18 @@ def test_ddpm(variance, prediction, theirs_name, monkeypatch):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_ddim(eta):
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, **BETAS)
+@pytest.mark.parametrize("clip, eps", [(None, "x0"), (0.8, "x0"), (0.8, "model")])
+def test_ddim(eta, clip, eps):
+    scheduler = diffusers.DDIMScheduler(clip_sample=clip is not None, clip_sample_range=clip or 1.0, **BETAS)
     scheduler.set_timesteps(10)
     x, noise = draws(1, 10)
     state = torch.from_numpy(x)
     for k, n in enumerate(scheduler.timesteps):
         output = torch.from_numpy(network(state.numpy(), float(n)))
-        given = torch.from_numpy(noise[k]) if eta else None
-        state = scheduler.step(output, n, state, eta=eta, variance_noise=given).prev_sample
-    assert_same(ours("ddim", scheduler, eta=eta), state.numpy(), x, noise)
+        given = {"eta": eta, "variance_noise": torch.from_numpy(noise[k]) if eta else None}
+        step = scheduler.step(output, n, state, use_clipped_model_output=eps == "x0", **given)
+        state = step.prev_sample
+    assert_same(ours("ddim", scheduler, eta=eta, clip=clip, eps=eps), state.numpy(), x, noise)
 
 
 def test_ddim_inverse():
