@@ -16,7 +16,13 @@ All solvers share these arguments:
     input_scale: maps t to the factor on the network's input, for example
         `lambda t: 1/np.hypot(sigma_data, path.sigma(t))` for EDM networks; by default 1.
 They raise ValueError on an invalid grid, clip or prediction, and where the prediction is singular at a time
-of the grid, as eps is at alpha = 0.
+of the grid, as eps is at alpha = 0. `solver.clips` and `solver.needs_signal` say whether it takes `clip`, and whether
+its grid must start where alpha > 0.
+
+Under other names: flow-match Euler and Heun are `euler` and `heun` on `paths.RectifiedFlow`, flow-match LCM is
+`consistency` there; the probability-flow ODE of a path is what `euler`, `heun`, `midpoint` and `rk4` integrate, and
+its reverse SDE what `euler_maruyama(..., diffusion="sde")` does; DPM-Solver++ SDE is `dpmpp_2m_sde`; PNDM without
+its Runge-Kutta warm-up is `plms`.
 """
 
 from genengine.solvers.adams import deis, ipndm, lms, plms

@@ -1,14 +1,18 @@
 """What holds of every solver: lean tables, the common arguments, errors that say what to do."""
 
+import inspect
+
 import numpy as np
 import pytest
-from solver_support import MEAN, RF, STD, VP, sampled_moments
+from solver_support import ALL, MEAN, RF, STD, VP, run_table, sampled_moments
 
 from genengine import schedules, solvers
+from genengine.paths import EDM, VE, Cosine
 from genengine.table import CoefficientTable, unpack_flags
 
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama", "consistency", "lcm")
 DETERMINISTIC = tuple(name for name in solvers.SOLVERS if name not in STOCHASTIC)
+IN_TIME = ("euler", "heun", "midpoint", "rk4")
 # of four steps, the last one to sigma = 0; where not given, 4 rows and 0 registers
 ROWS = {"heun": 7, "dpm_2": 7, "midpoint": 8, "rk4": 14, "plms": 5, "dpmpp_singlestep": 7}
 HISTORY = {
@@ -32,6 +36,52 @@ def test_deterministic_solvers_reach_the_mean_and_variance():
         table = solvers.SOLVERS[name](VP, schedules.uniform(400, 0.99, 0.0), prediction="v")
         assert not table.needs_noise
         assert sampled_moments(table, VP, "v", 0.99) == pytest.approx((MEAN, STD**2), abs=0.01)
+
+
+# euler_maruyama and lcm are exact only in the limit; the solvers in t where t is the noise level, or the path straight
+EXACT = [
+    pytest.param(name, path, prediction, id=f"{name}-{path}")
+    for path, prediction in [(VP, "eps"), (Cosine(), "v"), (RF, "velocity"), (EDM(5.0), "x0"), (VE(), "score")]
+    for name in solvers.SOLVERS
+    if name not in ("euler_maruyama", "lcm") and (name not in IN_TIME or path in (RF, EDM(5.0)))
+]
+
+
+@pytest.mark.parametrize("name, path, prediction", EXACT)
+def test_a_point_mass_is_sampled_exactly_on_any_grid(name, path, prediction):
+    """Data all at MEAN: eps is constant along the flow, so x stays N(alpha MEAN, sigma^2), however uneven the steps."""
+    rng = np.random.default_rng(11)
+    for _ in range(5):
+        steps = 0.1 + rng.random(6)
+        grid = 0.97 - 0.93 * np.concatenate([[0.0], np.cumsum(steps) / steps.sum()])
+        table = ALL[name](path, grid, prediction=prediction)
+        unit = np.eye(table.num_rows + 2)
+
+        def network(x, t):
+            alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
+            x0 = MEAN * unit[0]  # noqa: B023
+            eps = (x - alpha * x0) / sigma
+            outputs = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "score": -eps / sigma}
+            return [outputs.get(prediction, d_alpha * x0 + d_sigma * eps)]
+
+        x = path.alpha(grid[0]) * MEAN * unit[0] + path.sigma(grid[0]) * unit[1]
+        x = run_table(table, network, x, unit[2:])
+        level = 0.0 if name == "consistency" else path.sigma(grid[-1])  # consistency ends at its network's x0
+        assert x[0] == pytest.approx(path.alpha(grid[-1]) * MEAN, rel=1e-9)
+        assert np.sqrt(np.sum(x[1:] ** 2)) == pytest.approx(level, rel=1e-9, abs=1e-12)
+
+
+def test_solvers_say_whether_they_clip_and_need_signal():
+    for name, solver in ALL.items():
+        assert solver.clips == ("clip" in inspect.signature(solver).parameters)
+        start = schedules.uniform(4, 1.0, 0.1)
+        start = start[::-1] if name in solvers.INVERSE_SOLVERS else start
+        if solver.needs_signal:
+            with pytest.raises(ValueError, match=f"{name}: grid must start where alpha > 0"):
+                solver(RF, start, prediction="velocity")
+        else:
+            assert solver(RF, start, prediction="velocity").num_rows >= 4
+    assert not solvers.lms.clips and solvers.lms.needs_signal and solvers.euler.clips
 
 
 @pytest.mark.parametrize("name", solvers.SOLVERS)
