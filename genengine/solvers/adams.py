@@ -55,7 +55,7 @@ def deis(model: Model, *, order: int = 3, lower_order_final: bool = False) -> li
     Arguments and returns: see the module.
         order: 1 to 3; 1 is `ddim`.
         lower_order_final: the last two steps have at most orders 2 and 1, which steadies sampling in few steps.
-    Zhang and Chen 2022 (DEIS), tAB-DEIS, with log r for the polynomial's variable.
+    There is no clip, as in `lms`. Zhang and Chen 2022 (DEIS), tAB-DEIS, with log r for the polynomial's variable.
 
     Raises:
         ValueError: as the module says, where order is not 1 to 3, or the grid starts at alpha = 0.
@@ -84,8 +84,8 @@ def plms(model: Model) -> list[Row]:
     two and three eps. Second order. (The paper's other warm-up, three pseudo Runge-Kutta steps, holds more than
     three tensors.) The earlier eps rotate through H1..H3.
 
-    Arguments, returns and errors: see the module; the grid must not start at alpha = 0, and a first step to sigma = 0
-    is `ddim`'s. Liu 2022 (PNDM).
+    Arguments, returns and errors: see the module; the grid must not start at alpha = 0, a first step to sigma = 0 is
+    `ddim`'s, and there is no clip, as in `lms`. Liu 2022 (PNDM).
     """
     rows = _classical_rows(model, 4)
     now, end = model.steps[0]
@@ -107,7 +107,7 @@ def ipndm(model: Model, *, order: int = 4) -> list[Row]:
 
     Arguments and returns: see the module.
         order: 1 to 4, the number of eps that a step uses.
-    Zhang and Chen 2022 (DEIS), iPNDM; the weights are those of Liu 2022 (PNDM).
+    There is no clip, as in `lms`. Zhang and Chen 2022 (DEIS), iPNDM; the weights are those of Liu 2022 (PNDM).
 
     Raises:
         ValueError: as the module says, where order is not 1 to 4, or the grid starts at alpha = 0.
