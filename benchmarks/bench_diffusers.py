@@ -2,8 +2,8 @@
 
 The model's output is one fixed tensor, so that what is timed is what surrounds the model: the chunk and combine of
 classifier-free guidance, as pipelines write them, and `step`. "fused" has the guidance folded into the row, as `fuse`
-does; "combined" computes it as written and fuses the step alone; "own loop" is `genengine.sample` with the traced table.
-Everything but Philox draws the noise that diffusers draws. `set_timesteps` is outside the timing.
+does; "combined" computes it as written and fuses the step alone; "own loop" is `genengine.sample` with the traced
+table. Everything but Philox draws the noise that diffusers draws. `set_timesteps` is outside the timing.
 """
 
 import sys
