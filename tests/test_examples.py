@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -20,6 +22,13 @@ def test_your_own_model():
         cloud = x[y == label]
         assert (cloud.mean(0) - centre).abs().max() < 6 * module.WIDTH / 2000**0.5 + 0.01
         assert (cloud.std(0) / module.WIDTH - 1).abs().max() < 0.1
+
+
+def test_diffusers_pipeline():
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("transformers", reason="diffusers' text-to-image pipelines need transformers")
+    before, after = load("diffusers_pipeline").main()
+    assert before.shape == (2, 3, 16, 16) and before.std() > 0.05 and (before - after).abs().max() < 1e-5
 
 
 def test_every_example_is_tested():
