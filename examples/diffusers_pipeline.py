@@ -3,8 +3,8 @@
     pip install genengine[interop] transformers
     python examples/diffusers_pipeline.py
 
-The pipeline is a tiny Stable Diffusion with random weights, built here, so nothing is downloaded; with your own, only the
-line with `fuse` changes.
+The pipeline is a tiny Stable Diffusion with random weights, built here, so nothing is downloaded; with your own, only
+the line with `fuse` changes.
 """
 
 import torch

@@ -142,8 +142,8 @@ def _check(reading: Reading, k: int) -> None:
 def _keep(readings: list[Reading], j: int, phi: Phi) -> Kept:
     """What later rows, and for a clamp row j itself, read of row j, in the forms that the table has.
 
-    y is scaled to p = 1 (or q = 1): x - sigma m, say, whose terms nearly cancel, before it is divided by alpha. A rounded
-    p would be an error that all elements and rows have in common.
+    y is scaled to p = 1 (or q = 1): x - sigma m, say, whose terms nearly cancel, before it is divided by alpha. A
+    rounded p would be an error that all elements and rows have in common.
     """
     kept = Kept()
     clamped = {k: readings[k].clamped[j] for k in range(j, len(readings)) if readings[k].clamped[j] != 0.0}
