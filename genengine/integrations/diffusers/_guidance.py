@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
+_WHOLE = (0.0, 1.0)
+
+
 class Branches:
     """A model's output for two or three branches stacked along the batch; `chunk` gives each as a `Guided`.
 
@@ -45,8 +48,13 @@ class Guided:
         self._value = None
 
     def guidance(self) -> tuple[float, float] | None:
-        """(g1, g2) of m = out_0 + g1 (out_1 - out_0) + g2 (out_2 - out_1), or None where the weights' sum is not 1."""
+        """(g1, g2) of m = out_0 + g1 (out_1 - out_0) + g2 (out_2 - out_1).
+
+        None where the weights' sum is not 1, and for one branch alone.
+        """
         w0, w1, w2 = self.w0, self.w1, self.w2
+        if w0 in _WHOLE and w1 in _WHOLE and w2 in _WHOLE:
+            return None
         if abs(w0 + w1 + w2 - 1.0) > 1e-6 * (abs(w0) + abs(w1) + abs(w2)):
             return None
         return w1 + w2, w2
@@ -54,17 +62,13 @@ class Guided:
     def outputs(self) -> tuple[Tensor, ...]:
         return self.stacked.chunk(self.branches)
 
-    def single(self) -> int | None:
-        """The branch that this is, if it is one alone."""
-        weights = (self.w0, self.w1, self.w2)
-        return weights.index(1.0) if sorted(weights) == [0.0, 0.0, 1.0] else None
-
     def tensor(self) -> Tensor:
         """The combination itself, in the order of operations of a row where it is guidance."""
         if self._value is None:
-            outputs, guidance, single = self.outputs(), self.guidance(), self.single()
-            if single is not None:
-                self._value = outputs[single]
+            outputs, guidance = self.outputs(), self.guidance()
+            weights = (self.w0, self.w1, self.w2)
+            if sorted(weights) == [0.0, 0.0, 1.0]:
+                self._value = outputs[weights.index(1.0)]
             elif guidance is not None:
                 self._value = outputs[0] + guidance[0] * (outputs[1] - outputs[0])
                 if guidance[1]:

@@ -60,7 +60,9 @@ class Run:
         noise = self._drawn = self._noise(k, output, generator, given) if plan.draws[k][0] else None
         if plan.draws[k][1] is None:
             noise = None  # drawn to keep the generator's place, and for the scheduler's state
-        table = plan.table_on(self._device, self._accumulated, guidance)
+        table = self._tables.get(guidance)
+        if table is None:
+            table = self._tables[guidance] = plan.table_on(self._device, self._accumulated, guidance)
         if plan.dynamic[k]:
             table = self._with_threshold(table, k, x, _tensor(model_output))
         out = torch.empty_like(x)
@@ -82,18 +84,24 @@ class Run:
         )
 
     def _prepare(self, sample, output, branches):
-        if self._shape is not None and self.plan.has_history:
+        here = sample.shape, sample.dtype, sample.device
+        if self.plan.has_history and self._shape is not None and here != (self._shape, self._dtype, self._device):
             raise Unfit("shape, dtype or device of the sample changed during a run")
         self._check_shapes(sample, output, branches)
-        self._shape, self._dtype, self._device = sample.shape, sample.dtype, sample.device
+        moved = here != (self._shape, self._dtype, self._device)
+        self._shape, self._dtype, self._device = here
         self._model_shape, self._model_dtype = output.shape, output.dtype
+        self._tables = {}
         self._rule = self.plan.rule(sample.dtype, output.dtype)
         mixed = sample.dtype != output.dtype and not (sample.dtype == torch.float32 and output.dtype in _HALF)
         self._wide = torch.promote_types(sample.dtype, output.dtype) if mixed else None
         self._plain = self._wide is None and output.shape[1:] == sample.shape[1:]
         self._accumulated = torch.float64 if torch.float64 in (self._dtype, self._wide) else torch.float32
-        self._kernel = _registry.resolve(SAMPLER_STEP, sample.device, self._wide or sample.dtype)
+        kernel = _registry.resolve(SAMPLER_STEP, sample.device, self._wide or sample.dtype)
+        self._kernel = getattr(kernel, "_op", kernel)  # without the overload's Python wrapper
         self._steps = self.plan.steps_on(sample.device, sample.shape[0])
+        if not moved:  # only the model's output changed, from guided to not, say
+            return
         registers = self.plan.table.num_history
         like_x = torch.empty_like(sample, dtype=self._accumulated) if registers else None
         self._history = torch.stack([like_x] * registers) if registers else None
@@ -231,7 +239,7 @@ class Run:
 
 def _output_of(model_output):
     """The tensor that holds the branches, their number and (g1, g2), or the one output, 1 and None."""
-    if type(model_output) is Guided and model_output.single() is None:
+    if type(model_output) is Guided:
         guidance = model_output.guidance()
         if guidance is not None:
             return model_output.stacked, model_output.branches, guidance
