@@ -23,6 +23,8 @@ LOSSES = ("simple", "min_snr", "p2", "vlb")
 VARIANCES = ("small", "large", "learned")
 GRIDS = ("uniform", "karras", "logit_normal")
 # The entries of a config beside net and path.
+# solvers that need a trace of the data where they start
+NEED_SIGNAL = ("dpm_2", "lms", "edm", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_fast")
 DEFAULTS = {
     "num_timesteps": 1000, "prediction": PREDICTIONS, "loss": LOSSES, "gamma": 5.0, "vlb_weight": 0.001,
     "variance": VARIANCES, "class_drop": 0.1, "num_levels": 256,
@@ -311,7 +313,7 @@ class DDPM(Guided):
         if grid not in GRIDS:
             raise ValueError(f"models/DDPM.sample: grid must be one of {', '.join(GRIDS)}, got {grid!r}")
         total = self.num_timesteps
-        starts_inside = solver in ("dpm_2", "lms") and self.path.alpha(1.0) == 0  # they need a trace of the data
+        starts_inside = solver in NEED_SIGNAL and self.path.alpha(1.0) == 0
         if grid == "karras":
             last = (total - 1) / total if self.path.alpha(1.0) == 0 else 1.0
             high, low = (math.exp(-0.5 * float(self.path.log_snr(t))) for t in (last, 1 / total))

@@ -19,9 +19,36 @@ of the grid, as eps is at alpha = 0.
 """
 
 from genengine.solvers.ancestral import ddim, ddpm, euler_ancestral
+from genengine.solvers.churn import edm
 from genengine.solvers.multistep import dpmpp_2m, dpmpp_2m_sde, lms
 from genengine.solvers.ode import dpm_2, euler, heun
+from genengine.solvers.stochastic import (
+    dpm_2_ancestral,
+    dpm_fast,
+    dpmpp_2m_sde_heun,
+    dpmpp_2s_ancestral,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+)
 
 SOLVERS = {
-    solver.__name__: solver for solver in (euler, heun, dpm_2, ddpm, ddim, euler_ancestral, dpmpp_2m, dpmpp_2m_sde, lms)
+    solver.__name__: solver
+    for solver in (
+        euler,
+        heun,
+        dpm_2,
+        ddpm,
+        ddim,
+        euler_ancestral,
+        dpmpp_2m,
+        dpmpp_2m_sde,
+        lms,
+        edm,
+        dpm_2_ancestral,
+        dpmpp_2s_ancestral,
+        dpmpp_sde,
+        dpmpp_2m_sde_heun,
+        dpmpp_3m_sde,
+        dpm_fast,
+    )
 }
