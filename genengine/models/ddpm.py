@@ -22,9 +22,9 @@ PREDICTIONS = ("eps", "x0", "v")
 LOSSES = ("simple", "min_snr", "p2", "vlb")
 VARIANCES = ("small", "large", "learned")
 GRIDS = ("uniform", "karras", "logit_normal")
-# The entries of a config beside net and path.
-# solvers that need a trace of the data where they start
+# Solvers that need a trace of the data where they start.
 NEED_SIGNAL = ("dpm_2", "lms", "edm", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_fast")
+# The entries of a config beside net and path.
 DEFAULTS = {
     "num_timesteps": 1000, "prediction": PREDICTIONS, "loss": LOSSES, "gamma": 5.0, "vlb_weight": 0.001,
     "variance": VARIANCES, "class_drop": 0.1, "num_levels": 256,
