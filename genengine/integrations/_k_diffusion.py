@@ -106,6 +106,7 @@ class Call:
                 f"{self.name}: capture={self.capture!r} leaves the host no part in a step, but a callback was given; "
                 "leave capture at 'never'"
             )
+        self.x = self.x.detach()
         self.extra_args = {} if self.extra_args is None else self.extra_args
 
     def sampler(self, noise_sampler, default: Callable[[], Callable]) -> Callable | None:
@@ -134,8 +135,8 @@ class Call:
             return self.x.float()
         if draw is None:  # step num_rows: a place in the noise that no row uses
             noise = normal(
-                self.x.shape, seed=self.seed or 0, sample_ids=self.sample_ids, step=plan.table.num_rows,
-                stream="step", device=self.x.device,
+                self.x.shape, seed=0 if self.seed is None else self.seed, sample_ids=self.sample_ids,
+                step=plan.table.num_rows, stream="step", device=self.x.device,
             )  # fmt: skip
         return self.x.float() + plan.start_noise * noise
 
@@ -177,11 +178,10 @@ class Call:
         """noise(row) for the loop: `sampler` is called for the rows that have a pair of noise levels."""
         if sampler is None:
             return None
-        unread = torch.zeros(self.x.shape, device=self.x.device)
 
         def noise(row):
             if pairs[row] is None:
-                return unread
+                return self.x  # not read, as the row's coefficient is 0; it has the shape that the loop checks
             with torch.inference_mode(False), torch.no_grad():
                 return sampler(*pairs[row])
 

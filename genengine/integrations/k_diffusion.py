@@ -267,7 +267,7 @@ def sample_dpmpp_sde(
     call = Call("sample_dpmpp_sde", model, x, extra_args, callback, disable, seed, sample_ids, capture)
     levels = _k.host_sigmas(call.name, sigmas)
     if len(levels) == 1:
-        return x
+        return call.x
     options = {"eta": _k.as_number(call.name, "eta", eta, least=0), "r": _k.as_number(call.name, "r", r)}
     plan = _plan(call, "dpmpp_sde", levels, s_noise, options)
     t = sigmas.log().neg()  # the levels handed to noise_sampler pass through the logarithm, as in k-diffusion
@@ -278,8 +278,8 @@ def sample_dpmpp_sde(
         last = end is not None
         i = end if last else begin
         pairs.append((through[i], through[i + 1] if last else middles[i]) if levels[i + 1] > 0 else None)
-    sampler = call.sampler(noise_sampler, lambda: _brownian(x, sigmas, levels))
-    return call.run(plan, x.float(), _shown(sigmas), call.given(sampler, pairs))
+    sampler = call.sampler(noise_sampler, lambda: _brownian(call.x, sigmas, levels))
+    return call.run(plan, call.x.float(), _shown(sigmas), call.given(sampler, pairs))
 
 
 def sample_dpmpp_2m_sde(
@@ -328,6 +328,7 @@ def sample_dpm_fast(
             f"sample_dpm_fast: needs 0 < sigma_min < sigma_max and n >= 1 evaluations, "
             f"got sigma_min={low!r}, sigma_max={high!r}, n={n!r}"
         )
+    n = int(n)
     orders = (3,) * (n // 3 - 1) + (2, 1) if n % 3 == 0 else (3,) * (n // 3) + (n % 3,)
     ends = [-torch.tensor(sigma).log().item() for sigma in (high, low)]
     t = torch.linspace(*ends, len(orders) + 1, device=x.device)
@@ -337,8 +338,8 @@ def sample_dpm_fast(
     sigmas = t.neg().exp()
     shown = [{"sigma": sigma, "sigma_hat": sigma, "t": t[i], "t_up": t[i]} for i, sigma in enumerate(sigmas[:-1])]
     pairs = [None if i is None else (sigmas[i], sigmas[i + 1]) for i in plan.ends]
-    sampler = call.sampler(noise_sampler, lambda: _randn(x))
-    return call.run(plan, x.float(), shown, call.given(sampler, pairs))
+    sampler = call.sampler(noise_sampler, lambda: _randn(call.x))
+    return call.run(plan, call.x.float(), shown, call.given(sampler, pairs))
 
 
 # ---- what they share ---------------------------------------------------------------------------------------------
@@ -402,13 +403,14 @@ def _plan(call, solver, levels, s_noise, options, draws=()):
 
 def _steps_that_draw(sigmas, plan, draws):
     """(sigma, sigma_next) for the rows that end a step which draws noise."""
-    return [(sigmas[i], sigmas[i + 1]) if i is not None and draws[i] else None for i in plan.ends]
+    levels = sigmas.unbind()
+    return [(levels[i], levels[i + 1]) if i is not None and draws[i] else None for i in plan.ends]
 
 
 def _shown(sigmas, raised=None):
     """What a callback sees of the noise levels of each step."""
-    raised = sigmas if raised is None else raised
-    return [{"sigma": sigmas[i], "sigma_hat": raised[i]} for i in range(len(sigmas) - 1)]
+    levels = sigmas.unbind()[:-1]
+    return [{"sigma": s, "sigma_hat": s_hat} for s, s_hat in zip(levels, raised or levels, strict=True)]
 
 
 def _randn(x):
