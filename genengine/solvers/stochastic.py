@@ -105,14 +105,14 @@ def dpmpp_2m_sde_heun(model: Model, *, eta: float = 1.0) -> list[Row]:
 
 @solver
 def dpmpp_3m_sde(model: Model, *, eta: float = 1.0) -> list[Row]:
-    """SDE-DPM-Solver++(3M): the quadratic through the last three x0, integrated exactly against the exponential.
+    """SDE-DPM-Solver++(3M): slope and curvature of x0 from its last three values.
 
     With lambda = log(alpha/sigma), h = lambda' - lambda, H = (1 + eta) h, phi_2 = 1 - (1 - exp(-H))/H,
     phi_3 = phi_2/H - 1/2, r_0 = h_prev/h, r_1 = h_prev_prev/h, D_0 = (x0 - H1)/r_0, D_1 = (H1 - H2)/r_1:
     x' = (sigma'/sigma) exp(-eta h) x + alpha' [(1 - exp(-H)) x0 + phi_2 (D_0 + r_0/(r_0 + r_1) (D_0 - D_1))
          - phi_3 (D_0 - D_1)/(r_0 + r_1)] + sigma' sqrt(1 - exp(-2 eta h)) z.
-    The first step, and a step to sigma = 0, are first order, the second is `dpmpp_2m_sde_heun`'s. Third order at
-    eta = 0 but for that start.
+    The first step, and a step to sigma = 0, are first order, the second is `dpmpp_2m_sde_heun`'s. Second order at
+    eta = 0: the quadratic through the three values would count phi_3 twice.
 
     Arguments and returns: see the module. Lu 2022 (DPM-Solver++), the multistep form with three outputs; eta as in
     k-diffusion.
@@ -132,7 +132,7 @@ def dpm_fast(model: Model, *, orders: Sequence[int] | None = None, eta: float = 
     r_2 = 2/3, the last stage is
     x'/alpha' = x/alpha - r_down [(e^h - 1) eps + w (eps_j - eps)] + r_up z,  w = e^h - 1 (order 2, j = 1) or
     ((e^h - 1)/h - 1)/r_2 (order 3, j = 2). r_down does not go below the last ratio of the grid, so its last step adds
-    no noise. A step to sigma = 0 is one row, alpha' x0.
+    no noise. Where r_down = 0: x'/alpha' = x0 + r_up z, one row.
 
     Args, besides those of the module:
         orders: 1, 2 or 3 for each step; by default 3, ..., 3, 2, 1 (a single step: 1).
@@ -151,11 +151,11 @@ def dpm_fast(model: Model, *, orders: Sequence[int] | None = None, eta: float = 
     model.needs_signal("dpm_fast")
     floor, rows = ratio(model.points[-1]), []
     for (now, end), order in zip(model.steps, orders, strict=True):
-        if end.sigma == 0:
-            rows.append(model.row(now, end.alpha * model.x0(now)))
-            continue
         down = max(floor, ancestral_split(ratio(now), ratio(end), eta)[0])
         up = np.sqrt((ratio(end) - down) * (ratio(end) + down))
+        if down == 0:
+            rows.append(model.row(now, end.alpha * model.x0(now), noise=end.alpha * up))
+            continue
         rows += _fast_step(model, now, end, order, down, up)
     return rows
 
