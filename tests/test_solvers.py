@@ -15,6 +15,15 @@ RF, VP = RectifiedFlow(), VPLinear()
 DETERMINISTIC = ("euler", "heun", "dpm_2", "ddim", "dpmpp_2m", "lms")
 CLIPPING = ("euler", "heun", "dpm_2", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde")
 STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
+HIGHER_STOCHASTIC = ("dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde")
+# of four steps, the last one to sigma = 0; where not given, 4 rows and 0 registers
+ROWS = {
+    "heun": 7, "dpm_2": 7, "edm": 7, "dpm_2_ancestral": 7, "dpmpp_2s_ancestral": 7, "dpmpp_sde": 7, "dpm_fast": 9,
+}  # fmt: skip
+HISTORY = {
+    "heun": 2, "dpm_2": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "lms": 3, "edm": 2, "dpm_2_ancestral": 1,
+    "dpmpp_2s_ancestral": 1, "dpmpp_sde": 1, "dpmpp_2m_sde_heun": 1, "dpmpp_3m_sde": 2, "dpm_fast": 2,
+}  # fmt: skip
 
 
 def run_table(table, model, x, noise=None):
@@ -386,10 +395,9 @@ def test_deterministic_solvers_reach_the_mean_and_variance():
 def test_tables_are_lean(name):
     grid = schedules.uniform(4, 0.9)
     table = solvers.SOLVERS[name](VP, grid, prediction="eps", guidance_scale=3.0)
-    per_step = 2 if name in ("heun", "dpm_2") else 1
-    assert table.num_rows == 4 * per_step - (per_step - 1)  # a step to sigma = 0 is one row
-    assert table.num_history == {"heun": 2, "dpm_2": 1, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "lms": 3}.get(name, 0)
-    assert table.needs_noise == (name in STOCHASTIC)
+    assert table.num_rows == ROWS.get(name, 4)
+    assert table.num_history == HISTORY.get(name, 0)
+    assert table.needs_noise == (name in (*STOCHASTIC, *HIGHER_STOCHASTIC))
     assert np.all(table.column("c") == 0), "without clipping y is folded into a and b"
     assert np.all(table.column("g1") == 3.0) and np.all(table.column("c_in") == 1.0)
     assert table.column("s")[-1] == 0 and unpack_flags(table.column("flags")[-1, 0])[1] == (0, 0, 0)
