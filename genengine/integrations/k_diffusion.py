@@ -414,7 +414,9 @@ def _shown(sigmas, raised=None):
 
 
 def _randn(x):
-    return lambda sigma, sigma_next: torch.randn_like(x)
+    """What `torch.randn_like(x)` draws, in one buffer for all steps."""
+    drawn = torch.empty_like(x)
+    return lambda sigma, sigma_next: drawn.normal_()
 
 
 def _brownian(x, sigmas, levels):
