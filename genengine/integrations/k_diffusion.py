@@ -355,7 +355,7 @@ def _churned(call, method, sigmas, churn, s_noise, noise_sampler):
     s_churn = _k.as_number(call.name, "s_churn", s_churn, least=0)
     options = {"method": method, **dict(zip(_CHURN, (s_churn, *bounds), strict=True))}
     plan = _plan(call, "edm", levels, s_noise, options)
-    raised = [sigmas[i] * (gamma + 1) for i, gamma in enumerate(plan.gammas)]
+    raised = [sigma * (gamma + 1) if gamma else sigma for sigma, gamma in zip(sigmas, plan.gammas, strict=False)]
     sampler = call.sampler(noise_sampler, lambda: _randn(call.x))
     # the noise of a step is drawn before it: with the last row of the step before
     pairs = [(sigmas[i + 1], raised[i + 1]) if i is not None and i + 1 < len(raised) else None for i in plan.ends]
