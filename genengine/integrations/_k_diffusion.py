@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
@@ -107,6 +108,7 @@ class Call:
                 "leave capture at 'never'"
             )
         self.x = self.x.detach()
+        self.inference = torch.is_inference_mode_enabled()
         self.extra_args = {} if self.extra_args is None else self.extra_args
 
     def sampler(self, noise_sampler, default: Callable[[], Callable]) -> Callable | None:
@@ -145,8 +147,7 @@ class Call:
         steps = iter(plan.begins)
 
         def denoiser(x_in, t):
-            # the loop runs in inference mode, where a model could not take gradients of its own
-            with torch.inference_mode(False), torch.no_grad():
+            with self.as_called():
                 denoised = self.denoised(x_in, t)
                 step = next(steps) if self.callback is not None else None
                 if step is not None:  # copies: the loop overwrites x_in, and the model may reuse its output
@@ -161,6 +162,12 @@ class Call:
             model_dtype=self.x.dtype,
         )  # fmt: skip
         return x.to(self.x.dtype)
+
+    @contextlib.contextmanager
+    def as_called(self):
+        """The caller's inference mode, without gradients: in the loop's, a model could not take any of its own."""
+        with torch.inference_mode(self.inference), torch.no_grad():
+            yield
 
     def denoised(self, x_in, t):
         denoised = self.model(x_in, t.to(x_in.dtype), **self.extra_args)
@@ -182,7 +189,7 @@ class Call:
         def noise(row):
             if pairs[row] is None:
                 return self.x  # not read, as the row's coefficient is 0; it has the shape that the loop checks
-            with torch.inference_mode(False), torch.no_grad():
+            with self.as_called():
                 return sampler(*pairs[row])
 
         return noise

@@ -26,9 +26,10 @@ k-diffusion itself is not needed; its Denoiser wrappers are models like any othe
         model without state, no callback, and no noise or "philox".
 They return x (B, ...) in x's dtype, and raise TypeError or ValueError naming the argument.
 
-Coefficients are computed in float64, where k-diffusion rounds to the dtype of sigmas at each operation; so where that
-makes sigma_down vanish (sigma_next < sigma/4000) results differ. Not here: `sample_dpm_adaptive` and `log_likelihood`,
-whose step size depends on the data, so that no table of coefficients holds them.
+Where they differ from k-diffusion on purpose: coefficients are computed in float64, not in the dtype of sigmas, where
+an ancestral step's sigma_down loses digits as sigma_next/sigma falls (and vanishes below 1/4000); the result has x's
+dtype, where k-diffusion's may be that of sigmas; the SDE samplers also take a single step to 0. Not here:
+`sample_dpm_adaptive` and `log_likelihood`, whose step size depends on the data, so that no table holds them.
 """
 
 from __future__ import annotations
@@ -349,11 +350,11 @@ def _churned(call, method, sigmas, churn, s_noise, noise_sampler):
     levels = _k.host_sigmas(call.name, sigmas)
     if len(levels) == 1:
         return call.x
-    s_churn, *bounds = (_k.as_number(call.name, name, v) for name, v in zip(_CHURN, churn, strict=True))
-    # the bounds are compared with sigmas in their precision, where 0.1 may be a level's neighbour
-    bounds = [torch.tensor(bound, dtype=sigmas.dtype).item() for bound in bounds]
-    s_churn = _k.as_number(call.name, "s_churn", s_churn, least=0)
-    options = {"method": method, **dict(zip(_CHURN, (s_churn, *bounds), strict=True))}
+    s_churn, s_tmin, s_tmax = churn
+    options = {"method": method, "s_churn": _k.as_number(call.name, "s_churn", s_churn, least=0)}
+    for name, bound in (("s_tmin", s_tmin), ("s_tmax", s_tmax)):
+        # rounded like sigmas: a level given as 0.1 is not below a bound of 0.1
+        options[name] = torch.tensor(_k.as_number(call.name, name, bound), dtype=sigmas.dtype).item()
     plan = _plan(call, "edm", levels, s_noise, options)
     raised = [sigma * (gamma + 1) if gamma else sigma for sigma, gamma in zip(sigmas, plan.gammas, strict=False)]
     sampler = call.sampler(noise_sampler, lambda: _randn(call.x))
@@ -439,6 +440,3 @@ def _check_levels(name, n, sigma_min, sigma_max, rho=1.0):
             f"{name}: needs n >= 1, 0 < sigma_min <= sigma_max and rho > 0, "
             f"got n={n!r}, sigma_min={sigma_min!r}, sigma_max={sigma_max!r}, rho={rho!r}"
         )
-
-
-_CHURN = ("s_churn", "s_tmin", "s_tmax")

@@ -285,6 +285,43 @@ def test_a_model_may_take_gradients_of_its_own(peer):
         assert not ours.requires_grad
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+def test_in_the_callers_inference_mode(name):
+    x = noisy()
+    with torch.inference_mode():
+        inside = run(K, name, x, SIGMAS["ends in 0"])
+    assert torch.equal(inside, run(K, name, x, SIGMAS["ends in 0"]))
+
+
+# ---- differences, on purpose -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpm_2_ancestral", "dpmpp_2s_ancestral", "euler_ancestral"])
+def test_steep_ancestral_steps_are_those_of_float64(name, peer):
+    """In float32 sigma_down of this step is 0: then the package's DPM-2 adds no noise at all."""
+    x, noise = noisy(sigma=80.0), torch.randn(3, 2, 5, 7)
+    sigmas = torch.tensor([80.0, 0.01])
+    exact, theirs, ours = (
+        run(
+            package, name, x.to(dtype), sigmas.to(dtype), noise_sampler=lambda *_, dtype=dtype: noise.to(dtype)
+        ).double()
+        for package, dtype in ((peer.sampling, torch.float64), (peer.sampling, torch.float32), (K, torch.float32))
+    )
+    # DPM-2's eps is a difference of numbers near 1, divided by 0.01 and multiplied by the step's 80
+    assert (ours - exact).abs().max() < 80 / 0.01 * 2**-20
+    if name == "dpm_2_ancestral":
+        assert (theirs - exact).abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_a_single_step_to_zero(name, peer):
+    x, sigmas = noisy(), torch.tensor([14.6, 0.0])
+    with pytest.raises(UnboundLocalError):
+        run(peer.sampling, name, x, sigmas, noise_sampler=lambda *_: None)
+    denoised = model(x, torch.full((3,), 14.6))
+    torch.testing.assert_close(run(K, name, x, sigmas), denoised)
+
+
 # ---- noise -------------------------------------------------------------------------------------------------------
 
 
