@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genengine import solvers
-from genengine.ops import normal
+from genengine.ops import _check, normal
 from genengine.paths import EDM
 from genengine.sampler import sample
 from genengine.solvers.churn import gammas
@@ -133,6 +133,9 @@ class Call:
     def start(self, plan: Plan, draw: Callable[[], Tensor] | None) -> Tensor:
         """x in float32, with the noise that the first step's churn adds; what `draw` gives is drawn in any case."""
         noise = None if draw is None else draw()
+        if noise is not None:
+            _check.dtype(self.name, "noise_sampler's result", noise)
+            _check.shape(self.name, "noise_sampler's result", noise, "x's shape", self.x.shape)
         if plan.start_noise == 0:
             return self.x.float()
         if draw is None:  # step num_rows: a place in the noise that no row uses
@@ -140,7 +143,7 @@ class Call:
                 self.x.shape, seed=0 if self.seed is None else self.seed, sample_ids=self.sample_ids,
                 step=plan.table.num_rows, stream="step", device=self.x.device,
             )  # fmt: skip
-        return self.x.float() + plan.start_noise * noise
+        return self.x.float() + plan.start_noise * noise.float()
 
     def run(self, plan: Plan, x: Tensor, levels: Sequence[dict], noise: Callable[[int], Tensor] | None) -> Tensor:
         """Run the table from x; levels: what the callback sees of each step beside x, i and denoised."""

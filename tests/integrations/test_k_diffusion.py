@@ -232,7 +232,8 @@ def test_16_bit_states_are_computed_in_float32(name, dtype):
 
     def given():
         noise = iter(draws)
-        return {} if name in DETERMINISTIC else {"noise_sampler": lambda *_: next(noise)}
+        churn = {"s_churn": 4.0} if name in CHURNED else {}
+        return churn | ({} if name in DETERMINISTIC else {"noise_sampler": lambda *_: next(noise)})
 
     rounding = lambda x, sigma: model(x.to(dtype), sigma.to(dtype)).float()  # noqa: E731
     shown = []
@@ -390,37 +391,6 @@ def test_noise_where_a_step_goes_down_to_zero_is_the_packages(name):
     assert bool(philox.any()) == adds
 
 
-# ---- noise levels ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [1, 2, 13])
-def test_get_sigmas_are_the_packages(n, peer):
-    for name, calls in {
-        "karras": [((0.03, 14.6), {}), ((0.1, 80.0), {"rho": 3.0}), ((2.0, 2.0), {})],
-        "exponential": [((0.03, 14.6), {})],
-        "polyexponential": [((0.03, 14.6), {}), ((0.1, 80.0), {"rho": 0.7})],
-        "vp": [((), {}), ((), {"beta_d": 10.0, "beta_min": 0.2, "eps_s": 1e-2})],
-    }.items():
-        for arguments, options in calls:
-            ours, theirs = (getattr(p, f"get_sigmas_{name}")(n, *arguments, **options) for p in (K, peer.sampling))
-            assert torch.equal(ours, theirs) and ours[-1] == 0 and len(ours) == n + 1
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: K.get_sigmas_karras(0, 0.1, 1.0), "get_sigmas_karras: needs n >= 1.*n=0"),
-        (lambda: K.get_sigmas_exponential(4, 2.0, 1.0), "0 < sigma_min <= sigma_max"),
-        (lambda: K.get_sigmas_polyexponential(4, 0.0, 1.0), "sigma_min=0.0"),
-        (lambda: K.get_sigmas_karras(4, 0.1, 1.0, rho=0), "rho=0"),
-        (lambda: K.get_sigmas_vp(4, eps_s=0.0), "get_sigmas_vp: needs .*eps_s=0.0"),
-    ],
-)
-def test_get_sigmas_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +437,12 @@ def test_bad_sigmas(name, sigmas, error, message):
         ("euler_ancestral", {"seed": 3}, "pass noise_sampler='philox', or leave them out"),
         ("euler", {"sample_ids": torch.arange(3)}, "seed and sample_ids choose in-kernel noise"),
         ("dpmpp_2m", {"capture": "step", "callback": print}, "a callback was given; leave capture at 'never'"),
-        ("euler", {"noise_sampler": lambda s, s_next: torch.zeros(1), "s_churn": 1.0}, "noise must be"),
+        (
+            "euler",
+            {"noise_sampler": lambda s, s_next: torch.zeros(1), "s_churn": 1.0},
+            "noise_sampler's result must be x's shape",
+        ),
+        ("euler_ancestral", {"noise_sampler": lambda s, s_next: torch.zeros(1)}, "noise must be"),
         ("dpmpp_2m", {"of": lambda x, sigma: x[:, :1]}, "model must return denoised \\(3, 2, 5, 7\\) like its input"),
         ("dpmpp_2m", {"of": lambda x, sigma: (x,)}, "model must return denoised .*, got tuple"),
         ("dpmpp_2m", {"of": lambda x, sigma: x.double()}, "model must return torch.float32 like its input"),
