@@ -127,7 +127,8 @@ class Wheel(bdist_wheel):
 setup(
     packages=[
         "genengine", "genengine.data", "genengine.evaluate", "genengine.integrations", "genengine.models",
-        "genengine.nets", "genengine.ops", "genengine.solvers", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
+        "genengine.nets", "genengine.ops", "genengine.paths", "genengine.solvers", "genengine.testing",
+        "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={

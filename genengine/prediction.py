@@ -147,5 +147,5 @@ def _finite(prediction: str, d_alpha, d_sigma, t) -> None:
     if _on_host(d_sigma) and not (np.all(np.isfinite(d_sigma)) and np.all(np.isfinite(d_alpha))):
         raise ValueError(
             f"prediction '{prediction}': needs finite derivatives of the path, got "
-            f"d_alpha = {d_alpha}, d_sigma = {d_sigma}{_at(t)}; keep t above 0"
+            f"d_alpha = {d_alpha}, d_sigma = {d_sigma}{_at(t)}; keep t off that end of the path"
         )

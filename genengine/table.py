@@ -174,7 +174,6 @@ class CoefficientTable:
             "give the clamp a positive radius",
         )
         self._refuse("s", self.column("s") < 0, "s >= 0", "pass the standard deviation of the noise")
-        self._refuse("l", self.column("l") != 0, "l = 0", "learned variance is not supported by this kernel yet")
         written = np.zeros((self.num_rows, self.batch), dtype=bool)
         for register in range(NUM_REGISTERS):
             writes = self._writes()[..., register] != Write.KEEP

@@ -13,7 +13,7 @@ from genengine.paths import EDM, VE, Cosine, RectifiedFlow, VPLinear
 from genengine.table import COLUMNS, unpack_flags
 
 RF, VP = RectifiedFlow(), VPLinear()
-ALL = solvers.SOLVERS
+ALL = solvers.SOLVERS | solvers.INVERSE_SOLVERS
 PREDICTIONS = ("eps", "x0", "v", "velocity", "score")
 # Gaussian data N(MEAN, STD^2)
 MEAN, STD = 0.7, 0.5
@@ -47,13 +47,19 @@ WHOLE = [
 
 
 def run_table(table, model, x, noise=None):
-    """The row of genengine/table.py, one line each; model(x_in, t) returns the list of branches."""
+    """The row of genengine/table.py, one line each; model(x_in, t) returns the list of branches.
+
+    For a learned variance a branch has twice the channels (axis 1), v in the second half of the last branch.
+    """
     history = np.full((3, *x.shape), np.nan)
     x_in = table.first_c_in * x
     for k in range(table.num_rows):
         r = dict(zip(COLUMNS, table.rows[k, 0], strict=True))
         phi, writes = unpack_flags(r["flags"])
         out = model(x_in, r["t_model"])
+        if r["l"]:
+            v = out[-1][:, x.shape[1] :]
+        out = [branch[:, : x.shape[1]] if branch.shape != x.shape else branch for branch in out]
         m = out[0] if len(out) == 1 else out[0] + r["g1"] * (out[1] - out[0])
         y = r["p"] * x + r["q"] * m
         y = np.clip(y, -r["r"], r["r"]) if phi else y
@@ -62,7 +68,7 @@ def run_table(table, model, x, noise=None):
             if r[f"h{j + 1}"]:
                 after = after + r[f"h{j + 1}"] * history[j]
         if r["s"]:
-            after = after + r["s"] * noise[k]
+            after = after + r["s"] * (np.exp(r["l"] * v) if r["l"] else 1.0) * noise[k]
         for j, write in enumerate(writes):
             if write:
                 history[j] = (None, y, x)[write]

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "genengine"
 
 # Lower layers first; a module may import its own layer and those below.
 LAYERS = [
-    ["random", "paths", "schedules", "prediction", "table", "_progress"],
+    ["random", "paths", "_beta", "schedules", "prediction", "table", "_progress"],
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["cli", "__main__", "__init__"],
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-NUMPY_ONLY = ("random", "paths", "schedules", "prediction", "solvers", "table")
+NUMPY_ONLY = ("random", "paths", "_beta", "schedules", "prediction", "solvers", "table")
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.startswith("_"))
 # The one op that lacks files, and why: as the head of genengine/ops/attention.py says.
 ATTENTION_EXCEPTIONS = {

@@ -7,15 +7,19 @@ from genengine.paths import (
     Cosine,
     DDPMCosine,
     DDPMLinear,
+    DDPMSigmoid,
     RectifiedFlow,
     ScaledLinear,
+    Sigmoid,
+    Trigonometric,
     VPLinear,
     ZeroTerminalSNR,
 )
 
 VP = [
     VPLinear(), VPLinear(0.5, 8.0), Cosine(), Cosine(s=0.0), DDPMLinear(), ScaledLinear(), DDPMCosine(),
-    ZeroTerminalSNR(ScaledLinear()), ZeroTerminalSNR(DDPMLinear()),
+    ZeroTerminalSNR(ScaledLinear()), ZeroTerminalSNR(DDPMLinear()), DDPMSigmoid(), ZeroTerminalSNR(DDPMSigmoid()),
+    Trigonometric(), Sigmoid(), Sigmoid(-1.0, 3.0, 0.8), Sigmoid(0.0, 3.0, 0.3),
 ]  # fmt: skip
 COSINE = np.cos((np.arange(11) / 10 + 0.01) / 1.01 * np.pi / 2) ** 2  # Nichol 2021 eq. 17
 OTHERS = [RectifiedFlow(), EDM(), EDM(sigma_max=3.0), VE()]
@@ -60,7 +64,7 @@ def test_log_snr_and_its_inverse(path):
     assert isinstance(path.t_of_log_snr(float(path.log_snr(0.5))), float)
 
 
-@pytest.mark.parametrize("path", [RectifiedFlow(), EDM(), Cosine(), VPLinear()], ids=repr)
+@pytest.mark.parametrize("path", [RectifiedFlow(), EDM(), Cosine(), VPLinear(), Trigonometric(), Sigmoid()], ids=repr)
 def test_infinite_log_snr_is_the_data_end(path):
     assert path.log_snr(0.0) == np.inf
     assert path.t_of_log_snr(np.inf) == pytest.approx(0.0, abs=1e-15)
@@ -69,6 +73,9 @@ def test_infinite_log_snr_is_the_data_end(path):
 def test_exact_ends():
     assert Cosine().alpha(1.0) == 0.0 and Cosine().log_snr(1.0) == -np.inf
     assert RectifiedFlow().alpha(1.0) == 0.0
+    for path in (Trigonometric(), Sigmoid(), Sigmoid(0.0, 3.0, 0.3)):
+        assert path.alpha(1.0) == 0.0 and path.sigma(1.0) == pytest.approx(1.0, rel=1e-15)
+        assert path.log_snr(1.0) == -np.inf and path.t_of_log_snr(-np.inf) == pytest.approx(1.0, rel=1e-14)
     assert EDM(80.0).prior_scale(1.0) == 80.0
     assert VE(0.01, 50.0).sigma(1.0) == pytest.approx(50.0, rel=1e-15)
 
@@ -84,12 +91,30 @@ def test_closed_forms():
     )
 
 
+def test_trigonometric_is_the_cosine_path_without_its_offset():
+    t = np.linspace(0, 1, 17)
+    for mine, other in zip(Trigonometric().coefficients(t), Cosine(s=0.0).coefficients(t), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-14, atol=1e-16)
+
+
+@pytest.mark.parametrize("start, end, tau", [(-3, 3, 1.0), (-3, 3, 0.9), (0, 3, 0.3), (-1, 2, 5.0)])
+def test_sigmoid_is_the_papers_gamma(start, end, tau):
+    """Jabri 2022: gamma(t), which is alpha^2."""
+    t, logistic = np.linspace(0, 1, 17), lambda u: 1 / (1 + np.exp(-u))
+    low, high = logistic(start / tau), logistic(end / tau)
+    gamma = (high - logistic((t * (end - start) + start) / tau)) / (high - low)
+    path = Sigmoid(start, end, tau)
+    np.testing.assert_allclose(path.alpha(t) ** 2, gamma, rtol=1e-9, atol=1e-14)
+    assert path.d_alpha(1.0) == -np.inf and path.d_sigma(0.0) == np.inf
+
+
 @pytest.mark.parametrize(
     "path, betas",
     [
         (DDPMLinear(), np.linspace(1e-4, 0.02, 1000)),
         (ScaledLinear(), np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),
         (DDPMLinear(0.01, 0.5, 20), np.linspace(0.01, 0.5, 20)),
+        (DDPMSigmoid(0.001, 0.3, 30), 0.299 / (np.exp(-np.linspace(-6, 6, 30)) + 1) + 0.001),
         (DDPMCosine(0.01, 10, 0.9), np.minimum(1 - COSINE[1:] / COSINE[:-1], 0.9)),
     ],
     ids=repr,
@@ -154,6 +179,11 @@ def test_times_outside_are_refused(path, t):
         lambda: DDPMCosine(1.0),
         lambda: DDPMCosine(beta_max=1.0),
         lambda: DDPMCosine(num_timesteps=0),
+        lambda: DDPMSigmoid(0.02, 0.01),
+        lambda: DDPMSigmoid(num_timesteps=0),
+        lambda: Sigmoid(3.0, -3.0),
+        lambda: Sigmoid(tau=0.0),
+        lambda: Sigmoid(end=np.inf),
         lambda: ZeroTerminalSNR(Cosine()),
         lambda: ZeroTerminalSNR(DDPMLinear(num_timesteps=1)),
     ],

@@ -4,9 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genengine import schedules
-from genengine.paths import EDM, VE, Cosine, RectifiedFlow, ScaledLinear, VPLinear
+from genengine.paths import EDM, VE, Cosine, RectifiedFlow, ScaledLinear, Sigmoid, Trigonometric, VPLinear
 
-GRIDS = [schedules.uniform, schedules.karras, schedules.shifted, schedules.logit_normal]
+GRIDS = [
+    schedules.uniform, schedules.karras, schedules.shifted, schedules.logit_normal, schedules.exponential,
+    schedules.beta, schedules.linspace, schedules.trailing,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -64,6 +67,117 @@ def test_karras_refuses():
         schedules.karras(4, path=ScaledLinear())
     with pytest.raises(ValueError, match="does not reach every noise level"):
         schedules.karras(4, path=VE(sigma_min=0.01, sigma_max=80.0))
+
+
+def test_exponential_is_even_in_log_sigma():
+    t = schedules.exponential(6, 0.02, 50.0)
+    np.testing.assert_allclose(t[:-1] * 50.0, np.geomspace(50.0, 0.02, 6), rtol=1e-12)
+    path = VPLinear()
+    t = schedules.exponential(6, 0.02, 50.0, path=path)
+    np.testing.assert_allclose(np.exp(-0.5 * path.log_snr(t[:-1])), np.geomspace(50.0, 0.02, 6), rtol=1e-9)
+    for arguments in ({"sigma_min": 0.0}, {"sigma_min": 90.0}, {"sigma_max": np.inf}):
+        with pytest.raises(ValueError, match="exponential: needs"):
+            schedules.exponential(4, **arguments)
+    with pytest.raises(ValueError, match="exponential: the path does not reach every noise level"):
+        schedules.exponential(4, path=ScaledLinear())
+
+
+@pytest.mark.parametrize("path", [VPLinear(), Cosine(), RectifiedFlow(), Trigonometric(), VE(), Sigmoid()], ids=repr)
+def test_log_snr_is_even_in_the_log_snr_of_the_path(path):
+    t = schedules.log_snr(7, path, 0.99, 0.01)
+    assert t[0] == 0.99 and t[-1] == 0.01
+    steps = np.diff(path.log_snr(t))
+    np.testing.assert_allclose(steps, steps.mean(), rtol=1e-9)
+
+
+def test_log_snr_refuses():
+    for path, ends in ((RectifiedFlow(), ()), (VPLinear(), (1.0, 0.0))):
+        with pytest.raises(ValueError, match="log_snr: the path's log-SNR must be finite at t_max=1.0 and t_min="):
+            schedules.log_snr(4, path, *ends)
+    with pytest.raises(ValueError, match="log_snr: times must fall strictly"):
+        schedules.log_snr(4, VPLinear(), 0.2, 0.8)
+
+
+def test_training_step_grids_are_the_papers_tables():
+    """Lin 2024, table 2: the steps of T = 1000 that ten samples take, counted from 1; and Stable Diffusion's offset."""
+    steps = lambda t: np.round(t[:-1] * 1000).astype(int).tolist()  # noqa: E731
+    assert steps(schedules.leading(10)) == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert steps(schedules.linspace(10)) == [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1]
+    assert steps(schedules.trailing(10)) == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100]
+    assert steps(schedules.leading(4, steps_offset=1)) == [752, 502, 252, 2]
+    assert steps(schedules.trailing(3)) == [1000, 667, 333]
+    assert schedules.leading(3, 10)[:-1].tolist() == [0.7, 0.4, 0.1]
+    assert schedules.leading(1)[0] == 0.001 and schedules.linspace(1)[0] == 1.0
+
+
+@pytest.mark.parametrize("grid", [schedules.linspace, schedules.leading, schedules.trailing])
+def test_training_step_grids_use_every_step_at_most(grid):
+    np.testing.assert_allclose(grid(20, 20), schedules.uniform(20), rtol=1e-14)
+    for num_timesteps in (7, 10.5):
+        with pytest.raises(ValueError, match=f"{grid.__name__}: num_steps must be at most num_timesteps"):
+            grid(8, num_timesteps)
+    with pytest.raises(ValueError, match="leading: num_steps must be a whole number"):
+        schedules.leading(0)
+
+
+def test_leading_refuses_an_offset_beyond_the_last_step():
+    assert schedules.leading(4, 10, 3)[0] == 1.0
+    for offset in (4, -1, 0.5):
+        with pytest.raises(ValueError, match="steps_offset must be a whole number from 0 to 3 here"):
+            schedules.leading(4, 10, offset)
+
+
+def test_beta_has_the_closed_forms():
+    u = np.arange(9, -1, -1) / 9
+    np.testing.assert_allclose(schedules.beta(9, 0.5, 0.5), np.sin(np.pi / 2 * u) ** 2, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(schedules.beta(9, 1.0, 1.0), u, rtol=1e-12)
+    np.testing.assert_allclose(schedules.beta(9, 0.3, 1.0), u ** (1 / 0.3), rtol=1e-12)
+    np.testing.assert_allclose(schedules.beta(9, 1.0, 4.0), 1 - (1 - u) ** 0.25, rtol=1e-12, atol=1e-15)
+    t = schedules.beta(9, 2.0, 2.0)
+    np.testing.assert_allclose(t * t * (3 - 2 * t), u, rtol=1e-12)
+    np.testing.assert_allclose(schedules.beta(9, t_max=0.9, t_min=0.1), 0.1 + 0.8 * schedules.beta(9), rtol=1e-14)
+
+
+@pytest.mark.parametrize("a, b", [(0.6, 0.6), (0.1, 3.0), (20.0, 0.7), (150.0, 900.0)])
+def test_beta_quantiles_are_scipys(a, b):
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    u = np.arange(50, -1, -1) / 50
+    np.testing.assert_allclose(schedules.beta(50, a, b), stats.beta.ppf(u, a, b), rtol=1e-9, atol=1e-300)
+
+
+def test_beta_refuses():
+    for a, b in ((0.0, 1.0), (1.0, -1.0), (np.inf, 1.0), (1.0, np.nan)):
+        with pytest.raises(ValueError, match="beta: a and b must be finite numbers above 0"):
+            schedules.beta(4, a, b)
+    with pytest.raises(ValueError, match="beta: times must fall strictly"):
+        schedules.beta(4, t_max=1.1)
+
+
+def test_shifted_dynamic():
+    """Esser 2024 with Flux's constants: mu .5 at 256 tokens, 1.15 at 4096; sigma' = e^mu/(e^mu + 1/sigma - 1)."""
+    assert schedules.shift_mu(256) == 0.5 and schedules.shift_mu(4096) == pytest.approx(1.15, rel=1e-14)
+    mu, u = schedules.shift_mu(1024), schedules.uniform(7)[:-1]
+    assert mu == pytest.approx(0.5 + 0.65 * 768 / 3840, rel=1e-14)
+    t = schedules.shifted_dynamic(7, mu)
+    np.testing.assert_allclose(t[:-1], np.exp(mu) / (np.exp(mu) + (1 / u - 1)), rtol=1e-13)
+    assert t[-1] == 0.0
+    np.testing.assert_allclose(schedules.shifted_dynamic(7, mu, "linear"), schedules.shifted(7, mu), rtol=1e-14)
+    assert schedules.shift_mu(3, 0.0, 1.0, 1, 5) == 0.5
+
+
+def test_shifted_dynamic_refuses():
+    for arguments, message in (
+        ((1.0, "square"), "form must be 'exponential' or 'linear', got 'square'"),
+        ((np.nan,), "mu must be a finite number, got nan"),
+        ((0.0, "linear"), "mu must be a finite number above 0, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=f"shifted_dynamic: {message}"):
+            schedules.shifted_dynamic(4, *arguments)
+    with pytest.raises(ValueError, match="shifted_dynamic: num_steps must be"):
+        schedules.shifted_dynamic(0, 1.0)
+    for arguments in ((0,), (256, 0.5, 1.15, 8, 8)):
+        with pytest.raises(ValueError, match="shift_mu: image_seq_len must be above 0"):
+            schedules.shift_mu(*arguments)
 
 
 def test_shifted():

@@ -76,7 +76,6 @@ def test_properties():
         ({"flags": pack_flags(Phi.CLAMP)}, r"row 1, sample 0, column r: expected r > 0"),
         ({"flags": pack_flags(Phi.DYNAMIC_THRESHOLD), "r": -1.0}, r"column r: .*got -1.0"),
         ({"s": -0.5}, r"column s: expected s >= 0, got -0.5"),
-        ({"l": 1.0}, r"column l: .*learned variance is not supported by this kernel yet"),
         ({"h2": 1.0}, r"row 1, sample 0, column h2: expected an earlier row that writes H2"),
         # written in the same row is too late: everything is read first
         ({"h2": 1.0, "flags": pack_flags(writes=(0, Write.X))}, r"column h2: expected an earlier row"),

@@ -287,15 +287,11 @@ def sample_dpmpp_2m_sde(
     model, x, sigmas, extra_args=None, callback=None, disable=None, eta=1.0, s_noise=1.0, noise_sampler=None,
     solver_type="midpoint", *, seed=None, sample_ids=None, capture="never",
 ) -> Tensor:  # fmt: skip
-    """SDE-DPM-Solver++(2M): `solvers.dpmpp_2m_sde` ("midpoint") or `solvers.dpmpp_2m_sde_heun` ("heun").
-
-    Arguments, returns and errors: see the module.
-    """
-    names = {"midpoint": "dpmpp_2m_sde", "heun": "dpmpp_2m_sde_heun"}
-    if solver_type not in names:
+    """SDE-DPM-Solver++(2M): `solvers.dpmpp_2m_sde(form=solver_type)`. Arguments, returns and errors: see the module."""
+    if solver_type not in ("midpoint", "heun"):
         raise ValueError(f"sample_dpmpp_2m_sde: solver_type must be 'midpoint' or 'heun', got {solver_type!r}")
     call = Call("sample_dpmpp_2m_sde", model, x, extra_args, callback, disable, seed, sample_ids, capture)
-    return _multistep_sde(call, names[solver_type], sigmas, eta, s_noise, noise_sampler)
+    return _multistep_sde(call, "dpmpp_2m_sde", sigmas, eta, s_noise, noise_sampler, form=solver_type)
 
 
 def sample_dpmpp_3m_sde(
@@ -378,12 +374,12 @@ def _ancestral(call, solver, sigmas, eta, s_noise, noise_sampler):
     return call.run(plan, call.x.float(), _shown(sigmas), call.given(sampler, _steps_that_draw(sigmas, plan, draws)))
 
 
-def _multistep_sde(call, solver, sigmas, eta, s_noise, noise_sampler):
+def _multistep_sde(call, solver, sigmas, eta, s_noise, noise_sampler, **options):
     levels = _k.host_sigmas(call.name, sigmas)
     if len(levels) == 1:
         return call.x
     eta = _k.as_number(call.name, "eta", eta, least=0)
-    plan = _plan(call, solver, levels, s_noise, {"eta": eta})
+    plan = _plan(call, solver, levels, s_noise, {"eta": eta, **options})
     draws = [sigma > 0 and eta > 0 for sigma in levels[1:]]
     sampler = call.sampler(noise_sampler, lambda: _brownian(call.x, sigmas, levels))
     return call.run(plan, call.x.float(), _shown(sigmas), call.given(sampler, _steps_that_draw(sigmas, plan, draws)))

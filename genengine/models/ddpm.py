@@ -22,8 +22,6 @@ PREDICTIONS = ("eps", "x0", "v")
 LOSSES = ("simple", "min_snr", "p2", "vlb")
 VARIANCES = ("small", "large", "learned")
 GRIDS = ("uniform", "karras", "logit_normal")
-# Solvers that need a trace of the data where they start.
-NEED_SIGNAL = ("dpm_2", "lms", "edm", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpm_fast")
 # The entries of a config beside net and path.
 DEFAULTS = {
     "num_timesteps": 1000, "prediction": PREDICTIONS, "loss": LOSSES, "gamma": 5.0, "vlb_weight": 0.001,
@@ -256,7 +254,7 @@ class DDPM(Guided):
             labels: int, or num ints (sequence or tensor) in 0 .. num_classes - 1; None takes the classes
                 in turn.
             steps: solver steps, at most num_timesteps with the uniform grid; "heun" and "dpm_2" evaluate the
-                network twice a step.
+                network twice a step, "rk4" four times.
             solver: a name in `solvers.SOLVERS`. "ddpm" is ancestral sampling with the variance of the model, a learned
                 one too (then the host takes part in every step, which rules out a captured loop on a GPU); all others
                 use the network's prediction alone.
@@ -264,8 +262,8 @@ class DDPM(Guided):
             guidance: w in out_0 + w (out_1 - out_0), out_0 without and out_1 with the class; 1 is plain
                 conditional and costs half; a number, or (num,) for one weight per sample; default 1.1, or 1 without
                 classes.
-            clip: radius that the predicted x0 is clamped to, 0 for none; default 1 (but none for "lms", which
-                cannot).
+            clip: radius that the predicted x0 is clamped to, 0 for none; default 1 (but none for solvers that
+                cannot, such as "lms").
             seed: int in [0, 2^64).
             first_id: global index of the first sample, in [0, 2^32 - num].
             callback: called with a `sampler.StepInfo` after each row of the solver's table.
@@ -299,10 +297,11 @@ class DDPM(Guided):
         )  # fmt: skip
 
     def _clip(self, solver, clip):
+        can = solvers.SOLVERS[solver].clips
         if clip is None:
-            return {} if solver == "lms" else {"clip": 1.0}
-        if not 0 <= clip < math.inf or (clip and solver == "lms"):
-            what = "0, as lms cannot clip" if solver == "lms" else "a finite radius, or 0 for none"
+            return {"clip": 1.0} if can else {}
+        if not 0 <= clip < math.inf or (clip and not can):
+            what = "a finite radius, or 0 for none" if can else f"0, as {solver} cannot clip"
             raise ValueError(f"models/DDPM.sample: clip must be {what}, got {clip!r}")
         return {"clip": float(clip)} if clip else {}
 
@@ -313,7 +312,7 @@ class DDPM(Guided):
         if grid not in GRIDS:
             raise ValueError(f"models/DDPM.sample: grid must be one of {', '.join(GRIDS)}, got {grid!r}")
         total = self.num_timesteps
-        starts_inside = solver in NEED_SIGNAL and self.path.alpha(1.0) == 0
+        starts_inside = solvers.SOLVERS[solver].needs_signal and self.path.alpha(1.0) == 0
         if grid == "karras":
             last = (total - 1) / total if self.path.alpha(1.0) == 0 else 1.0
             high, low = (math.exp(-0.5 * float(self.path.log_snr(t))) for t in (last, 1 / total))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -28,17 +28,26 @@ Y = np.array([0.0, 0.0, 1.0])  # the converted output y
 TimeMap = Callable[[float], float]
 
 
-def solver(rows: Callable[..., list[Row]] | None = None, *, clips: bool = True):
+def solver(
+    rows: Callable[..., list[Row]] | None = None,
+    *,
+    clips: bool = True,
+    needs_signal: bool = False,
+    rising: bool = False,
+):
     """Make a solver (path, grid, *, prediction, ..., own options) of a function (model, *, own options) -> rows.
 
-    The result has the signature of `_common` and the function's own options after it; its name names the table.
+    The result has the signature of `_common` and the function's own options after it; its name names the table,
+    and its attributes `clips` and `needs_signal` are these arguments.
 
     Args:
         rows: the function; it may refuse its options with a ValueError.
         clips: False where x0 cannot be clipped, which takes `clip` out of the signature.
+        needs_signal: True refuses a grid that touches alpha = 0, where the log-SNR is -inf.
+        rising: True for solvers that go from data to noise: their grid rises.
     """
     if rows is None:
-        return functools.partial(solver, clips=clips)
+        return functools.partial(solver, clips=clips, needs_signal=needs_signal, rising=rising)
     name, own = rows.__name__, list(inspect.signature(rows).parameters.values())[1:]
 
     @functools.wraps(rows)
@@ -48,11 +57,14 @@ def solver(rows: Callable[..., list[Row]] | None = None, *, clips: bool = True):
             raise TypeError(
                 f"{name}: prediction is missing; say what the network predicts, prediction='eps' for example"
             )
-        model = Model(path, grid, **common)
+        model = Model(path, grid, rising=rising, **common)
+        if needs_signal:
+            model.needs_signal(name)
         return model.table(name, rows(model, **options))
 
     shared = [p for p in _SIGNATURE if clips or p.name != "clip"]
     build.__signature__ = inspect.Signature(shared + own, return_annotation=CoefficientTable)
+    build.clips, build.needs_signal = clips, needs_signal
     return build
 
 
@@ -101,13 +113,16 @@ class Model:
     clip: float | None = None
     model_time: TimeMap | None = None
     input_scale: TimeMap | None = None
+    rising: bool = False
 
     def __post_init__(self):
         grid = np.asarray(self.grid, dtype=np.float64)
-        if grid.ndim != 1 or grid.size < 2 or not np.all(np.diff(grid) < 0) or grid[0] > 1 or grid[-1] < 0:
+        falling = grid[::-1] if self.rising else grid
+        if grid.ndim != 1 or grid.size < 2 or not np.all(np.diff(falling) < 0) or falling[0] > 1 or falling[-1] < 0:
+            direction, remedy = ("rising", ", reversed with [::-1]") if self.rising else ("falling", "")
             raise ValueError(
-                "solver: grid must be at least 2 strictly falling times in [0, 1], "
-                f"got {self.grid!r}; see genengine.schedules"
+                f"solver: grid must be at least 2 strictly {direction} times in [0, 1], "
+                f"got {self.grid!r}; see genengine.schedules{remedy}"
             )
         if self.clip is not None and not 0 < self.clip < np.inf:
             raise ValueError(f"solver: clip must be None or a finite radius above 0, got {self.clip!r}")
@@ -123,7 +138,20 @@ class Model:
 
     def eps(self, point: Point) -> np.ndarray:
         if self.clip:
+            if point.sigma == 0:
+                raise ValueError(
+                    f"solver: clip leaves eps undetermined where sigma = 0, got t = {point.t}; "
+                    "start the grid above it, or do not clip"
+                )
             return (X - point.alpha * Y) / point.sigma
+        if point.sigma == 0 and self.prediction == "score":
+            raise ValueError(
+                f"prediction 'score': needs sigma > 0, got sigma = 0 at t = {point.t}; keep t above that end"
+            )
+        return self._affine(to_eps, point)
+
+    def own_eps(self, point: Point) -> np.ndarray:
+        """eps as the network says it, whatever becomes of x0."""
         return self._affine(to_eps, point)
 
     def velocity(self, point: Point) -> np.ndarray:
@@ -139,6 +167,7 @@ class Model:
         y: np.ndarray | None = None,
         history: Sequence[float] = (),
         noise: float = 0.0,
+        learned: float = 0.0,
         writes: Sequence[Write] = (),
     ) -> Row:
         """One table row that evaluates the model at `point`.
@@ -148,10 +177,11 @@ class Model:
             y: what a register stores as y, by default x0.
             history: weights of H1.. in x'.
             noise: the standard deviation of the noise added.
+            learned: l in the factor exp(l v) on that noise, v the second half of the network's channels.
             writes: what H1.. receive.
         """
         a, b, c = update
-        columns = {"t_model": point.t, "a": a, "b": b, "c": c, "s": noise}
+        columns = {"t_model": point.t, "a": a, "b": b, "c": c, "s": noise, "l": learned}
         columns |= {f"h{j}": weight for j, weight in enumerate(history, 1)}
         if c != 0 or Write.Y in writes:
             columns["p"], columns["q"], _ = self._affine(to_x0, point) if y is None else y
@@ -173,12 +203,12 @@ class Model:
         return table.with_guidance(self.guidance_scale).validate()
 
     def needs_signal(self, solver: str) -> None:
-        """Refuse a grid that starts at alpha = 0."""
-        first = self.points[0]
-        if first.alpha == 0:
+        """Refuse a grid that starts, or if rising ends, at alpha = 0."""
+        noisiest, verb = (self.points[-1], "end") if self.rising else (self.points[0], "start")
+        if noisiest.alpha == 0:
             raise ValueError(
-                f"{solver}: grid must start where alpha > 0, got alpha = 0 at t = {first.t}; "
-                "start the grid a little below, for example at t_max = 0.999"
+                f"{solver}: grid must {verb} where alpha > 0, got alpha = 0 at t = {noisiest.t}; "
+                f"{verb} the grid a little below, for example at t_max = 0.999"
             )
 
     def _affine(self, convert: Callable, point: Point) -> np.ndarray:
@@ -201,3 +231,33 @@ def _drop_unread_writes(rows: list[Row]) -> None:
 def kept(now: Point, end: Point) -> float:
     """k = alpha sigma'/(alpha' sigma) = exp(lambda - lambda'): the share of eps an ancestral step keeps."""
     return now.alpha * end.sigma / (end.alpha * now.sigma)
+
+
+def remembered(i: int, weights: Mapping[int, float], size: int) -> tuple[list[float], list[Write]]:
+    """History weights and writes of step i, where y of step j waits in register j mod size.
+
+    Args:
+        i: the step, whose own y is stored.
+        weights: the weight in x' of the y of earlier steps; an entry for i itself is passed over.
+        size: the number of registers, 0 to 3.
+    """
+    history, writes = [0.0] * size, [Write.KEEP] * size
+    for j, weight in weights.items():
+        if j != i:
+            history[j % size] = weight
+    if size:
+        writes[i % size] = Write.Y
+    return history, writes
+
+
+def one_of(solver: str, option: str, value, allowed: Sequence) -> None:
+    """Refuse a value that is not among those allowed."""
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ValueError(f"{solver}: {option} must be {', '.join(others)} or {last}, got {value!r}")
+
+
+def finite_eta(solver: str, eta: float) -> None:
+    """Refuse an eta that is negative or not finite."""
+    if not 0.0 <= eta < np.inf:
+        raise ValueError(f"{solver}: eta must be a finite number >= 0, got {eta!r}")

@@ -14,7 +14,7 @@ from genengine.table import Write
 METHODS = ("heun", "euler", "dpm_2")
 
 
-@solver
+@solver(needs_signal=True)
 def edm(
     model: Model,
     *,
@@ -50,7 +50,6 @@ def edm(
         raise ValueError(f"edm: method must be one of {', '.join(METHODS)}, got {method!r}")
     if not 0.0 <= s_noise < np.inf:
         raise ValueError(f"edm: s_noise must be a finite number >= 0, got {s_noise!r}")
-    model.needs_signal("edm")
     step = {"heun": _heun, "euler": _euler, "dpm_2": _dpm_2}[method]
     increases = gammas([ratio(now) for now, _ in model.steps], s_churn, s_tmin, s_tmax)
     rows = []

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from genengine.solvers._model import Model, Row, X, solver
+from genengine.solvers._model import Model, Point, Row, X, solver
 from genengine.table import Write
 
 
@@ -30,7 +30,7 @@ def heun(model: Model) -> list[Row]:
     rows = []
     for now, end in model.steps:
         dt, velocity = end.t - now.t, model.velocity(now)
-        if end.sigma == 0 and (model.clip or model.prediction not in ("v", "velocity") or not np.isfinite(end.d_sigma)):
+        if not _evaluable(model, end):
             rows.append(model.row(now, X + dt * velocity))
             continue
         # H2 holds the velocity, or with clip the clipped x0, from which H1 gives the velocity back
@@ -40,7 +40,7 @@ def heun(model: Model) -> list[Row]:
     return rows
 
 
-@solver
+@solver(needs_signal=True)
 def dpm_2(model: Model) -> list[Row]:
     """DPM-Solver-2: a midpoint method in the log-SNR.
 
@@ -54,7 +54,6 @@ def dpm_2(model: Model) -> list[Row]:
     Raises:
         ValueError: as the module says, and where the grid starts at alpha = 0 (log-SNR = -inf).
     """
-    model.needs_signal("dpm_2")
     rows = []
     for now, end in model.steps:
         if end.sigma == 0:
@@ -65,3 +64,59 @@ def dpm_2(model: Model) -> list[Row]:
         scale = end.alpha / now.alpha
         rows.append(model.row(mid, (end.sigma - scale * now.sigma) * model.eps(mid), history=(scale,)))
     return rows
+
+
+@solver
+def midpoint(model: Model) -> list[Row]:
+    """The explicit midpoint method: x' = x + (t' - t) velocity(x + (t' - t)/2 velocity(x, t), (t + t')/2).
+
+    Second order, two rows per step; x waits in H1. The end of a step is never evaluated, so a grid may end at
+    sigma = 0 whatever the prediction.
+
+    Arguments, returns and errors: see the module. Hairer, Norsett and Wanner, Solving Ordinary Differential
+    Equations I, II.1.
+    """
+    return [row for now, end in model.steps for row in _midpoint_step(model, now, end)]
+
+
+@solver
+def rk4(model: Model) -> list[Row]:
+    """The classical Runge-Kutta method: x' = x + (t' - t)/6 (k1 + 2 k2 + 2 k3 + k4).
+
+    k1 = velocity(x, t), k2 and k3 at the middle from x + (t' - t)/2 k1 and x + (t' - t)/2 k2, k4 at t' from
+    x + (t' - t) k3. Fourth order, four rows per step. The registers hold x and the second and third stage's
+    state x1, x2 rather than slopes: with x3 the last stage's state,
+    x' = (x1 + 2 x2 + x3 - x)/3 + (t' - t)/6 k4.
+    A step to sigma = 0 where the velocity is 0/0 (see `heun`) is one step of `midpoint`.
+
+    Arguments, returns and errors: see the module. Hairer, Norsett and Wanner, Solving Ordinary Differential
+    Equations I, II.1.
+    """
+    rows = []
+    for now, end in model.steps:
+        if not _evaluable(model, end):
+            rows += _midpoint_step(model, now, end)
+            continue
+        dt, mid = end.t - now.t, model.point((now.t + end.t) / 2)
+        third = 1.0 / 3.0
+        rows += [
+            model.row(now, X + dt / 2 * model.velocity(now), writes=(Write.X,)),
+            model.row(mid, dt / 2 * model.velocity(mid), history=(1.0,), writes=(Write.KEEP, Write.X)),
+            model.row(mid, dt * model.velocity(mid), history=(1.0,), writes=(Write.KEEP, Write.KEEP, Write.X)),
+            model.row(end, third * X + dt / 6 * model.velocity(end), history=(-third, third, 2 * third)),
+        ]
+    return rows
+
+
+def _midpoint_step(model: Model, now: Point, end: Point) -> list[Row]:
+    dt, mid = end.t - now.t, model.point((now.t + end.t) / 2)
+    return [
+        model.row(now, X + dt / 2 * model.velocity(now), writes=(Write.X,)),
+        model.row(mid, dt * model.velocity(mid), history=(1.0,)),
+    ]
+
+
+def _evaluable(model: Model, point: Point) -> bool:
+    """Whether the velocity is determined at a point, sigma = 0 too: see `heun`."""
+    regular = model.prediction in ("v", "velocity") and np.isfinite(point.d_sigma)
+    return point.sigma > 0 or (regular and not model.clip)

@@ -13,7 +13,7 @@ from genengine.solvers.churn import at_ratio, ratio, stored_eps
 from genengine.table import Write
 
 
-@solver
+@solver(needs_signal=True)
 def dpm_2_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     """DPM-Solver-2 down to r_down, then noise up to r'.
 
@@ -30,7 +30,7 @@ def dpm_2_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     return _two_stages("dpm_2_ancestral", model, eta, _hold_eps)
 
 
-@solver
+@solver(needs_signal=True)
 def dpmpp_2s_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     """DPM-Solver++(2S) down to r_down, then noise up to r'.
 
@@ -46,7 +46,7 @@ def dpmpp_2s_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     return _two_stages("dpmpp_2s_ancestral", model, eta, _hold_x0)
 
 
-@solver
+@solver(needs_signal=True)
 def dpmpp_sde(model: Model, *, eta: float = 1.0, r: float = 0.5) -> list[Row]:
     """DPM-Solver++ for the SDE, singlestep: two ancestral steps from the same state, the second with a better x0.
 
@@ -66,7 +66,6 @@ def dpmpp_sde(model: Model, *, eta: float = 1.0, r: float = 0.5) -> list[Row]:
     _check_eta("dpmpp_sde", eta)
     if not 0.0 < r <= 1.0:
         raise ValueError(f"dpmpp_sde: r must be in (0, 1], got {r!r}")
-    model.needs_signal("dpmpp_sde")
     rows = []
     for now, end in model.steps:
         if end.sigma == 0:
@@ -85,25 +84,6 @@ def dpmpp_sde(model: Model, *, eta: float = 1.0, r: float = 0.5) -> list[Row]:
 
 
 @solver
-def dpmpp_2m_sde_heun(model: Model, *, eta: float = 1.0) -> list[Row]:
-    """SDE-DPM-Solver++(2M) with Heun's weight on the slope of x0; `dpmpp_2m_sde` has the midpoint's.
-
-    With lambda = log(alpha/sigma), h = lambda' - lambda, H = (1 + eta) h and h_prev the step before,
-    x' = (sigma'/sigma) exp(-eta h) x + alpha' (1 - exp(-H)) x0
-         + alpha' (1 - (1 - exp(-H))/H) (h/h_prev) (x0 - H1) + sigma' sqrt(1 - exp(-2 eta h)) z.
-    The first step, and a step to sigma = 0, are first order.
-
-    Arguments and returns: see the module. Lu 2022 (DPM-Solver++), SDE-DPM-Solver++(2M); weight and eta as in
-    k-diffusion.
-
-    Raises:
-        ValueError: as the package says, and where eta is negative or not finite.
-    """
-    _check_eta("dpmpp_2m_sde_heun", eta)
-    return _exponential_multistep(model, eta, 2)
-
-
-@solver
 def dpmpp_3m_sde(model: Model, *, eta: float = 1.0) -> list[Row]:
     """SDE-DPM-Solver++(3M): slope and curvature of x0 from its last three values.
 
@@ -111,8 +91,8 @@ def dpmpp_3m_sde(model: Model, *, eta: float = 1.0) -> list[Row]:
     phi_3 = phi_2/H - 1/2, r_0 = h_prev/h, r_1 = h_prev_prev/h, D_0 = (x0 - H1)/r_0, D_1 = (H1 - H2)/r_1:
     x' = (sigma'/sigma) exp(-eta h) x + alpha' [(1 - exp(-H)) x0 + phi_2 (D_0 + r_0/(r_0 + r_1) (D_0 - D_1))
          - phi_3 (D_0 - D_1)/(r_0 + r_1)] + sigma' sqrt(1 - exp(-2 eta h)) z.
-    The first step, and a step to sigma = 0, are first order, the second is `dpmpp_2m_sde_heun`'s. Second order at
-    eta = 0: the quadratic through the three values would count phi_3 twice.
+    The first step, and a step to sigma = 0, are first order, the second is that of `dpmpp_2m_sde(form="heun")`. Second
+    order at eta = 0: the quadratic through the three values would count phi_3 twice.
 
     Arguments and returns: see the module. Lu 2022 (DPM-Solver++), the multistep form with three outputs; eta as in
     k-diffusion.
@@ -121,10 +101,26 @@ def dpmpp_3m_sde(model: Model, *, eta: float = 1.0) -> list[Row]:
         ValueError: as the package says, and where eta is negative or not finite.
     """
     _check_eta("dpmpp_3m_sde", eta)
-    return _exponential_multistep(model, eta, 3)
+    rows, steps = [], []  # the lengths of the steps before, latest first
+    for i, (now, end) in enumerate(model.steps):
+        k = kept(now, end)  # exp(-h); 0 from alpha = 0 or to sigma = 0, where h is infinite
+        gain = end.alpha * (1 - k ** (1 + eta))
+        weights = [gain]
+        if steps and k > 0:
+            correction = end.alpha * _slope_weights(-np.log(k), steps, (1 + eta) * -np.log(k))
+            weights = [gain + correction[0], *correction[1:]]
+        update = end.sigma / now.sigma * k**eta * X + weights[0] * model.x0(now)
+        history, writes = [0.0, 0.0], [Write.KEEP, Write.KEEP]
+        for back, weight in enumerate(weights[1:], 1):
+            history[(i - back) % 2] = weight
+        writes[i % 2] = Write.Y
+        noise = end.sigma * np.sqrt(1 - k ** (2 * eta))
+        rows.append(model.row(now, update, history=history, writes=writes, noise=noise))
+        steps = [-np.log(k), *steps][:2] if k > 0 else []  # across an infinite step x0 has no slope
+    return rows
 
 
-@solver
+@solver(needs_signal=True)
 def dpm_fast(model: Model, *, orders: Sequence[int] | None = None, eta: float = 0.0) -> list[Row]:
     """DPM-Solver-fast: singlestep DPM-Solver of order 1, 2 or 3 in each step, a row per evaluation.
 
@@ -148,7 +144,6 @@ def dpm_fast(model: Model, *, orders: Sequence[int] | None = None, eta: float = 
     orders = (*[3] * (count - 2), *[2, 1][-count:]) if orders is None else tuple(orders)
     if len(orders) != count or not set(orders) <= {1, 2, 3}:
         raise ValueError(f"dpm_fast: orders must hold 1, 2 or 3 for each of {count} steps, got {orders}")
-    model.needs_signal("dpm_fast")
     floor, rows = ratio(model.points[-1]), []
     for (now, end), order in zip(model.steps, orders, strict=True):
         down = max(floor, ancestral_split(ratio(now), ratio(end), eta)[0])
@@ -174,7 +169,6 @@ def _check_eta(name: str, eta: float) -> None:
 def _two_stages(name: str, model: Model, eta: float, second: Callable) -> list[Row]:
     """A step to the geometric mean of r and r_down, then `second` from the step's start with the output there."""
     _check_eta(name, eta)
-    model.needs_signal(name)
     rows = []
     for now, end in model.steps:
         down, up = ancestral_split(ratio(now), ratio(end), eta)
@@ -197,27 +191,6 @@ def _hold_eps(model: Model, mid: Point, down: float, r: float) -> tuple[np.ndarr
 def _hold_x0(model: Model, mid: Point, down: float, r: float) -> tuple[np.ndarray, float]:
     """x'/alpha' with x0 held at its value in the middle: its update, and the weight of x/alpha."""
     return (1 - down / r) * model.x0(mid), down / r
-
-
-def _exponential_multistep(model: Model, eta: float, order: int) -> list[Row]:
-    """Rows of SDE-DPM-Solver++ with 2 or 3 outputs; the earlier x0 take turns in H1 and H2."""
-    rows, steps = [], []  # the lengths of the steps before, latest first
-    for i, (now, end) in enumerate(model.steps):
-        k = kept(now, end)  # exp(-h); 0 from alpha = 0 or to sigma = 0, where h is infinite
-        gain = end.alpha * (1 - k ** (1 + eta))
-        weights = [gain]
-        if steps and k > 0:
-            correction = end.alpha * _slope_weights(-np.log(k), steps, (1 + eta) * -np.log(k))
-            weights = [gain + correction[0], *correction[1:]]
-        update = end.sigma / now.sigma * k**eta * X + weights[0] * model.x0(now)
-        history, writes = [0.0, 0.0], [Write.KEEP, Write.KEEP]
-        for back, weight in enumerate(weights[1:], 1):
-            history[(i - back) % (order - 1)] = weight
-        writes[i % (order - 1)] = Write.Y
-        noise = end.sigma * np.sqrt(1 - k ** (2 * eta))
-        rows.append(model.row(now, update, history=history, writes=writes, noise=noise))
-        steps = [-np.log(k), *steps][: order - 1] if k > 0 else []  # across an infinite step x0 has no slope
-    return rows
 
 
 def _slope_weights(h: float, steps: Sequence[float], total: float) -> np.ndarray:
