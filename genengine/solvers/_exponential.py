@@ -34,6 +34,6 @@ def usable(lam: list[float], i: int, order: int) -> list[int]:
     return [j for j in range(i, max(-1, i - order), -1) if np.isfinite(lam[j])]
 
 
-def order_at(model_steps: int, i: int, order: int, lower_order_final: bool) -> int:
+def order_at(num_steps: int, i: int, order: int, lower_order_final: bool) -> int:
     """The order of step i; with lower_order_final at most 2 and 1 in the last two steps."""
-    return min(order, model_steps - i) if lower_order_final else order
+    return min(order, num_steps - i) if lower_order_final else order

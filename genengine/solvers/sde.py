@@ -27,8 +27,8 @@ def euler_maruyama(
 
     dx = (velocity - w/2 score) dt + sqrt(w) dW backwards in time, with score = -eps/sigma, so
     x' = x + (t' - t) (velocity + w/(2 sigma) eps) + sqrt(w (t - t')) z.
-    Every w >= 0 has the marginals of the path; w = 0 is `euler`. w(t) is `scale` times
-    "sde": 2 sigma (sigma_dot - alpha_dot/alpha sigma), the squared diffusion of the forward SDE (beta(t) on
+    With every w >= 0 x has the marginals of the path; w = 0 is `euler`. w(t) is `scale` times
+    "sde": 2 sigma (d_sigma - d_alpha/alpha sigma), the squared diffusion of the forward SDE (beta(t) on
     `paths.VPLinear`, d sigma^2/dt on `paths.VE`; infinite at alpha = 0); "sigma": sigma; "linear": t; "constant": 1;
     "decreasing": ((1 - cos(pi t))/2)^2, falling towards the data; "increasing-decreasing": sin^2(pi t); or a function.
 

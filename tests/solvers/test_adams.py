@@ -6,15 +6,18 @@ from solver_support import (
     INSIDE,
     ON_PATHS,
     PREDICTIONS,
+    RF,
     VP,
+    Network,
     assert_convergence_order,
     assert_equals_loop,
     flow_errors,
     graded,
+    run_table,
 )
 
 from genengine import schedules, solvers
-from genengine.paths import EDM
+from genengine.paths import EDM, ScaledLinear, ZeroTerminalSNR
 
 
 def loop_lms(model, path, grid, x, noise, order=4):  # Adams-Bashforth with Gauss-Legendre quadrature, on x / alpha
@@ -47,17 +50,20 @@ def loop_deis(model, path, grid, x, noise, order=3, lower_order_final=False):
     return path.alpha(grid[-1]) * x
 
 
-def transfer(path, x, eps, t, t_next):  # Liu 2022 (PNDM), in the form of Song 2020 (DDIM)
-    return path.alpha(t_next) * (x - path.sigma(t) * eps) / path.alpha(t) + path.sigma(t_next) * eps
+def transfer(path, x, eps, t, t_next, x0=None):
+    """Liu 2022 (PNDM), in the form of Song 2020 (DDIM); x0 is the network's own, for a start without signal."""
+    if path.alpha(t) > 0:
+        x0 = (x - path.sigma(t) * eps) / path.alpha(t)
+    return path.alpha(t_next) * x0 + path.sigma(t_next) * eps
 
 
 def loop_plms(model, path, grid, x, noise):  # Liu 2022 (PNDM), the pseudo improved Euler step first
     eps = []
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        eps.insert(0, model(x, t)[1])
+        x0, e, _ = model(x, t)
+        eps.insert(0, e)
         if i == 0:
-            e = eps[0]
-            if path.sigma(t_next) > 0:
+            if path.sigma(t_next) > 0 and path.alpha(t) > 0:
                 e = (e + model(transfer(path, x, e, t, t_next), t_next)[1]) / 2
         elif i == 1:
             e = (3 * eps[0] - eps[1]) / 2
@@ -65,23 +71,22 @@ def loop_plms(model, path, grid, x, noise):  # Liu 2022 (PNDM), the pseudo impro
             e = (23 * eps[0] - 16 * eps[1] + 5 * eps[2]) / 12
         else:
             e = (55 * eps[0] - 59 * eps[1] + 37 * eps[2] - 9 * eps[3]) / 24
-        x = transfer(path, x, e, t, t_next)
+        x = transfer(path, x, e, t, t_next, x0)
     return x
 
 
 def loop_ipndm(model, path, grid, x, noise, order=4):  # Zhang and Chen 2022 (DEIS), iPNDM
     eps = []
     for t, t_next in zip(grid[:-1], grid[1:], strict=True):
-        eps = [model(x, t)[1], *eps][:order]
-        if len(eps) == 1:
-            e = eps[0]
-        elif len(eps) == 2:
+        x0, e, _ = model(x, t)
+        eps = [e, *eps][:order]
+        if len(eps) == 2:
             e = (3 * eps[0] - eps[1]) / 2
         elif len(eps) == 3:
             e = (23 * eps[0] - 16 * eps[1] + 5 * eps[2]) / 12
-        else:
+        elif len(eps) == 4:
             e = (55 * eps[0] - 59 * eps[1] + 37 * eps[2] - 9 * eps[3]) / 24
-        x = transfer(path, x, e, t, t_next)
+        x = transfer(path, x, e, t, t_next, x0)
     return x
 
 
@@ -115,6 +120,20 @@ def test_deis_orders_equal_textbook(order):
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_ipndm_orders_equal_textbook(order):
     assert_equals_loop(loop_ipndm, VP, schedules.uniform(9, 0.9), "eps", order=order)
+
+
+@pytest.mark.parametrize("path, prediction", [(ZeroTerminalSNR(ScaledLinear()), "v"), (RF, "velocity")], ids=str)
+def test_a_start_without_signal_is_a_step_of_ddim(path, prediction):
+    grid = schedules.uniform(7)
+    assert_equals_loop(loop_plms, path, grid, prediction)
+    assert_equals_loop(loop_ipndm, path, grid, prediction)
+    x, model = np.random.default_rng(1).standard_normal((3, 5)), Network(path, prediction)
+    x0, eps, _ = model(x, 1.0)
+    after = path.alpha(grid[1]) * x0 + path.sigma(grid[1]) * eps
+    for name, loop in (("lms", loop_lms), ("deis", loop_deis)):  # their weights leave the infinite noise level out
+        table = solvers.SOLVERS[name](path, grid, prediction=prediction)
+        expected = loop(model, path, grid[1:], after, None)
+        np.testing.assert_allclose(run_table(table, model.branches, x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_relations():

@@ -88,7 +88,7 @@ def test_solvers_say_whether_they_clip_and_need_signal():
                 solver(RF, start, prediction="velocity")
         else:
             assert solver(RF, start, prediction="velocity").num_rows >= 4
-    assert not solvers.lms.clips and solvers.lms.needs_signal and solvers.euler.clips
+    assert not solvers.lms.clips and solvers.euler.clips and solvers.dpm_2.needs_signal
 
 
 @pytest.mark.parametrize("name", solvers.SOLVERS)

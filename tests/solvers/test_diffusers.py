@@ -69,6 +69,31 @@ def test_linspace(num_steps):
     np.testing.assert_allclose(schedules.linspace(num_steps), grid_of(scheduler), rtol=1e-14)
 
 
+@pytest.mark.parametrize("grid", [schedules.karras, schedules.exponential])
+def test_noise_levels(grid):
+    scheduler = diffusers.EulerDiscreteScheduler(**{f"use_{grid.__name__}_sigmas": True}, **BETAS)
+    scheduler.set_timesteps(9)
+    levels = np.exp(-0.5 * PATH.log_snr(np.array([0.001, 1.0])))
+    t = grid(9, *levels, path=PATH)
+    np.testing.assert_allclose(np.exp(-0.5 * PATH.log_snr(t)), scheduler.sigmas, rtol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["exponential", "linear"])
+def test_dynamic_shift(form):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=form)
+    mu = schedules.shift_mu(1500)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 9, 9), mu=mu)
+    np.testing.assert_allclose(schedules.shifted_dynamic(9, mu, form), scheduler.sigmas, rtol=1e-6)
+
+
+def test_beta_levels():
+    """Theirs puts both ends among the steps and 0 behind them."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True)
+    scheduler.set_timesteps(9)
+    high, low = float(scheduler.sigmas[0]), float(scheduler.sigmas[-2])
+    np.testing.assert_allclose(schedules.beta(8, t_max=high, t_min=low), scheduler.sigmas[:-1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("prediction, theirs_name", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
 def test_ddpm(variance, prediction, theirs_name, monkeypatch):

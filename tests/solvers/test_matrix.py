@@ -23,8 +23,7 @@ from genengine.paths import (
 
 PATHS = [
     RF, VP, Cosine(), Trigonometric(), Sigmoid(), EDM(), VE(), DDPMLinear(), ScaledLinear(), DDPMCosine(),
-    DDPMSigmoid(),
-    ZeroTerminalSNR(ScaledLinear()),
+    DDPMSigmoid(), ZeroTerminalSNR(ScaledLinear()),
 ]  # fmt: skip
 GRIDS = {
     "uniform": lambda path: schedules.uniform(4),
