@@ -40,7 +40,7 @@ def edm(
         s_tmin, s_tmax: the noise levels r between which it is added.
         s_noise: the factor on the noise added, >= 0, a little above 1 to make up for lost detail.
 
-    Returns: see the module. Karras 2022, Alg. 2 (heun); DPM-2 as in its section on alternatives.
+    Returns: see the module. Karras 2022, Alg. 2 (heun); the middle of dpm_2 is that of Lu 2022 (DPM-Solver), Alg. 1.
 
     Raises:
         ValueError: as the module says, on an unknown method, an option out of range, a grid that starts at
