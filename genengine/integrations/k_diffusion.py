@@ -272,8 +272,8 @@ def sample_dpmpp_sde(
     options = {"eta": _k.as_number(call.name, "eta", eta, least=0), "r": _k.as_number(call.name, "r", r)}
     plan = _plan(call, "dpmpp_sde", levels, s_noise, options)
     t = sigmas.log().neg()  # the levels handed to noise_sampler pass through the logarithm, as in k-diffusion
-    middles = (t[:-1] + (t[1:] - t[:-1]) * r).neg().exp()
-    through = t.neg().exp()
+    middles = (t[:-1] + (t[1:] - t[:-1]) * r).neg().exp().unbind()
+    through = t.neg().exp().unbind()
     pairs = []
     for begin, end in zip(plan.begins, plan.ends, strict=True):
         last = end is not None
@@ -332,8 +332,8 @@ def sample_dpm_fast(
     spread = [math.log(high) + i / len(orders) * math.log(low / high) for i in range(len(orders) + 1)]
     options = {"eta": _k.as_number(call.name, "eta", eta, least=0), "orders": orders}
     plan = _plan(call, "dpm_fast", tuple(math.exp(level) for level in spread), s_noise, options)
-    sigmas = t.neg().exp()
-    shown = [{"sigma": sigma, "sigma_hat": sigma, "t": t[i], "t_up": t[i]} for i, sigma in enumerate(sigmas[:-1])]
+    sigmas, t = t.neg().exp().unbind(), t.unbind()
+    shown = [{"sigma": sigmas[i], "sigma_hat": sigmas[i], "t": t[i], "t_up": t[i]} for i in range(len(orders))]
     pairs = [None if i is None else (sigmas[i], sigmas[i + 1]) for i in plan.ends]
     sampler = call.sampler(noise_sampler, lambda: _randn(call.x))
     return call.run(plan, call.x.float(), shown, call.given(sampler, pairs))
@@ -352,12 +352,13 @@ def _churned(call, method, sigmas, churn, s_noise, noise_sampler):
         # rounded like sigmas: a level given as 0.1 is not below a bound of 0.1
         options[name] = torch.tensor(_k.as_number(call.name, name, bound), dtype=sigmas.dtype).item()
     plan = _plan(call, "edm", levels, s_noise, options)
-    raised = [sigma * (gamma + 1) if gamma else sigma for sigma, gamma in zip(sigmas, plan.gammas, strict=False)]
+    each = sigmas.unbind()
+    raised = [sigma * (gamma + 1) if gamma else sigma for sigma, gamma in zip(each[:-1], plan.gammas, strict=True)]
     sampler = call.sampler(noise_sampler, lambda: _randn(call.x))
     # the noise of a step is drawn before it: with the last row of the step before
-    pairs = [(sigmas[i + 1], raised[i + 1]) if i is not None and i + 1 < len(raised) else None for i in plan.ends]
+    pairs = [(each[i + 1], raised[i + 1]) if i is not None and i + 1 < len(raised) else None for i in plan.ends]
     with torch.no_grad():
-        x = call.start(plan, None if sampler is None else lambda: sampler(sigmas[0], raised[0]))
+        x = call.start(plan, None if sampler is None else lambda: sampler(each[0], raised[0]))
     return call.run(plan, x, _shown(sigmas, raised), call.given(sampler, pairs))
 
 
@@ -400,14 +401,14 @@ def _plan(call, solver, levels, s_noise, options, draws=()):
 
 def _steps_that_draw(sigmas, plan, draws):
     """(sigma, sigma_next) for the rows that end a step which draws noise."""
-    levels = sigmas.unbind()
-    return [(levels[i], levels[i + 1]) if i is not None and draws[i] else None for i in plan.ends]
+    each = sigmas.unbind()
+    return [(each[i], each[i + 1]) if i is not None and draws[i] else None for i in plan.ends]
 
 
 def _shown(sigmas, raised=None):
     """What a callback sees of the noise levels of each step."""
-    levels = sigmas.unbind()[:-1]
-    return [{"sigma": s, "sigma_hat": s_hat} for s, s_hat in zip(levels, raised or levels, strict=True)]
+    each = sigmas.unbind()[:-1]
+    return [{"sigma": sigma, "sigma_hat": hat} for sigma, hat in zip(each, raised or each, strict=True)]
 
 
 def _randn(x):

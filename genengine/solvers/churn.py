@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from genengine.solvers._model import Model, Point, Row, solver
+from genengine.solvers._model import Model, Point, Row, one_of, solver
 from genengine.table import Write
 
 METHODS = ("heun", "euler", "dpm_2")
@@ -40,14 +40,13 @@ def edm(
         s_tmin, s_tmax: the noise levels r between which it is added.
         s_noise: the factor on the noise added, >= 0, a little above 1 to make up for lost detail.
 
-    Returns: see the module. Karras 2022, Alg. 2 (heun); DPM-2 as in its section on alternatives.
+    Returns: see the module. Karras 2022, Alg. 2 (heun); the middle of dpm_2 is that of Lu 2022 (DPM-Solver), Alg. 1.
 
     Raises:
         ValueError: as the module says, on an unknown method, an option out of range, a grid that starts at
             alpha = 0, or where churn leads beyond t = 1.
     """
-    if method not in METHODS:
-        raise ValueError(f"edm: method must be one of {', '.join(METHODS)}, got {method!r}")
+    one_of("edm", "method", method, METHODS)
     if not 0.0 <= s_noise < np.inf:
         raise ValueError(f"edm: s_noise must be a finite number >= 0, got {s_noise!r}")
     step = {"heun": _heun, "euler": _euler, "dpm_2": _dpm_2}[method]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from genengine.solvers._model import Model, Point, Row, X, kept, solver
+from genengine.solvers._model import Model, Point, Row, X, finite_eta, kept, solver
 from genengine.solvers.churn import at_ratio, ratio, stored_eps
 from genengine.table import Write
 
@@ -25,7 +25,7 @@ def dpm_2_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     noise.
 
     Raises:
-        ValueError: as the package says, where eta is negative or not finite, or the grid starts at alpha = 0.
+        ValueError: as the module says, where eta is negative or not finite, or the grid starts at alpha = 0.
     """
     return _two_stages("dpm_2_ancestral", model, eta, _hold_eps)
 
@@ -41,7 +41,7 @@ def dpmpp_2s_ancestral(model: Model, *, eta: float = 1.0) -> list[Row]:
     Arguments and returns: see the module. Lu 2022 (DPM-Solver++), Alg. 1, with k-diffusion's ancestral noise.
 
     Raises:
-        ValueError: as the package says, where eta is negative or not finite, or the grid starts at alpha = 0.
+        ValueError: as the module says, where eta is negative or not finite, or the grid starts at alpha = 0.
     """
     return _two_stages("dpmpp_2s_ancestral", model, eta, _hold_x0)
 
@@ -61,9 +61,9 @@ def dpmpp_sde(model: Model, *, eta: float = 1.0, r: float = 0.5) -> list[Row]:
     Returns: see the module. Lu 2022 (DPM-Solver++), section 5, in the singlestep form of k-diffusion.
 
     Raises:
-        ValueError: as the package says, where eta or r is out of range, or the grid starts at alpha = 0.
+        ValueError: as the module says, where eta or r is out of range, or the grid starts at alpha = 0.
     """
-    _check_eta("dpmpp_sde", eta)
+    finite_eta("dpmpp_sde", eta)
     if not 0.0 < r <= 1.0:
         raise ValueError(f"dpmpp_sde: r must be in (0, 1], got {r!r}")
     rows = []
@@ -98,9 +98,9 @@ def dpmpp_3m_sde(model: Model, *, eta: float = 1.0) -> list[Row]:
     k-diffusion.
 
     Raises:
-        ValueError: as the package says, and where eta is negative or not finite.
+        ValueError: as the module says, and where eta is negative or not finite.
     """
-    _check_eta("dpmpp_3m_sde", eta)
+    finite_eta("dpmpp_3m_sde", eta)
     rows, steps = [], []  # the lengths of the steps before, latest first
     for i, (now, end) in enumerate(model.steps):
         k = kept(now, end)  # exp(-h); 0 from alpha = 0 or to sigma = 0, where h is infinite
@@ -137,9 +137,9 @@ def dpm_fast(model: Model, *, orders: Sequence[int] | None = None, eta: float = 
     Returns: see the module. Lu 2022 (DPM-Solver), Algs. 1 and 2 and section 3.4 (fast); eta as in k-diffusion.
 
     Raises:
-        ValueError: as the package says, where orders or eta is out of range, or the grid starts at alpha = 0.
+        ValueError: as the module says, where orders or eta is out of range, or the grid starts at alpha = 0.
     """
-    _check_eta("dpm_fast", eta)
+    finite_eta("dpm_fast", eta)
     count = len(model.steps)
     orders = (*[3] * (count - 2), *[2, 1][-count:]) if orders is None else tuple(orders)
     if len(orders) != count or not set(orders) <= {1, 2, 3}:
@@ -161,14 +161,9 @@ def ancestral_split(r: float, r_next: float, eta: float) -> tuple[float, float]:
     return r_next * np.sqrt((1 - fresh) * (1 + fresh)), r_next * fresh
 
 
-def _check_eta(name: str, eta: float) -> None:
-    if not 0.0 <= eta < np.inf:
-        raise ValueError(f"{name}: eta must be a finite number >= 0, got {eta!r}")
-
-
 def _two_stages(name: str, model: Model, eta: float, second: Callable) -> list[Row]:
     """A step to the geometric mean of r and r_down, then `second` from the step's start with the output there."""
-    _check_eta(name, eta)
+    finite_eta(name, eta)
     rows = []
     for now, end in model.steps:
         down, up = ancestral_split(ratio(now), ratio(end), eta)
@@ -208,19 +203,17 @@ def _slope_weights(h: float, steps: Sequence[float], total: float) -> np.ndarray
 def _fast_step(model: Model, now: Point, end: Point, order: int, down: float, up: float) -> list[Row]:
     """The stages of one step of `dpm_fast`: to each node in turn, then from x to down, with noise up to the end."""
     h = np.log(ratio(now) / down)
-    nodes = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}[order]
+    nodes = {1: (1.0,), 2: (1 / 2, 1.0), 3: (1 / 3, 2 / 3, 1.0)}[order]
+    middles = [at_ratio(model, ratio(now) * np.exp(-node * h)) for node in nodes[:-1]]
+    targets = [*((middle.alpha, ratio(middle)) for middle in middles), (end.alpha, down)]
     y, stored = stored_eps(model, now)
-    rows, points = [], [now, *(at_ratio(model, ratio(now) * np.exp(-node * h)) for node in nodes)]
-    for stage, point in enumerate(points):
-        last = stage == len(nodes)
-        alpha, target, node = (end.alpha, down, 1.0) if last else (points[stage + 1].alpha, None, nodes[stage])
-        target = ratio(points[stage + 1]) if target is None else target
-        growth, noise = np.expm1(node * h), alpha * up if last else 0.0
-        if stage == 0:  # x/alpha - target (e^h - 1) eps is x0 + target eps
-            update = alpha * (model.x0(now) + target * model.eps(now))
-            rows.append(model.row(now, update, y=y, writes=(Write.X, Write.Y), noise=noise))
-            continue
-        slope = growth if order == 2 else (growth / (node * h) - 1) * node / nodes[stage - 1]
+    # x/alpha - target (e^h - 1) eps is x0 + target eps
+    alpha, target = targets[0]
+    rows = [model.row(now, alpha * (model.x0(now) + target * model.eps(now)), y=y, writes=(Write.X, Write.Y))]
+    for before, node, middle, (alpha, target) in zip(nodes[:-1], nodes[1:], middles, targets[1:], strict=True):
+        growth = np.expm1(node * h)
+        slope = growth if order == 2 else (growth / (node * h) - 1) * node / before
         history = alpha * (np.array([1 / now.alpha, 0.0]) - target * (growth - slope) * stored)
-        rows.append(model.row(point, -alpha * target * slope * model.eps(point), history=history, noise=noise))
+        rows.append(model.row(middle, -alpha * target * slope * model.eps(middle), history=history))
+    rows[-1].columns["s"] = end.alpha * up
     return rows

@@ -129,7 +129,7 @@ def test_a_fresh_start_with_churn_has_the_variance_of_its_noise_level():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "rk4"}, "edm: method must be one of heun, euler, dpm_2, got 'rk4'"),
+        ({"method": "rk4"}, "edm: method must be 'heun', 'euler' or 'dpm_2', got 'rk4'"),
         ({"s_churn": -1.0}, "edm: s_churn must be a finite number >= 0, got -1.0"),
         ({"s_churn": np.inf}, "edm: s_churn must be a finite number >= 0"),
         ({"s_noise": -0.1}, "edm: s_noise must be a finite number >= 0"),
