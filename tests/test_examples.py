@@ -31,6 +31,18 @@ def test_diffusers_pipeline():
     assert before.shape == (2, 3, 16, 16) and before.std() > 0.05 and (before - after).abs().max() < 1e-5
 
 
+def test_k_diffusion_loop():
+    module = load("k_diffusion_loop")
+    results = module.main(4000)
+    assert set(results) == {"sample_dpmpp_2m", "sample_heun, churned", "sample_dpmpp_3m_sde, philox"}
+    for x in results.values():
+        for centre in module.CENTRES:
+            cloud = x[(x - centre).norm(dim=1) < 6 * module.WIDTH]
+            assert abs(len(cloud) / 4000 - 0.5) < 0.05
+            assert (cloud.mean(0) - centre).abs().max() < 6 * module.WIDTH / 2000**0.5 + 0.01
+            assert (cloud.std(0) / module.WIDTH - 1).abs().max() < 0.1
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in tested] == []

@@ -21,18 +21,26 @@ its grid must start where alpha > 0.
 
 Under other names: flow-match Euler and Heun are `euler` and `heun` on `paths.RectifiedFlow`, flow-match LCM is
 `consistency` there; the probability-flow ODE of a path is what `euler`, `heun`, `midpoint` and `rk4` integrate, and
-its reverse SDE what `euler_maruyama(..., diffusion="sde")` does; DPM-Solver++ SDE is `dpmpp_2m_sde`; PNDM without
-its Runge-Kutta warm-up is `plms`.
+its reverse SDE what `euler_maruyama(..., diffusion="sde")` does; DPM-Solver++ SDE is `dpmpp_2m_sde`, or singlestep
+`dpmpp_sde`; PNDM without its Runge-Kutta warm-up is `plms`.
 """
 
 from genengine.solvers.adams import deis, ipndm, lms, plms
 from genengine.solvers.ancestral import ddim, ddpm, euler_ancestral
+from genengine.solvers.churn import edm
 from genengine.solvers.consistency import consistency, lcm
 from genengine.solvers.inverse import ddim_inverse, dpmpp_2m_inverse
 from genengine.solvers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from genengine.solvers.ode import dpm_2, euler, heun, midpoint, rk4
 from genengine.solvers.sde import euler_maruyama
 from genengine.solvers.singlestep import dpmpp_singlestep
+from genengine.solvers.stochastic import (
+    dpm_2_ancestral,
+    dpm_fast,
+    dpmpp_2s_ancestral,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+)
 from genengine.solvers.unipc import unipc
 
 SOLVERS = {
@@ -56,6 +64,12 @@ SOLVERS = {
     "euler_maruyama": euler_maruyama,
     "consistency": consistency,
     "lcm": lcm,
+    "edm": edm,
+    "dpm_2_ancestral": dpm_2_ancestral,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpm_fast": dpm_fast,
 }
 INVERSE_SOLVERS = {
     "ddim_inverse": ddim_inverse,

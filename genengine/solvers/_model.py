@@ -128,6 +128,7 @@ class Model:
             raise ValueError(f"solver: clip must be None or a finite radius above 0, got {self.clip!r}")
         self.points = [self.point(t) for t in grid]
         self.steps = list(pairwise(self.points))
+        self.init_scale = self.path.prior_scale(self.points[0].t)  # a solver may start from more noise
 
     def point(self, t: float) -> Point:
         return Point(float(t), *(float(value) for value in self.path.coefficients(t)))
@@ -198,8 +199,7 @@ class Model:
             elif self.clip:
                 columns["r"] = self.clip
             columns["flags"] = pack_flags(Phi.CLAMP if "r" in columns else Phi.IDENTITY, writes)
-        init_scale = self.path.prior_scale(self.points[0].t)
-        table = CoefficientTable(build_rows(row.columns for row in rows), init_scale, scales[0], name)
+        table = CoefficientTable(build_rows(row.columns for row in rows), self.init_scale, scales[0], name)
         return table.with_guidance(self.guidance_scale).validate()
 
     def needs_signal(self, solver: str) -> None:

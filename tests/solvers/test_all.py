@@ -10,14 +10,21 @@ from genengine import schedules, solvers
 from genengine.paths import EDM, VE, Cosine
 from genengine.table import CoefficientTable, unpack_flags
 
-STOCHASTIC = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama", "consistency", "lcm")
+STOCHASTIC = (
+    "ddpm", "euler_ancestral", "dpmpp_2m_sde", "euler_maruyama", "consistency", "lcm", "dpm_2_ancestral",
+    "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_3m_sde",
+)  # fmt: skip
 DETERMINISTIC = tuple(name for name in solvers.SOLVERS if name not in STOCHASTIC)
 IN_TIME = ("euler", "heun", "midpoint", "rk4")
 # of four steps, the last one to sigma = 0; where not given, 4 rows and 0 registers
-ROWS = {"heun": 7, "dpm_2": 7, "midpoint": 8, "rk4": 14, "plms": 5, "dpmpp_singlestep": 7}
+ROWS = {
+    "heun": 7, "dpm_2": 7, "midpoint": 8, "rk4": 14, "plms": 5, "dpmpp_singlestep": 7, "edm": 7, "dpm_2_ancestral": 7,
+    "dpmpp_2s_ancestral": 7, "dpmpp_sde": 7, "dpm_fast": 9,
+}  # fmt: skip
 HISTORY = {
     "heun": 2, "dpm_2": 1, "midpoint": 1, "rk4": 3, "dpmpp_2m": 1, "dpmpp_2m_sde": 1, "dpmpp_3m": 2, "lms": 3,
-    "deis": 2, "plms": 3, "ipndm": 3, "dpmpp_singlestep": 1, "unipc": 2,
+    "deis": 2, "plms": 3, "ipndm": 3, "dpmpp_singlestep": 1, "unipc": 2, "edm": 2,
+    "dpm_2_ancestral": 1, "dpmpp_2s_ancestral": 1, "dpmpp_sde": 1, "dpmpp_3m_sde": 2, "dpm_fast": 2,
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-
 _WHOLE = (0.0, 1.0)
 
 
