@@ -35,9 +35,9 @@ class Work:
 
         self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
 
-    def fused(self, table, x_in=None, seed=None):
+    def fused(self, table, x_in=None, seed=None, variance=None):
         """As the sampling loop calls it."""
-        self.kernel(self.x, (self.output,), table, self.step, None, seed, None, None, self.out, x_in)
+        self.kernel(self.x, (self.output,), table, self.step, None, seed, None, None, variance, self.out, x_in)
 
     def eager(self):
         """Every output preallocated: four passes."""

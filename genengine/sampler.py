@@ -63,7 +63,8 @@ def sample(
     buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the
     model times (R, k B) of all rows and returns step(x, row) -> output, row int32 (k B,) on the device: then work that
     depends on t alone is done before the loop.
-    table: from `genengine.solvers`. shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
+    table: from `genengine.solvers`; with a learned variance, output has 2C channels, the second half of the last
+    branch's being v in s exp(l v). shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
     unconditional first, anything else must be equal in both; cond may be two dicts for three branches.
     guidance: replaces the table's g1, a float or one per sample (B,). seed: int in [0, 2^64), or int64 () or (B,).
@@ -122,7 +123,7 @@ class _Run:
     def __init__(self, denoiser, table, branches, noise, check_finite, model_dtype):
         self.denoiser, self.table_source, self.branches = denoiser, table, branches
         self.noise, self.check_finite, self.model_dtype = noise, check_finite, model_dtype
-        self.num_rows = table.num_rows
+        self.num_rows, self.learned_variance = table.num_rows, table.learned_variance
         self.times = [float(t) for t in table.t_model[:, 0]]
 
     def start(self, x, shape, seed, sample_ids, device):
@@ -190,10 +191,13 @@ class _Run:
                 f"sample: denoiser must return a tensor, got {type(output).__name__}; "
                 "unpack it in a wrapper (lambda x, t: model(x, t).sample, say)"
             )
+        variance = None
+        if self.learned_variance:
+            output, variance = self._split(output)
         if output.shape != self.x_in.shape or output.dtype != self.model_dtype or output.stride() != self.x_in.stride():
             output = self._conform(output)
         if self.check_finite:
-            self._check_finite(output, row)
+            self._check_finite((output, variance), row)
         noise = None if self.noise is None else self._given_noise(row)
         x_in = self.x_in if row + 1 < self.num_rows else None
         self.kernel(
@@ -205,10 +209,22 @@ class _Run:
             self.seed,
             self.sample_ids,
             noise,
+            variance,
             self.x,
             x_in,
         )
         self.advance(self.step, self.table, self.t)
+
+    def _split(self, output):
+        """The model's output and the v of its last branch: the halves of its channels, views where these are dense."""
+        shape = self.x_in.shape
+        if len(shape) < 2 or output.shape != (shape[0], 2 * shape[1], *shape[2:]):
+            raise ValueError(
+                f"sample: the table has a learned variance (l), so denoiser must return twice the channels of its "
+                f"input {tuple(shape)}, got {tuple(output.shape)}; or make the table with a fixed variance"
+            )
+        variance = output[-self.x.shape[0] :, shape[1] :]
+        return output[:, : shape[1]], _layout.like(variance.to(self.model_dtype), self.x)
 
     def _conform(self, output):
         """The model's output in the input's dtype and layout, if it has the shape and no more precision."""
@@ -225,8 +241,8 @@ class _Run:
             output = output.clone()  # a view of the input laid out otherwise: the row would overwrite it as it reads
         return output
 
-    def _check_finite(self, output, row):
-        if not torch.isfinite(output).all():
+    def _check_finite(self, outputs, row):
+        if not all(torch.isfinite(output).all() for output in outputs if output is not None):
             raise FloatingPointError(
                 f"sample: the model output of row {row} of {self.num_rows} (t = {self.times[row]:g}) is not finite"
             )

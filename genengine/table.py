@@ -138,6 +138,11 @@ class CoefficientTable:
         return bool(np.any(self.rows[..., _INDEX["s"]] != 0))
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether any row scales its noise by exp(l*v): then the model returns v in a second half of its channels."""
+        return bool(np.any(self.rows[..., _INDEX["l"]] != 0))
+
+    @property
     def num_history(self) -> int:
         """The highest history register read or written, 0 to 3."""
         read = self.rows[..., _HISTORY] != 0
@@ -174,7 +179,9 @@ class CoefficientTable:
             "give the clamp a positive radius",
         )
         self._refuse("s", self.column("s") < 0, "s >= 0", "pass the standard deviation of the noise")
-        self._refuse("l", self.column("l") != 0, "l = 0", "learned variance is not supported by this kernel yet")
+        self._refuse(
+            "l", (self.column("l") != 0) & (self.column("s") == 0), "l = 0 where s = 0", "l scales noise: set s"
+        )
         written = np.zeros((self.num_rows, self.batch), dtype=bool)
         for register in range(NUM_REGISTERS):
             writes = self._writes()[..., register] != Write.KEEP

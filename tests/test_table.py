@@ -76,7 +76,8 @@ def test_properties():
         ({"flags": pack_flags(Phi.CLAMP)}, r"row 1, sample 0, column r: expected r > 0"),
         ({"flags": pack_flags(Phi.DYNAMIC_THRESHOLD), "r": -1.0}, r"column r: .*got -1.0"),
         ({"s": -0.5}, r"column s: expected s >= 0, got -0.5"),
-        ({"l": 1.0}, r"column l: .*learned variance is not supported by this kernel yet"),
+        ({"l": 1.0}, r"column l: expected l = 0 where s = 0, got 1.0; l scales noise: set s"),
+        ({"l": np.nan, "s": 1.0}, r"column l: expected a finite number"),
         ({"h2": 1.0}, r"row 1, sample 0, column h2: expected an earlier row that writes H2"),
         # written in the same row is too late: everything is read first
         ({"h2": 1.0, "flags": pack_flags(writes=(0, Write.X))}, r"column h2: expected an earlier row"),
