@@ -72,18 +72,19 @@ __device__ __forceinline__ void predict(const Row<Registers>& row, const float (
   for (int i = 0; i < N; ++i) y[i] = y[i] / r;
 }
 
-// z <- exp(l v) z, where the row has l. Loaded here, late: rows without it keep no register for it.
+// z <- exp(l v) z, where the row has l.
 template <class Model, class Access, int N>
 __device__ __forceinline__ void spread_noise(const Samples& variance, float l, int64_t b, const Access& at, float (&z)[N]) {
-  if (variance.base == nullptr || l == 0.f) return;
+  if (l == 0.f) return;
   float v[N];
   load(at, variance.at<const Model>(b), v);
 #pragma unroll
   for (int i = 0; i < N; ++i) z[i] = spread(l, v[i], z[i]);
 }
 
-// Registers: how many may exist; s.registers of them do.
-template <class State, class Model, bool Drawn, int Registers, class Access>
+// Registers: how many may exist; s.registers of them do. Learned: with v, whose kernels are their own because it costs
+// registers.
+template <class State, class Model, bool Drawn, bool Learned, int Registers, class Access>
 __device__ __forceinline__ void step_elements(const StepArguments& s, int64_t b, const Access& at) {
   constexpr int N = Access::kElements;
   float x[N], m[N], y[N] = {}, z[N] = {}, value[N];
@@ -107,7 +108,7 @@ __device__ __forceinline__ void step_elements(const StepArguments& s, int64_t b,
   const bool noisy = Drawn || s.noise.given.base != nullptr;
   if (noisy && row.s != 0.f) {
     load_noise<Drawn>(s.noise, b, static_cast<uint32_t>(index), kStepStream, at, z);
-    spread_noise<Model>(s.variance, row.l, b, at, z);
+    if constexpr (Learned) spread_noise<Model>(s.variance, row.l, b, at, z);
   }
 
   Access::convert(raw_x, x);
@@ -145,18 +146,20 @@ __device__ __forceinline__ void step_elements(const StepArguments& s, int64_t b,
 template <class Model, int Registers>
 constexpr int kWidth = Registers == 0 ? 16 / sizeof(Model) : 4;
 
-template <class State, class Model, bool Drawn, int Registers>
+template <class State, class Model, bool Drawn, bool Learned, int Registers>
 __global__ void GENENGINE_BOUNDS sampler_step_vectorised(const __grid_constant__ StepArguments s) {
   const Wide<kWidth<Model, Registers>> at(item_index());
   if (at.first >= s.per) return;
-  for (int64_t b = first_sample(); b < s.batch; b += sample_stride()) step_elements<State, Model, Drawn, Registers>(s, b, at);
+  for (int64_t b = first_sample(); b < s.batch; b += sample_stride())
+    step_elements<State, Model, Drawn, Learned, Registers>(s, b, at);
 }
 
-template <class State, class Model, bool Drawn>
+template <class State, class Model, bool Drawn, bool Learned>
 __global__ void GENENGINE_BOUNDS sampler_step_scattered(const __grid_constant__ StepArguments s) {
   if (4 * item_index() >= s.per) return;
   const Scattered at(item_index(), s.per, s.layout);
-  for (int64_t b = first_sample(); b < s.batch; b += sample_stride()) step_elements<State, Model, Drawn, kMaxHistory>(s, b, at);
+  for (int64_t b = first_sample(); b < s.batch; b += sample_stride())
+    step_elements<State, Model, Drawn, Learned, kMaxHistory>(s, b, at);
 }
 
 __global__ void advance_steps(int32_t* step, const float* table, float* t, AdvanceOperands o) {
@@ -172,27 +175,31 @@ __global__ void advance_steps(int32_t* step, const float* table, float* t, Advan
 
 namespace {
 
-template <class State, class Model, bool Drawn, int Registers>
+template <class State, class Model, bool Drawn, bool Learned, int Registers>
 void launch(const Launcher& launcher, const StepArguments& s, bool wide) {
   constexpr int64_t kElements = kWidth<Model, Registers>;
   if (wide && s.per % kElements == 0)
-    return launcher.run<sampler_step_vectorised<State, Model, Drawn, Registers>>(grid_over(s.per / kElements, s.batch), s);
+    return launcher.run<sampler_step_vectorised<State, Model, Drawn, Learned, Registers>>(
+        grid_over(s.per / kElements, s.batch), s);
   require_countable("sampler_step", s.per);
-  launcher.run<sampler_step_scattered<State, Model, Drawn>>(grid_over((s.per + 3) / 4, s.batch), s);
+  launcher.run<sampler_step_scattered<State, Model, Drawn, Learned>>(grid_over((s.per + 3) / 4, s.batch), s);
 }
 
-template <class State, class Model, bool Drawn>
+template <class State, class Model, bool Drawn, bool Learned>
 void launch(const Launcher& launcher, const StepArguments& s, bool wide) {
-  switch (s.registers) {
-    case 0: return launch<State, Model, Drawn, 0>(launcher, s, wide);
-    case 1: return launch<State, Model, Drawn, 1>(launcher, s, wide);
-    default: return launch<State, Model, Drawn, kMaxHistory>(launcher, s, wide);
-  }
+  if (s.registers == 0) return launch<State, Model, Drawn, Learned, 0>(launcher, s, wide);
+  if constexpr (!Learned)
+    if (s.registers == 1) return launch<State, Model, Drawn, Learned, 1>(launcher, s, wide);
+  launch<State, Model, Drawn, Learned, kMaxHistory>(launcher, s, wide);
 }
 
 template <class State, class Model>
 void launch(const Launcher& launcher, const StepArguments& s, bool wide) {
-  s.noise.drawn() ? launch<State, Model, true>(launcher, s, wide) : launch<State, Model, false>(launcher, s, wide);
+  const bool drawn = s.noise.drawn();
+  if (s.variance.base)
+    drawn ? launch<State, Model, true, true>(launcher, s, wide) : launch<State, Model, false, true>(launcher, s, wide);
+  else
+    drawn ? launch<State, Model, true, false>(launcher, s, wide) : launch<State, Model, false, false>(launcher, s, wide);
 }
 
 void launch(const Launcher& launcher, const StepArguments& s, const StepOperands& o, bool wide) {
