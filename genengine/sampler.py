@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genengine import _capture
 from genengine._progress import progress_bar
+from genengine.extensions._protocol import Extension, Extensions, Run
 from genengine.ops import _check, _layout, _registry, normal
 from genengine.ops.sampler_step import ADVANCE, SAMPLER_STEP
 from genengine.table import CoefficientTable
@@ -52,6 +53,7 @@ def sample(
     device: torch.device | str | None = None,
     model_dtype: torch.dtype | None = None,
     check_finite: bool = False,
+    extensions: Sequence[Extension] = (),
 ) -> Tensor:
     """Run a coefficient table from noise to data.
 
@@ -78,6 +80,7 @@ def sample(
     device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
     model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
     check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).
+    extensions: pieces of `genengine.extensions`, called in this order before and after every row.
 
     Returns x (B, ...), an ordinary tensor: the state is float32, or x's dtype. Raises ValueError or TypeError on bad
     arguments.
@@ -90,9 +93,10 @@ def sample(
         )
     branches = _branches(cond, uncond)
     device = _device(device, x, branches, denoiser)
-    table = _with_guidance(table, guidance, len(branches))
+    extensions = Extensions(extensions)
+    table = extensions.extend(_with_guidance(table, guidance, len(branches)))
     table.validate()
-    run = _Run(denoiser, table, branches, noise, check_finite, model_dtype or _model_dtype(denoiser))
+    run = _Run(denoiser, table, branches, extensions, noise, check_finite, model_dtype or _model_dtype(denoiser))
     run.start(x, shape, seed, sample_ids, device)
     mode = _mode(capture, run, callback, progress)
     with torch.inference_mode(), _on(device), progress_bar(progress, table.num_rows, table.name, "row") as bar:
@@ -120,8 +124,8 @@ def _drive(run: _Run, mode: str, callback, bar) -> None:
 class _Run:
     """The buffers of one sampling run, and its row: nothing is allocated per row but by the model."""
 
-    def __init__(self, denoiser, table, branches, noise, check_finite, model_dtype):
-        self.denoiser, self.table_source, self.branches = denoiser, table, branches
+    def __init__(self, denoiser, table, branches, extensions, noise, check_finite, model_dtype):
+        self.denoiser, self.table_source, self.branches, self.extensions = denoiser, table, branches, extensions
         self.noise, self.check_finite, self.model_dtype = noise, check_finite, model_dtype
         self.num_rows, self.learned_variance = table.num_rows, table.learned_variance
         self.times = [float(t) for t in table.t_model[:, 0]]
@@ -139,6 +143,8 @@ class _Run:
         copies = len(self.branches)
         self.cond = _concatenate(self.branches, batch, device)
         self.table = torch.from_numpy(self.table_source.astype_float32()).to(device)
+        if self.extensions.write_rows:
+            self.table = self.table.expand(-1, batch, -1).contiguous()
         self.first_time = self.table[0, :, 0].expand(batch).repeat(copies)
         self.step = torch.zeros(copies * batch, dtype=torch.int32, device=device)
         self.sample_step = self.step[:batch]
@@ -152,6 +158,9 @@ class _Run:
         self.sample_ids = _check.sample_ids("sample", sample_ids, device, batch)
         self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
         self.advance = _registry.resolve(ADVANCE, self.x.device, torch.float32)
+        shown = (self.x, self.table, self.sample_step, self.table_source, copies, self.model_dtype, seed)
+        self.extensions.start(lambda: Run(*shown, self.sample_ids))
+        self.pristine = self.table.clone() if self.extensions.write_rows else None
 
     def prepare(self):
         """Rewind to row 0: the first model input, and the model itself prepared for the whole schedule."""
@@ -165,6 +174,8 @@ class _Run:
 
     def rewind(self):
         self.step.zero_()
+        if self.pristine is not None:
+            self.table.copy_(self.pristine)
         self.t.copy_(self.first_time)
         self._write_x_in(self.table_source.first_c_in)
 
@@ -199,10 +210,11 @@ class _Run:
         if self.check_finite:
             self._check_finite((output, variance), row)
         noise = None if self.noise is None else self._given_noise(row)
-        x_in = self.x_in if row + 1 < self.num_rows else None
+        outputs = self.extensions.before_row(output, noise)
+        x_in = None if row + 1 == self.num_rows or self.extensions.change_x else self.x_in
         self.kernel(
             self.x,
-            (output,),
+            outputs,
             self.table,
             self.sample_step,
             self.history,
@@ -213,6 +225,7 @@ class _Run:
             self.x,
             x_in,
         )
+        self.extensions.after_row(self.x_in)
         self.advance(self.step, self.table, self.t)
 
     def _split(self, output):

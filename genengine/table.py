@@ -253,6 +253,29 @@ class CoefficientTable:
             rows[..., _INDEX[name]] = weight
         return replace(self, rows=rows)
 
+    def with_guidance_interval(self, t_low: float, t_high: float) -> "CoefficientTable":
+        """The same table with guidance where t_low < t_model <= t_high alone; elsewhere g1 = 1 and g2 = 0.
+
+        There m is out_1, the conditional output as it is. `with_guidance`, as `sample`'s guidance argument, writes
+        every row: apply it before.
+
+        Args:
+            t_low, t_high: model times, t_low < t_high.
+
+        Returns:
+            A new table.
+
+        Raises:
+            ValueError: unless t_low < t_high.
+
+        Kynkaanniemi 2024, eq. 4.
+        """
+        if not t_low < t_high:
+            raise ValueError(f"with_guidance_interval: needs t_low < t_high, got {t_low!r} and {t_high!r}")
+        rows, outside = self.rows.copy(), (self.t_model <= t_low) | (self.t_model > t_high)
+        rows[outside, _INDEX["g1"]], rows[outside, _INDEX["g2"]] = 1.0, 0.0
+        return replace(self, rows=rows)
+
     def astype_float32(self) -> np.ndarray:
         """The rows as a fresh contiguous float32 array, (R, B or 1, 16): what the kernels read."""
         return np.ascontiguousarray(self.rows, dtype=np.float32)

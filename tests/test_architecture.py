@@ -14,7 +14,7 @@ LAYERS = [
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],
-    ["sampler", "_capture", "rotary", "nets", "evaluate", "images"],
+    ["sampler", "_capture", "extensions", "rotary", "nets", "evaluate", "images"],
     ["models"],
     ["training_log", "train", "environment"],
     ["benchmarks"],
