@@ -63,6 +63,8 @@ class Rescale(_Weighted):
         m  = u + w (c - u)
         m' = phi m std(c)/std(m) + (1 - phi) m          std over all elements of a sample
 
+    The deviations come from sums rounded to float32: they lose digits where a sample's mean is far above its spread.
+
     Args:
         phi: how much of it, in [0, 1].
     Raises:
@@ -153,7 +155,7 @@ class Projected(_Weighted):
         return -k, 1 + k * (1 - (1 - self.eta) * parallel)
 
 
-@dataclass
+@dataclass(eq=False)
 class PerChannelGuidance(Extension):
     """A guidance weight for every channel, in place of the table's: m = u + w[channel] (c - u).
 
