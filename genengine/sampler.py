@@ -80,7 +80,8 @@ def sample(
     device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
     model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
     check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).
-    extensions: pieces of `genengine.extensions`, called in this order before and after every row.
+    extensions: pieces of `genengine.extensions`, called in this order before and after every row; where one adds rows,
+    `noise` and callbacks count these too.
 
     Returns x (B, ...), an ordinary tensor: the state is float32, or x's dtype. Raises ValueError or TypeError on bad
     arguments.

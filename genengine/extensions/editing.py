@@ -50,7 +50,7 @@ class Inpaint(Extension):
     def __post_init__(self):
         if self.noise not in NOISE:
             raise ValueError(f"Inpaint: noise must be one of {', '.join(NOISE)}, got {self.noise!r}")
-        self.mask, self.known = torch.as_tensor(self.mask).float(), torch.as_tensor(self.known).float()
+        self.mask, self.known = (torch.as_tensor(t).detach().float() for t in (self.mask, self.known))
         if not ((self.mask >= 0) & (self.mask <= 1)).all():
             raise ValueError("Inpaint: mask must be within [0, 1]; 1 is generated, 0 is kept")
 

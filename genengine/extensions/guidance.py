@@ -162,7 +162,7 @@ class PerChannelGuidance(Extension):
     The published DiT and SiT samplers guide the first three of four latent channels alone: weights (w, w, w, 1).
 
     Args:
-        weights: (C,) or (B, C), finite.
+        weights: (C,) or (B, C), finite, for a state (B, C, ...).
     Raises:
         ValueError: weights of another shape or not finite; at the start of the run, unless the model has two branches.
     """
@@ -171,7 +171,7 @@ class PerChannelGuidance(Extension):
     guides = True
 
     def __post_init__(self):
-        weights = torch.as_tensor(self.weights, dtype=torch.float32)
+        weights = torch.as_tensor(self.weights, dtype=torch.float32).detach()
         if weights.dim() not in (1, 2) or not weights.isfinite().all():
             raise ValueError(f"PerChannelGuidance: weights must be finite, (C,) or (B, C), got {tuple(weights.shape)}")
         self.weights = weights
