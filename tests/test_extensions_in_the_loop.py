@@ -44,8 +44,8 @@ def every(ids=slice(None)):
         "several": (
             solvers.ddpm(VP, VP_GRID, **vp),
             (
-                ext.Rescale(), ext.DynamicThreshold(0.9), ext.Langevin(VP, "eps"), ext.GuidanceInterval(0.1, 0.9),
-                ext.Inpaint(MASK, known, VP),
+                ext.Rescale(), ext.Inpaint(MASK, known, VP), ext.DynamicThreshold(0.9), ext.Langevin(VP, "eps"),
+                ext.GuidanceInterval(0.1, 0.9),
             ),
         ),
     }  # fmt: skip
@@ -133,6 +133,20 @@ def test_empty_batch():
             denoiser, table, (0, *SHAPE[1:]), cond={"y": y}, uncond={"y": y}, guidance=2.0, extensions=extensions
         )
         assert x.shape == (0, *SHAPE[1:])
+
+
+def test_rows_that_a_later_extension_adds_are_inpainted_too():
+    """Whichever comes first: the known part is put back after the corrections too."""
+    known = torch.linspace(-1, 1, 180).reshape(SHAPE)
+    table = solvers.ddpm(VP, VP_GRID, prediction="eps")
+    pieces = [ext.Inpaint(MASK, known, VP), ext.Langevin(VP, "eps")]
+    first, last = (
+        genengine.sample(denoiser, table, SHAPE, seed=7, extensions=order, **branches())
+        for order in (pieces, pieces[::-1])
+    )
+    assert torch.equal(first, last) and torch.equal(first[:, :, MASK == 0], known[:, :, MASK == 0])
+    with pytest.raises(ValueError, match="Langevin: another extension adds rows after it"):
+        genengine.sample(denoiser, table, SHAPE, extensions=[ext.Langevin(VP, "eps")] * 2)
 
 
 def test_an_extension_of_one_s_own():

@@ -61,27 +61,44 @@ class Run:
     ):  # fmt: skip
         self.x, self.rows, self.step, self.table, self.num_branches = x, rows, step, table, num_branches
         self.model_dtype, self.seed, self.sample_ids = model_dtype, seed, sample_ids
-        self._given = None  # the noise of the current row, where the caller gives it
         self._unit = self.affine_rows(s=np.ones((table.num_rows, 1)))
+        self._affine, self._first = torch.zeros(1, x.shape[0], len(COLUMNS), device=x.device), torch.zeros_like(step)
+        self.open_row()
 
     # ---- the current row ---------------------------------------------------------------------------------------
 
     def read(self, *columns: str) -> tuple[Tensor, ...]:
-        """Columns of every sample's current row, each (B,) float32."""
-        row = self.rows.expand(-1, self.x.shape[0], -1).gather(0, self._index().expand(1, -1, len(COLUMNS)))[0]
+        """Columns of every sample's current row, each (B,) float32: views, which `write` changes."""
+        row = self._current()
         return tuple(row[:, _INDEX[name]] for name in columns)
 
     def write(self, **columns: Tensor) -> None:
         """Set columns of every sample's current row, each (B,), until the run is rewound."""
+        row = self._current()
         for name, value in columns.items():
-            self.rows[..., _INDEX[name]].scatter_(0, self._index()[..., 0], value.to(self.rows.dtype)[None])
+            row[:, _INDEX[name]] = value
+        self._written = True
 
     def of_row(self, values: Tensor) -> Tensor:
         """(B,): the current row's entry of values (R, B or 1) for every sample."""
-        return values.expand(-1, self.x.shape[0]).gather(0, self._index()[..., 0])[0]
+        self._current()
+        return values.expand(-1, self.x.shape[0]).gather(0, self._index[..., 0])[0]
 
-    def _index(self):
-        return self.step.clamp(0, self.rows.shape[0] - 1).long().view(1, -1, 1)
+    def open_row(self, given: Tensor | None = None) -> None:
+        """The loop's, before the hooks of a row; given: the noise of the row, if it is not drawn."""
+        self._given, self._row, self._written = given, None, False
+
+    def close_row(self) -> None:
+        """The loop's, before the fused row: puts what the extensions wrote into the table."""
+        if self._written:
+            self.rows.scatter_(0, self._index, self._row[None])
+
+    def _current(self) -> Tensor:
+        """A copy of every sample's current row, (B, 16), made when it is first asked for."""
+        if self._row is None:
+            self._index = self.step.clamp(0, self.rows.shape[0] - 1).long().view(1, -1, 1).expand(1, -1, len(COLUMNS))
+            self._row = self.rows.expand(-1, self.x.shape[0], -1).gather(0, self._index)[0]
+        return self._row
 
     # ---- tensors like the state ----------------------------------------------------------------------------------
 
@@ -104,10 +121,9 @@ class Run:
     def affine(self, a: Tensor, b: Tensor, outputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
         """out = a x + b m, m the outputs guided as in the current row; a, b: (B,), out: a float32 `buffer()`."""
         g1, g2 = self.read("g1", "g2")
-        row = torch.zeros_like(self.rows[:1].expand(1, self.x.shape[0], -1))
         for name, value in {"a": a, "b": b, "g1": g1, "g2": g2}.items():
-            row[..., _INDEX[name]] = value
-        return sampler_step(self.x.to(out.dtype), outputs, row, torch.zeros_like(self.step), out=out)
+            self._affine[0, :, _INDEX[name]] = value
+        return sampler_step(self.x.to(out.dtype), outputs, self._affine, self._first, out=out)
 
     def noise(self, out: Tensor) -> Tensor:
         """out = z as the current row adds it, drawn or given; out: a float32 `buffer()`."""
@@ -160,10 +176,11 @@ class Extensions:
         """The branches that the row combines, of the model's output (k B, ...)."""
         if not self._before or self.run.x.numel() == 0:
             return (output,)
-        self.run._given = given
+        self.run.open_row(given)
         outputs = output.split(self.run.x.shape[0])
         for extension in self._before:
             outputs = extension.before_row(self.run, outputs) or outputs
+        self.run.close_row()
         return outputs
 
     def after_row(self, x_in: Tensor) -> None:
@@ -171,6 +188,8 @@ class Extensions:
         run = self.run
         if not self._after or run.x.numel() == 0:
             return
+        if not self._before:
+            run.open_row()
         for extension in self._after:
             extension.after_row(run)
         (c_in,) = run.read("c_in")

@@ -36,8 +36,8 @@ class Langevin(Extension):
         num_steps: corrections before each row.
         norms: "sample" for the norms of each sample's z and g, so that it depends on no other; "batch" for their means
             over the batch, as the published code has it.
-        times: (R,) path times at which the table's rows evaluate the model; default its t_model, which is right where
-            the solver was given no model_time.
+        times: (R,) path times at which the rows that exist when it is this extension's turn evaluate the model; default
+            their t_model, which is right where the solver was given no model_time.
     Raises:
         ValueError: arguments out of range; at the start of the run, a solver that evaluates the model more than once a
             step, t_model that cannot be path times, a time where the prediction gives no score.
@@ -95,6 +95,8 @@ class Langevin(Extension):
         return rows, (alpha / following) ** 2, idle
 
     def start(self, run: Run) -> None:
+        if len(self._corrects) != run.table.num_rows:
+            raise ValueError("Langevin: another extension adds rows after it; make Langevin the last that does")
         device = run.x.device
         self._z, self._score = run.buffer(), run.buffer()
         self._on = torch.from_numpy(self._corrects).to(device)

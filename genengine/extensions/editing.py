@@ -12,7 +12,6 @@ from torch import Tensor
 from genengine.extensions._protocol import Extension, Run, row_times
 from genengine.ops import diffuse, normal, sampler_step
 from genengine.paths import Path
-from genengine.table import CoefficientTable
 
 NOISE = ("fixed", "row")
 
@@ -33,8 +32,8 @@ class Inpaint(Extension):
         known: clean data, (B, ...) or one for all (1, ...); values where the mask is 1 do not matter if finite.
         path: the solver's.
         noise: "fixed" or "row".
-        times: (R,) path times at which the table's rows evaluate the model; default its t_model, which is right where
-            the solver was given no model_time.
+        times: (R,) path times at which the rows, those added by other extensions too, evaluate the model; default their
+            t_model, which is right where the solver was given no model_time.
     Raises:
         ValueError: noise unknown; at the start of the run, a mask or known data that do not fit x, values of the mask
             outside [0, 1], t_model that cannot be path times.
@@ -54,14 +53,11 @@ class Inpaint(Extension):
         if not ((self.mask >= 0) & (self.mask <= 1)).all():
             raise ValueError("Inpaint: mask must be within [0, 1]; 1 is generated, 0 is kept")
 
-    def extend(self, table: CoefficientTable) -> CoefficientTable:
-        at = row_times("Inpaint", table, self.times)
-        following = np.concatenate([at[1:], np.zeros_like(at[:1])])
-        self._alpha, self._sigma = np.array(self.path.alpha(following)), np.array(self.path.sigma(following))
-        self._alpha[-1], self._sigma[-1] = 1.0, 0.0
-        return table
-
     def start(self, run: Run) -> None:
+        at = row_times("Inpaint", run.table, self.times)
+        following = np.concatenate([at[1:], np.zeros_like(at[:1])])
+        alpha, sigma = np.array(self.path.alpha(following)), np.array(self.path.sigma(following))
+        alpha[-1], sigma[-1] = 1.0, 0.0  # also where the path never is without noise
         mask, known = self.mask.to(run.x.device), self.known.to(run.x.device)
         for name, tensor in (("mask", mask), ("known", known)):
             try:
@@ -73,7 +69,7 @@ class Inpaint(Extension):
         self._kept = (1.0 - mask).to(run.x.dtype)
         self._known, self._at_t = (run.buffer(run.x.dtype) for _ in range(2))
         self._known.copy_(known)
-        rows = run.affine_rows(a=self._alpha, s=self._sigma)
+        rows = run.affine_rows(a=alpha, s=sigma)
         if self.noise == "row":
             self._rows, self._draw = torch.cat([rows, rows]), {"seed": run.seed, "sample_ids": run.sample_ids}
         else:
