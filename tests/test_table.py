@@ -121,6 +121,26 @@ def test_describe_shows_what_matters():
     assert len({len(line) for line in (names, first, second)}) == 1
 
 
+def test_a_learned_variance_is_valid_where_there_is_noise_and_described():
+    table = two_rows(s=0.5, l=-0.25).validate()
+    assert table.learned_variance and not two_rows(s=0.5).learned_variance
+    names, _, second = table.describe().split("\n")[1:]
+    assert names.split()[-4:-2] == ["s", "l"] and second.split()[-3:-1] == ["0.5", "-0.25"]
+
+
+def test_with_guidance_interval():
+    """Half open, as in the paper: t_low is outside, t_high inside; the model's time counts."""
+    rows = build_rows([{"t_model": t, "a": 1.0, "b": 0.1} for t in (0.9, 0.6, 0.4, 0.2)])
+    table = CoefficientTable(rows).with_guidance(np.array([3.0, 5.0]), 0.5)
+    inside = table.with_guidance_interval(0.2, 0.6)
+    np.testing.assert_array_equal(inside.column("g1"), [[1, 1], [3, 5], [3, 5], [1, 1]])
+    np.testing.assert_array_equal(inside.column("g2"), np.array([[0, 0.5, 0.5, 0]] * 2).T)
+    np.testing.assert_array_equal(inside.rows[..., 3:], table.rows[..., 3:])
+    assert np.all(table.column("g2") == 0.5), "the original is untouched"
+    with pytest.raises(ValueError, match="with_guidance_interval: needs t_low < t_high, got 0.6 and 0.6"):
+        table.with_guidance_interval(0.6, 0.6)
+
+
 def test_describe_of_one_sample():
     table = two_rows().with_guidance(np.array([1.0, 3.0]))
     assert "guidance 3," in table.describe(sample=1) and "(sample 1 of 2)" in table.describe(sample=1)
