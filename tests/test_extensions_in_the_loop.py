@@ -18,8 +18,9 @@ from extension_cases import (
 )
 
 import genengine
+from genengine import data, solvers
 from genengine import extensions as ext
-from genengine import solvers
+from genengine.models import FAMILIES
 
 
 def every(ids=slice(None)):
@@ -147,6 +148,19 @@ def test_rows_that_a_later_extension_adds_are_inpainted_too():
     assert torch.equal(first, last) and torch.equal(first[:, :, MASK == 0], known[:, :, MASK == 0])
     with pytest.raises(ValueError, match="Langevin: another extension adds rows after it"):
         genengine.sample(denoiser, table, SHAPE, extensions=[ext.Langevin(VP, "eps")] * 2)
+
+
+@pytest.mark.parametrize("family", ["flow", "ddpm"])
+def test_shipped_models_take_extensions(family):
+    """Inpainting a digit of its own: the known half is kept exactly, the other stays an image."""
+    model = FAMILIES[family].pretrained()
+    known = data.digits("test")[0][:3]
+    mask = torch.zeros(8, 8)
+    mask[:, 4:] = 1
+    pieces = [ext.Inpaint(mask, known, model.path)] + [ext.DynamicThreshold()] * (family == "ddpm")
+    got = model.sample(3, steps=10, seed=1, extensions=pieces)
+    assert torch.equal(got[..., :4], known[..., :4]) and got.abs().max() < 1.5
+    assert not torch.equal(got, model.sample(3, steps=10, seed=1))
 
 
 def test_an_extension_of_one_s_own():

@@ -244,7 +244,7 @@ class DDPM(Guided):
 
     def sample(
         self, num, labels=None, *, steps=15, solver="dpmpp_2m", grid="uniform", guidance=None, clip=None, seed=0,
-        first_id=0, callback=None, progress=False, check_finite=False,
+        first_id=0, callback=None, progress=False, check_finite=False, extensions=(),
     ):  # fmt: skip
         """Draw images by a solver from noise (t = 1) to data (t = 0).
 
@@ -270,6 +270,7 @@ class DDPM(Guided):
             callback: called with a `sampler.StepInfo` after each row of the solver's table.
             progress: show a progress bar.
             check_finite: look at every output of the network; costs a synchronisation per step on a GPU.
+            extensions: pieces of `genengine.extensions`; the path is `self.path`, the prediction `self.prediction`.
         Returns:
             (num, C, H, W) float32 on the network's device, nominally in [-1, 1], not clipped.
         Raises:
@@ -295,7 +296,7 @@ class DDPM(Guided):
                 denoiser = _MeanHalf(self.net)
         return self._run_table(
             table, denoiser, num, labels, guidance, seed=seed, sample_ids=sample_ids, callback=callback,
-            progress=progress, check_finite=check_finite,
+            progress=progress, check_finite=check_finite, extensions=extensions,
         )  # fmt: skip
 
     def _clip(self, solver, clip):
