@@ -63,7 +63,7 @@ class Run:
         self.model_dtype, self.seed, self.sample_ids = model_dtype, seed, sample_ids
         self._unit = self.affine_rows(s=np.ones((table.num_rows, 1)))
         self._affine, self._first = torch.zeros(1, x.shape[0], len(COLUMNS), device=x.device), torch.zeros_like(step)
-        self.open_row()
+        self._open()
 
     # ---- the current row ---------------------------------------------------------------------------------------
 
@@ -84,11 +84,11 @@ class Run:
         self._current()
         return values.expand(-1, self.x.shape[0]).gather(0, self._index[..., 0])[0]
 
-    def open_row(self, given: Tensor | None = None) -> None:
+    def _open(self, given: Tensor | None = None) -> None:
         """The loop's, before the hooks of a row; given: the noise of the row, if it is not drawn."""
         self._given, self._row, self._written = given, None, False
 
-    def close_row(self) -> None:
+    def _close(self) -> None:
         """The loop's, before the fused row: puts what the extensions wrote into the table."""
         if self._written:
             self.rows.scatter_(0, self._index, self._row[None])
@@ -176,11 +176,11 @@ class Extensions:
         """The branches that the row combines, of the model's output (k B, ...)."""
         if not self._before or self.run.x.numel() == 0:
             return (output,)
-        self.run.open_row(given)
+        self.run._open(given)
         outputs = output.split(self.run.x.shape[0])
         for extension in self._before:
             outputs = extension.before_row(self.run, outputs) or outputs
-        self.run.close_row()
+        self.run._close()
         return outputs
 
     def after_row(self, x_in: Tensor) -> None:
@@ -189,7 +189,7 @@ class Extensions:
         if not self._after or run.x.numel() == 0:
             return
         if not self._before:
-            run.open_row()
+            run._open()
         for extension in self._after:
             extension.after_row(run)
         (c_in,) = run.read("c_in")

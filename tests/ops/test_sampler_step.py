@@ -251,15 +251,17 @@ def test_views_and_odd_layouts_equal_contiguous_inputs():
     branches=st.integers(1, 3),
     registers=st.integers(0, 3),
     noise=st.sampled_from(["none", "drawn", "given"]),
+    learned=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_any_shape(batch, inner, branches, registers, noise, seed):
+def test_any_shape(batch, inner, branches, registers, noise, learned, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, *inner)
     x, z, *outputs = (torch.randn(shape, generator=generator) for _ in range(2 + branches))
     table = random_table(generator, 3, max(batch, 1), branches, registers)
     step = torch.randint(0, 4, (batch,), generator=generator, dtype=torch.int32)
     draw = {"none": {}, "drawn": {"seed": seed}, "given": {"noise": z}}[noise]
+    draw["variance"] = torch.randn(shape, generator=generator) if learned else None
     results = []
     for backend in ("cpu", "reference"):
         skip_unless_available("sampler_step_out", backend)
