@@ -96,7 +96,7 @@ class Run:
     def _current(self) -> Tensor:
         """A copy of every sample's current row, (B, 16), made when it is first asked for."""
         if self._row is None:
-            self._index = self.step.clamp(0, self.rows.shape[0] - 1).long().view(1, -1, 1).expand(1, -1, len(COLUMNS))
+            self._index = self.step.long().view(1, -1, 1).expand(1, -1, len(COLUMNS))
             self._row = self.rows.expand(-1, self.x.shape[0], -1).gather(0, self._index)[0]
         return self._row
 

@@ -38,22 +38,25 @@ class _Weighted(Extension):
 
     guides = True
 
-    def weights(self, sums: Moments, w: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(w_u, w_c), each (B,) float64, of the sums, the guidance weight w (B,) and the row's index (B,)."""
+    def weights(self, sums: Moments, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(w_u, w_c), each (B,) float64, of the sums and the guidance weight w (B,)."""
         raise NotImplementedError
+
+    def scale(self, run: Run, f: Tensor) -> Tensor:
+        """What b and q are multiplied by, (B,)."""
+        return f
 
     def start(self, run: Run) -> None:
         _two_branches(self, run)
 
     def before_row(self, run: Run, outputs: tuple[Tensor, ...]) -> None:
-        g1, b, q = (column.double() for column in run.read("g1", "b", "q"))
+        g1, b, q = run.read("g1", "b", "q")
         sums = Moments(*guidance_moments(outputs).double().unbind(1), n=outputs[0][0].numel())
-        w_u, w_c = self.weights(sums, g1, run.step)
+        w_u, w_c = self.weights(sums, g1.double())
         f = w_u + w_c
-        divisor = torch.where(f.abs() < _SMALLEST, torch.where(f < 0, -_SMALLEST, _SMALLEST), f)
-        idle = (w_u == 0) & (w_c == 0)
-        f = torch.where(idle, 0.0, divisor)
-        run.write(g1=torch.where(idle, g1, w_c / divisor), b=b * f, q=q * f)
+        f = f.abs().clamp_min_(_SMALLEST).copysign_(f)
+        scale = self.scale(run, f)
+        run.write(g1=w_c / f, b=b * scale, q=q * scale)
 
 
 @dataclass
@@ -78,11 +81,12 @@ class Rescale(_Weighted):
         if not 0 <= self.phi <= 1:
             raise ValueError(f"Rescale: phi must be in [0, 1], got {self.phi!r}")
 
-    def weights(self, sums, w, step):
-        spread_c = sums.cc - sums.c * sums.c / sums.n
+    def weights(self, sums, w):
         d, ud = sums.c - sums.u, sums.uc - sums.uu
-        spread_u, spread_d = sums.uu - sums.u * sums.u / sums.n, sums.dd - d * d / sums.n
-        spread_m = spread_u + 2 * w * (ud - sums.u * d / sums.n) + w * w * spread_d
+        centred = lambda ab, a, b: torch.addcmul(ab, a, b, value=-1 / sums.n)  # noqa: E731
+        spread_u, spread_c = centred(sums.uu, sums.u, sums.u), centred(sums.cc, sums.c, sums.c)
+        slope = torch.addcmul(2 * centred(ud, sums.u, d), w, centred(sums.dd, d, d))
+        spread_m = torch.addcmul(spread_u, w, slope)  # of u + w d
         ratio = torch.where(spread_m > 0, spread_c.clamp_min(0) / spread_m, 1.0).sqrt()
         scale = self.phi * ratio + (1 - self.phi)
         return scale * (1 - w), scale * w
@@ -112,10 +116,12 @@ class CFGZeroStar(_Weighted):
         ):
             raise ValueError(f"CFGZeroStar: zero_init_steps must be an int >= 0, got {self.zero_init_steps!r}")
 
-    def weights(self, sums, w, step):
+    def weights(self, sums, w):
         s = torch.where(sums.uu > 0, sums.uc / sums.uu, 1.0)
-        on = step >= self.zero_init_steps
-        return torch.where(on, s * (1 - w), 0.0), torch.where(on, w, 0.0)
+        return s * (1 - w), w
+
+    def scale(self, run, f):
+        return f * (run.step >= self.zero_init_steps)
 
 
 @dataclass
@@ -147,7 +153,7 @@ class Projected(_Weighted):
                 f"Projected: norm_threshold must be finite and above 0, or None, got {self.norm_threshold!r}"
             )
 
-    def weights(self, sums, w, step):
+    def weights(self, sums, w):
         k = w - 1
         if self.norm_threshold is not None:
             k = k * torch.where(sums.dd > 0, self.norm_threshold / sums.dd.sqrt(), 1.0).clamp_max(1.0)
