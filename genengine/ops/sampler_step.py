@@ -51,8 +51,8 @@ def sampler_step(
     K <= 3, written in place.
     seed: draws z = normal(seed, sample_ids[b], step[b], stream "step") in the kernel; noise: z given, float32 or x's
     dtype, like x. With neither, a row's s must be 0 (it is skipped). sample_ids: int64 (B,), default 0..B-1.
-    variance: v, like one of the outputs and as them perhaps a view; needed where a row has s and l, else not read. Its
-    exponential takes l v from -87 to 88, and l v beyond as these.
+    variance: v, of the outputs' dtype and like them perhaps a view; needed where a row has s and l, else not read; l v
+    is bounded to [-87, 88].
     out: written instead of a new tensor; may be x itself. x_in: (k B, ...) in the outputs' dtype, k copies of the input
     of the next model evaluation.
 
