@@ -68,7 +68,7 @@ class Run:
     # ---- the current row ---------------------------------------------------------------------------------------
 
     def read(self, *columns: str) -> tuple[Tensor, ...]:
-        """Columns of every sample's current row, each (B,) float32: views, which `write` changes."""
+        """Columns of every sample's current row, each (B,) float32: views, to be changed by `write` alone."""
         row = self._current()
         return tuple(row[:, _INDEX[name]] for name in columns)
 
