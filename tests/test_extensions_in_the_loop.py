@@ -124,6 +124,39 @@ def test_a_run_leaves_the_user_s_objects_alone(name):
     assert [set(vars(extension)) for extension in extensions] == before
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sixteen_bit_models_and_states(name):
+    table, extensions = every()[name]
+    sample = lambda x, dtype: genengine.sample(  # noqa: E731
+        denoiser, table, x=x, model_dtype=dtype, seed=7, extensions=extensions, **branches()
+    )
+    exact = sample(initial().float(), torch.float32)
+    mixed, half = sample(initial().float(), torch.float16), sample(initial().bfloat16(), torch.bfloat16)
+    assert mixed.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert (mixed - exact).abs().max() < 0.02 * exact.abs().max()
+    assert (half.float() - exact).abs().max() < 0.2 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_without_pixels(name):
+    """(B, C) has the bits of (B, C, 1, 1)."""
+    table, extensions = every()[name]
+    pieces = []
+    for extension in extensions:
+        if isinstance(extension, ext.Inpaint):
+            mask, known = torch.tensor([1.0, 0.0]), torch.tensor([0.3, -0.4])
+            extension = ext.Inpaint(mask[:, None, None], known[:, None, None], extension.path, extension.noise)
+            flat = ext.Inpaint(mask, known, extension.path, extension.noise)
+        else:
+            flat = extension
+        pieces.append((flat, extension))
+    flat, deep = (
+        genengine.sample(denoiser, table, shape, seed=7, extensions=chosen, **branches())
+        for shape, chosen in zip(((3, 2), (3, 2, 1, 1)), zip(*pieces, strict=True), strict=True)
+    )
+    assert torch.equal(flat, deep[:, :, 0, 0])
+
+
 def test_empty_batch():
     y = torch.zeros(0)
     for name in NAMES:
