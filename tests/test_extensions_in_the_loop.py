@@ -16,6 +16,7 @@ from extension_cases import (
     guided,
     initial,
 )
+from support import skip_unless_available
 
 import genengine
 from genengine import data, solvers
@@ -122,6 +123,17 @@ def test_a_run_leaves_the_user_s_objects_alone(name):
         outputs.append(x)
     assert torch.equal(*outputs) and np.array_equal(table.rows, rows)
     assert [set(vars(extension)) for extension in extensions] == before
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.triton)])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backend_agrees(name, backend):
+    """Up to the order in which a sample's moments are summed."""
+    skip_unless_available("guidance_moments", backend)
+    expected = run(name)
+    with genengine.backend(backend):
+        found = run(name)
+    assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
