@@ -129,7 +129,10 @@ def test_a_run_leaves_the_user_s_objects_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_backend_agrees(name, backend):
     """Up to the order in which a sample's moments are summed."""
-    skip_unless_available("guidance_moments", backend)
+    if skip_unless_available("guidance_moments", backend).type != "cpu":
+        pytest.skip(
+            "Triton compiles for the GPU here: tests/gpu/test_extensions.py compares its kernels with the CPU's"
+        )
     expected = run(name)
     with genengine.backend(backend):
         found = run(name)
