@@ -126,8 +126,8 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[
-        "genengine", "genengine.data", "genengine.evaluate", "genengine.models", "genengine.nets", "genengine.ops",
-        "genengine.testing", "genengine.kernels", "genengine.benchmarks",
+        "genengine", "genengine.data", "genengine.evaluate", "genengine.extensions", "genengine.models",
+        "genengine.nets", "genengine.ops", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={
