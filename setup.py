@@ -126,7 +126,7 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[
-        "genengine", "genengine.data", "genengine.evaluate", "genengine.integrations",
+        "genengine", "genengine.data", "genengine.evaluate", "genengine.extensions", "genengine.integrations",
         "genengine.integrations.diffusers", "genengine.models", "genengine.nets", "genengine.ops", "genengine.paths",
         "genengine.solvers", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
     ],

@@ -1,6 +1,7 @@
 """sampler_step against copy_, preallocated eager PyTorch, and eager as people write it.
 
-CFG + Euler moves x, two branches and x'; with x_in two more; CFG + DDPM adds a normal per element.
+CFG + Euler moves x, two branches and x'; with x_in two more; CFG + DDPM adds a normal per element; a learned variance
+reads half as many channels again.
 """
 
 import torch
@@ -11,7 +12,7 @@ from genengine.ops import sampler_step
 from genengine.ops.sampler_step import SAMPLER_STEP
 
 SHAPES = ((16, 4, 64, 64), (64, 4, 256, 256))
-GUIDANCE, DT, SIGMA = 2.0, -0.02, 0.1
+GUIDANCE, DT, SIGMA, SPREAD = 2.0, -0.02, 0.1, 0.5
 
 
 class Work:
@@ -28,7 +29,11 @@ class Work:
         table[..., 6], table[..., 7], table[..., 1], table[..., 14] = 1.0, DT, GUIDANCE, 1.0
         self.euler = table.to(device)
         table[..., 12] = SIGMA
-        self.ddpm = table.to(device)
+        self.ddpm = table.clone().to(device)
+        table[..., 13] = SPREAD
+        self.learned = table.to(device)
+        self.both = torch.randn(2 * batch, 2 * shape[1], *shape[2:], device=device)  # with the variance's channels
+        self.mean, self.v = self.both[:, : shape[1]], self.both[batch:, shape[1] :]
         self.step = torch.zeros(batch, dtype=torch.int32, device=device)
         self.seed = torch.tensor(3, device=device)
         from genengine.ops import _registry
@@ -37,7 +42,11 @@ class Work:
 
     def fused(self, table, x_in=None, seed=None):
         """As the sampling loop calls it."""
-        self.kernel(self.x, (self.output,), table, self.step, None, seed, None, None, self.out, x_in)
+        self.kernel(self.x, (self.output,), table, self.step, None, seed, None, None, None, self.out, x_in)
+
+    def fused_learned(self):
+        arguments = (self.x, (self.mean,), self.learned, self.step, None, self.seed, None, None, self.v, self.out, None)
+        self.kernel(*arguments)
 
     def eager(self):
         """Every output preallocated: four passes."""
@@ -54,6 +63,19 @@ class Work:
         self.eager()
         torch.randn(self.z.shape, out=self.z)
         self.out.add_(self.z, alpha=SIGMA)
+
+    def eager_learned(self):
+        u, c = self.mean.chunk(2)
+        torch.sub(c, u, out=self.out)
+        self.out.mul_(GUIDANCE).add_(u)
+        torch.add(self.x, self.out, alpha=DT, out=self.out)
+        torch.randn(self.z.shape, out=self.z)
+        torch.mul(self.v, SPREAD, out=self.naive_out)
+        self.out.addcmul_(self.naive_out.exp_(), self.z, value=SIGMA)
+
+    def as_written_learned(self):
+        (u, c), v = self.mean.chunk(2), self.v
+        return self.x + DT * (u + GUIDANCE * (c - u)) + SIGMA * torch.exp(SPREAD * v) * torch.randn_like(self.x)
 
     def as_written(self):
         u, c = self.output.chunk(2)
@@ -72,6 +94,15 @@ class Work:
         eager = run(self.x, self.u, self.c, table)
         oracle = run(self.x.double(), self.u.double(), self.c.double(), table.double())
         self.fused(table, seed=seed)
+        testing.assert_as_good_as_eager(self.out, eager, oracle)
+
+    def check_learned(self):
+        run = lambda x, mean, v, t: sampler_step(  # noqa: E731
+            x, mean, t, self.step, variance=v, seed=self.seed, backend="reference"
+        )
+        eager = run(self.x, self.mean, self.v, self.learned)
+        oracle = run(self.x.double(), self.mean.double(), self.v.double(), self.learned.double())
+        self.fused_learned()
         testing.assert_as_good_as_eager(self.out, eager, oracle)
 
 
@@ -100,4 +131,10 @@ def benchmarks(device):
              "eager, preallocated": work.eager_ddpm, "eager, as written": work.as_written_ddpm},
             lambda work=work: work.check(work.ddpm, work.seed), n, 16 * n, (faster("eager, preallocated", 3.8),),
             device=device,
+        )  # fmt: skip
+        yield Benchmark(
+            "CFG + DDPM row with a learned variance", str(shape), "float32",
+            {"fused": work.fused_learned, "copy_": copy, "eager, preallocated": work.eager_learned,
+             "eager, as written": work.as_written_learned},
+            work.check_learned, n, 20 * n, (faster("eager, preallocated", 3.0),), device=device,
         )  # fmt: skip

@@ -82,8 +82,8 @@ struct StepOperands {
 
 // For batch > 0.
 inline StepOperands check_sampler_step(const Tensor& x, TensorList outputs, const Tensor& table, const Tensor& step,
-                                       const OptionalTensor& history, const OptionalTensor& noise, const Tensor& out,
-                                       const OptionalTensor& x_in) {
+                                       const OptionalTensor& history, const OptionalTensor& noise,
+                                       const OptionalTensor& variance, const Tensor& out, const OptionalTensor& x_in) {
   const char* op = "sampler_step";
   const int64_t batch = x.size(0);
   STD_TORCH_CHECK(outputs.size() >= 1, op, ": 1 to 3 outputs expected, got none");
@@ -109,6 +109,10 @@ inline StepOperands check_sampler_step(const Tensor& x, TensorList outputs, cons
   if (noise) {
     require_layout(op, "noise", *noise, out, o.layout);
     STD_TORCH_CHECK(noise->scalar_type() == ScalarType::Float, op, ": noise must be float32");
+  }
+  if (variance) {
+    require_layout(op, "variance", *variance, out, o.layout);
+    STD_TORCH_CHECK(variance->scalar_type() == outputs[0].scalar_type(), op, ": variance must have the outputs' dtype");
   }
   if (history) {
     o.registers = static_cast<int>(history->size(0));

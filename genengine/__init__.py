@@ -7,11 +7,13 @@ table = genengine.solvers.euler(genengine.paths.RectifiedFlow(), genengine.sched
 images = genengine.sample(denoiser, table, (16, 4, 64, 64), cond={"y": labels}, uncond={"y": null}, seed=0)
 """
 
-from genengine import ops, paths, schedules, solvers
+from genengine import extensions, ops, paths, schedules, solvers
 from genengine.ops import backend
 from genengine.sampler import sample
 from genengine.table import CoefficientTable
 from genengine.trace import trace
 
 __version__ = "0.1.0"
-__all__ = ["CoefficientTable", "backend", "ops", "paths", "sample", "schedules", "solvers", "trace"]
+__all__ = [
+    "CoefficientTable", "backend", "extensions", "ops", "paths", "sample", "schedules", "solvers", "trace",
+]  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from genengine import _capture
 from genengine._progress import progress_bar
+from genengine.extensions._protocol import Extension, Extensions, Run
 from genengine.ops import _check, _layout, _registry, normal
 from genengine.ops.sampler_step import ADVANCE, SAMPLER_STEP
 from genengine.table import CoefficientTable
@@ -52,6 +53,7 @@ def sample(
     device: torch.device | str | None = None,
     model_dtype: torch.dtype | None = None,
     check_finite: bool = False,
+    extensions: Sequence[Extension] = (),
 ) -> Tensor:
     """Run a coefficient table from noise to data.
 
@@ -63,7 +65,8 @@ def sample(
     buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the
     model times (R, k B) of all rows and returns step(x, row) -> output, row int32 (k B,) on the device: then work that
     depends on t alone is done before the loop.
-    table: from `genengine.solvers`. shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
+    table: from `genengine.solvers`; with a learned variance, output has 2C channels, the second half of the last
+    branch's being v in s exp(l v). shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
     unconditional first, anything else must be equal in both; cond may be two dicts for three branches.
     guidance: replaces the table's g1, a float or one per sample (B,). seed: int in [0, 2^64), or int64 () or (B,).
@@ -77,6 +80,8 @@ def sample(
     device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
     model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
     check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).
+    extensions: pieces of `genengine.extensions`, called in this order before and after every row; where one adds rows,
+    `noise` and callbacks count these too.
 
     Returns x (B, ...), an ordinary tensor: the state is float32, or x's dtype. Raises ValueError or TypeError on bad
     arguments.
@@ -89,9 +94,10 @@ def sample(
         )
     branches = _branches(cond, uncond)
     device = _device(device, x, branches, denoiser)
-    table = _with_guidance(table, guidance, len(branches))
+    extensions = Extensions(extensions)
+    table = extensions.extend(_with_guidance(table, guidance, len(branches)))
     table.validate()
-    run = _Run(denoiser, table, branches, noise, check_finite, model_dtype or _model_dtype(denoiser))
+    run = _Run(denoiser, table, branches, extensions, noise, check_finite, model_dtype or _model_dtype(denoiser))
     run.start(x, shape, seed, sample_ids, device)
     mode = _mode(capture, run, callback, progress)
     with torch.inference_mode(), _on(device), progress_bar(progress, table.num_rows, table.name, "row") as bar:
@@ -119,10 +125,10 @@ def _drive(run: _Run, mode: str, callback, bar) -> None:
 class _Run:
     """The buffers of one sampling run, and its row: nothing is allocated per row but by the model."""
 
-    def __init__(self, denoiser, table, branches, noise, check_finite, model_dtype):
-        self.denoiser, self.table_source, self.branches = denoiser, table, branches
+    def __init__(self, denoiser, table, branches, extensions, noise, check_finite, model_dtype):
+        self.denoiser, self.table_source, self.branches, self.extensions = denoiser, table, branches, extensions
         self.noise, self.check_finite, self.model_dtype = noise, check_finite, model_dtype
-        self.num_rows = table.num_rows
+        self.num_rows, self.learned_variance = table.num_rows, table.learned_variance
         self.times = [float(t) for t in table.t_model[:, 0]]
 
     def start(self, x, shape, seed, sample_ids, device):
@@ -138,6 +144,8 @@ class _Run:
         copies = len(self.branches)
         self.cond = _concatenate(self.branches, batch, device)
         self.table = torch.from_numpy(self.table_source.astype_float32()).to(device)
+        if self.extensions.write_rows:
+            self.table = self.table.expand(-1, batch, -1).contiguous()
         self.first_time = self.table[0, :, 0].expand(batch).repeat(copies)
         self.step = torch.zeros(copies * batch, dtype=torch.int32, device=device)
         self.sample_step = self.step[:batch]
@@ -151,6 +159,9 @@ class _Run:
         self.sample_ids = _check.sample_ids("sample", sample_ids, device, batch)
         self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
         self.advance = _registry.resolve(ADVANCE, self.x.device, torch.float32)
+        shown = (self.x, self.table, self.sample_step, self.table_source, copies, self.model_dtype, seed)
+        self.extensions.start(lambda: Run(*shown, self.sample_ids))
+        self.pristine = self.table.clone() if self.extensions.write_rows else None
 
     def prepare(self):
         """Rewind to row 0: the first model input, and the model itself prepared for the whole schedule."""
@@ -164,6 +175,8 @@ class _Run:
 
     def rewind(self):
         self.step.zero_()
+        if self.pristine is not None:
+            self.table.copy_(self.pristine)
         self.t.copy_(self.first_time)
         self._write_x_in(self.table_source.first_c_in)
 
@@ -190,25 +203,42 @@ class _Run:
                 f"sample: denoiser must return a tensor, got {type(output).__name__}; "
                 "unpack it in a wrapper (lambda x, t: model(x, t).sample, say)"
             )
+        variance = None
+        if self.learned_variance:
+            output, variance = self._split(output)
         if output.shape != self.x_in.shape or output.dtype != self.model_dtype or output.stride() != self.x_in.stride():
             output = self._conform(output)
         if self.check_finite:
-            self._check_finite(output, row)
+            self._check_finite((output, variance), row)
         noise = None if self.noise is None else self._given_noise(row)
-        x_in = self.x_in if row + 1 < self.num_rows else None
+        outputs = self.extensions.before_row(output, noise)
+        x_in = None if row + 1 == self.num_rows or self.extensions.change_x else self.x_in
         self.kernel(
             self.x,
-            (output,),
+            outputs,
             self.table,
             self.sample_step,
             self.history,
             self.seed,
             self.sample_ids,
             noise,
+            variance,
             self.x,
             x_in,
         )
+        self.extensions.after_row(self.x_in)
         self.advance(self.step, self.table, self.t)
+
+    def _split(self, output):
+        """The model's output and the v of its last branch: the halves of its channels, views where these are dense."""
+        shape = self.x_in.shape
+        if len(shape) < 2 or output.shape != (shape[0], 2 * shape[1], *shape[2:]):
+            raise ValueError(
+                f"sample: the table has a learned variance (l), so denoiser must return twice the channels of its "
+                f"input {tuple(shape)}, got {tuple(output.shape)}; or make the table with a fixed variance"
+            )
+        variance = output[-self.x.shape[0] :, shape[1] :]
+        return output[:, : shape[1]], _layout.like(variance.to(self.model_dtype), self.x)
 
     def _conform(self, output):
         """The model's output in the input's dtype and layout, if it has the shape and no more precision."""
@@ -225,8 +255,8 @@ class _Run:
             output = output.clone()  # a view of the input laid out otherwise: the row would overwrite it as it reads
         return output
 
-    def _check_finite(self, output, row):
-        if not torch.isfinite(output).all():
+    def _check_finite(self, outputs, row):
+        if not all(torch.isfinite(output).all() for output in outputs if output is not None):
             raise FloatingPointError(
                 f"sample: the model output of row {row} of {self.num_rows} (t = {self.times[row]:g}) is not finite"
             )

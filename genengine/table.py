@@ -138,6 +138,11 @@ class CoefficientTable:
         return bool(np.any(self.rows[..., _INDEX["s"]] != 0))
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether any row scales its noise by exp(l*v): then the model returns v in a second half of its channels."""
+        return bool(np.any(self.rows[..., _INDEX["l"]] != 0))
+
+    @property
     def num_history(self) -> int:
         """The highest history register read or written, 0 to 3."""
         read = self.rows[..., _HISTORY] != 0
@@ -174,6 +179,9 @@ class CoefficientTable:
             "give the clamp a positive radius",
         )
         self._refuse("s", self.column("s") < 0, "s >= 0", "pass the standard deviation of the noise")
+        self._refuse(
+            "l", (self.column("l") != 0) & (self.column("s") == 0), "l = 0 where s = 0", "l scales noise: set s"
+        )
         written = np.zeros((self.num_rows, self.batch), dtype=bool)
         for register in range(NUM_REGISTERS):
             writes = self._writes()[..., register] != Write.KEEP
@@ -243,6 +251,29 @@ class CoefficientTable:
         rows = np.repeat(self.rows, max(batches, default=1) // self.batch, axis=1)
         for name, weight in zip(("g1", "g2"), weights, strict=False):
             rows[..., _INDEX[name]] = weight
+        return replace(self, rows=rows)
+
+    def with_guidance_interval(self, t_low: float, t_high: float) -> "CoefficientTable":
+        """The same table with guidance where t_low < t_model <= t_high alone; elsewhere g1 = 1 and g2 = 0.
+
+        There m is out_1, the conditional output as it is. `with_guidance`, as `sample`'s guidance argument, writes
+        every row: apply it before.
+
+        Args:
+            t_low, t_high: model times, t_low < t_high.
+
+        Returns:
+            A new table.
+
+        Raises:
+            ValueError: unless t_low < t_high.
+
+        Kynkaanniemi 2024, eq. 4.
+        """
+        if not t_low < t_high:
+            raise ValueError(f"with_guidance_interval: needs t_low < t_high, got {t_low!r} and {t_high!r}")
+        rows, outside = self.rows.copy(), (self.t_model <= t_low) | (self.t_model > t_high)
+        rows[outside, _INDEX["g1"]], rows[outside, _INDEX["g2"]] = 1.0, 0.0
         return replace(self, rows=rows)
 
     def astype_float32(self) -> np.ndarray:

@@ -1,9 +1,10 @@
 """Triton kernels of sampler_step and advance.
 
-Bytes per element: reads x, the branches and the registers whose coefficient is not 0, writes x', the copies of x_in and
-the registers that the row's flags name. About 12 FLOPs, plus 67 instructions per normal drawn. Accumulates in float32,
-left to right, without fused multiply-add. The row is read on the device: one compiled kernel serves every step, and
-samples of a batch may stand at different rows.
+Bytes per element: reads x, the branches and the registers whose coefficient is not 0, and v of a learned variance where
+l is not, writes x', the copies of x_in and the registers that the row's flags name. About 12 FLOPs, plus 67
+instructions per normal drawn and 20 per exponential. Accumulates in float32, left to right, without fused multiply-add.
+The row is read on the device: one compiled kernel serves every step, and samples of a batch may stand at different
+rows.
 """
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from genengine.kernels._launch import DTYPE_NAMES, batch_stride, layout, per_sample, require_layout
-from genengine.kernels._philox import normal_at, normal_block
+from genengine.kernels._philox import exp_ieee, normal_at, normal_block
 
 QUADS = 256
 NUM_WARPS = 4
@@ -56,6 +57,14 @@ def _noise(
 
 
 @triton.jit
+def _spread(variance_ptr, element, per, s, scale, z):
+    """exp(scale v) z; a row without scale (its l) or without noise reads no v."""
+    if (scale != 0.0) & (s != 0.0):
+        z = exp_ieee(scale * _load(variance_ptr, element, per)) * z
+    return z
+
+
+@triton.jit
 def _write_register(register_ptr, element, count, write, y, x):
     mask = element < tl.where(write != 0, count, 0)
     tl.store(register_ptr + element, tl.where(write == 1, y, x), mask=mask)
@@ -63,11 +72,12 @@ def _write_register(register_ptr, element, count, write, y, x):
 
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "seed_stride", "channels", "pixels"])
 def sampler_step_kernel(
-    x_ptr, o0_ptr, o1_ptr, o2_ptr, table_ptr, step_ptr, history_ptr, seed_ptr, ids_ptr, noise_ptr, out_ptr, x_in_ptr,
-    per, blocks, batch, num_rows, table_batch, table_stride, x_stride, o0_stride, o1_stride, o2_stride, register_stride,
-    history_stride, noise_stride, out_stride, x_in_stride, seed_stride, channels, pixels,
-    BRANCHES: tl.constexpr, REGISTERS: tl.constexpr, COPIES: tl.constexpr, NOISE: tl.constexpr, GIVEN: tl.constexpr,
-    HAS_IDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, QUADS: tl.constexpr,
+    x_ptr, o0_ptr, o1_ptr, o2_ptr, table_ptr, step_ptr, history_ptr, seed_ptr, ids_ptr, noise_ptr, variance_ptr,
+    out_ptr, x_in_ptr, per, blocks, batch, num_rows, table_batch, table_stride, x_stride, o0_stride, o1_stride,
+    o2_stride, register_stride, history_stride, noise_stride, variance_stride, out_stride, x_in_stride, seed_stride,
+    channels, pixels, BRANCHES: tl.constexpr, REGISTERS: tl.constexpr, COPIES: tl.constexpr, NOISE: tl.constexpr,
+    GIVEN: tl.constexpr, VARIANCE: tl.constexpr, HAS_IDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     first_quad = (tl.program_id(0) % blocks) * QUADS
@@ -103,6 +113,8 @@ def sampler_step_kernel(
             noise_ptr, seed_ptr, ids_ptr, sample, element, per, first_quad, s, row, noise_stride, seed_stride,
             channels, pixels, HAS_IDS, GIVEN, CHANNELS_LAST, QUADS,
         )  # fmt: skip
+        if VARIANCE:
+            z = _spread(variance_ptr + sample * variance_stride, element, per, s, tl.load(row_ptr + 13), z)
         value = value + _term(s, z)
     for j in tl.static_range(REGISTERS):
         offset = j * register_stride + sample * history_stride
@@ -115,15 +127,16 @@ def sampler_step_kernel(
         tl.store(x_in_ptr + (k * batch + sample) * x_in_stride + element, scaled, mask=element < written)
 
 
-def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, out, x_in):
+def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, variance, out, x_in):
     batch, per = x.shape[0], per_sample(x)
     if per == 0:
         return
     channels, pixels = layout(out)
     operands = [("x", x), *((f"outputs[{k}]", output) for k, output in enumerate(outputs))]
-    operands += [(name, tensor) for name, tensor in (("noise", noise), ("x_in", x_in)) if tensor is not None]
+    operands += [("noise", noise), ("variance", variance), ("x_in", x_in)]
     for name, tensor in operands:
-        require_layout("sampler_step", name, tensor, channels)
+        if tensor is not None:
+            require_layout("sampler_step", name, tensor, channels)
     if len(outputs) == 1:  # one tensor may stack the branches along the batch
         outputs = outputs[0].split(batch)
     o0, o1, o2 = (outputs[min(k, len(outputs) - 1)] for k in range(3))
@@ -132,16 +145,16 @@ def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, 
     with torch.cuda.device_of(x):
         sampler_step_kernel[(blocks * batch,)](
             x, o0, o1, o2, table, step, history_or_x, step if seed is None else seed_or_step,
-            step if sample_ids is None else sample_ids, noise_or_x, out, out if x_in is None else x_in,
-            per, blocks, batch, table.shape[0], table.shape[1], 0 if table.shape[1] == 1 else 1,
-            batch_stride(x), batch_stride(o0), batch_stride(o1), batch_stride(o2),
+            step if sample_ids is None else sample_ids, noise_or_x, o0 if variance is None else variance, out,
+            out if x_in is None else x_in, per, blocks, batch, table.shape[0], table.shape[1],
+            0 if table.shape[1] == 1 else 1, batch_stride(x), batch_stride(o0), batch_stride(o1), batch_stride(o2),
             0 if history is None else history.stride(0), 0 if history is None or batch == 1 else history.stride(1),
-            0 if noise is None else batch_stride(noise), batch_stride(out), 0 if x_in is None else batch_stride(x_in),
+            *(0 if tensor is None else batch_stride(tensor) for tensor in (noise, variance, out, x_in)),
             seed.stride(0) if seed is not None and seed.dim() else 0, channels, pixels,
             BRANCHES=len(outputs), REGISTERS=0 if history is None else history.shape[0],
             COPIES=0 if x_in is None else x_in.shape[0] // batch, NOISE=seed is not None or noise is not None,
-            GIVEN=noise is not None, HAS_IDS=sample_ids is not None, CHANNELS_LAST=channels > 1, QUADS=QUADS,
-            num_warps=NUM_WARPS, enable_fp_fusion=False,
+            GIVEN=noise is not None, VARIANCE=variance is not None, HAS_IDS=sample_ids is not None,
+            CHANNELS_LAST=channels > 1, QUADS=QUADS, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -170,20 +183,21 @@ def advance(step, table, t):
         )  # fmt: skip
 
 
-def _step_variant(dtype, noise, registers, branches=2, copies=2):
+def _step_variant(dtype, noise, registers, branches=2, copies=2, variance=False):
     name = DTYPE_NAMES[dtype]
     kinds = dict.fromkeys(sampler_step_kernel.arg_names, "i32")
-    kinds.update({key: f"*{name}" for key in ("x_ptr", "o0_ptr", "o1_ptr", "o2_ptr", "out_ptr", "x_in_ptr")})
+    like_x = ("x_ptr", "o0_ptr", "o1_ptr", "o2_ptr", "variance_ptr", "out_ptr", "x_in_ptr")
+    kinds.update({key: f"*{name}" for key in like_x})
     kinds.update({key: "*fp32" for key in ("table_ptr", "history_ptr", "noise_ptr")})
     kinds.update(step_ptr="*i32", seed_ptr="*i64", ids_ptr="*i64")
     constexprs = {
-        "BRANCHES": branches, "REGISTERS": registers, "COPIES": copies, "NOISE": noise, "GIVEN": False, "HAS_IDS": True,
-        "CHANNELS_LAST": False, "QUADS": QUADS,
+        "BRANCHES": branches, "REGISTERS": registers, "COPIES": copies, "NOISE": noise, "GIVEN": False,
+        "VARIANCE": variance, "HAS_IDS": True, "CHANNELS_LAST": False, "QUADS": QUADS,
     }  # fmt: skip
     kinds.update(dict.fromkeys(constexprs, "constexpr"))
     strides = [key for key in kinds if key.endswith("_stride") and key not in ("table_stride", "seed_stride")]
     return {
-        "name": f"sampler_step_{name}" + ("_noise" if noise else "") + (f"_h{registers}" if registers else ""),
+        "name": f"sampler_step_{name}" + "_noise" * noise + "_learned" * variance + f"_h{registers}" * bool(registers),
         "fn": sampler_step_kernel,
         "signature": kinds,
         "constexprs": constexprs,
@@ -201,7 +215,7 @@ def variants():
             (torch.float32, False, 0), (torch.float32, True, 0), (torch.float32, False, 1), (torch.float32, True, 3),
             (torch.bfloat16, False, 0), (torch.bfloat16, True, 0), (torch.float16, False, 0),
         )
-    ]  # fmt: skip
+    ] + [_step_variant(dtype, True, 0, variance=True) for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
     kinds = dict.fromkeys(advance_kernel.arg_names, "i32")
     kinds.update(step_ptr="*i32", table_ptr="*fp32", t_ptr="*fp32", BLOCK="constexpr")
     return steps + [

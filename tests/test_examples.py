@@ -43,6 +43,15 @@ def test_k_diffusion_loop():
             assert (cloud.std(0) / module.WIDTH - 1).abs().max() < 0.1
 
 
+def test_complete_digits():
+    """The known half is kept, and the other is nearer to the digit's own than to that of the next one."""
+    known, mask, completed = load("complete_digits").main(40, steps=10)
+    kept, drawn = mask == 0, mask == 1
+    assert (completed[..., kept] == known[..., kept]).all()
+    distance = lambda others: (completed - others)[..., drawn].square().mean((1, 2))  # noqa: E731
+    assert (distance(known) < distance(known.roll(1, 0))).float().mean() > 0.8
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in tested] == []

@@ -33,6 +33,7 @@ def test_the_wheel_serves_every_python_and_holds_everything(wheel):
     wanted = ["genengine/py.typed", "genengine/kernels/normal.py", "genengine/benchmarks/harness.py",
               "genengine/nets/dit.py", "genengine/models/flow.py", "genengine/assets/digits.npz",
               "genengine/pretrained/flow_digits.safetensors", "genengine/_build.json"]  # fmt: skip
+    wanted += [str(path.relative_to(ROOT)) for path in (ROOT / "genengine").rglob("*.py")]
     assert [name for name in wanted if name not in names] == []
     assert not any(name.startswith(("tests/", "kernels/", "benchmarks/")) for name in names)
 

@@ -6,6 +6,7 @@ import torch
 import genengine
 from genengine import paths, schedules, solvers
 from genengine.ops import normal
+from genengine.table import build_rows
 
 FLOW = paths.RectifiedFlow()
 GRID = schedules.uniform(6)
@@ -172,6 +173,37 @@ def test_no_allocation_per_row_but_the_model_s():
 
     genengine.sample(model, solvers.dpmpp_2m(FLOW, GRID, prediction="velocity"), SHAPE)
     assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_learned_variance_is_that_of_the_last_branch(layout):
+    """Against a loop by hand: the mean guided, v the second half of the conditional branch's channels."""
+    rows = build_rows(
+        [{"t_model": t, "a": 0.9, "b": 0.2, "s": 0.3, "l": scale} for t, scale in ((1.0, 0.7), (0.5, 0.0))]
+    )
+    table = genengine.CoefficientTable(rows)
+
+    def model(x, t, y):
+        return torch.cat([denoiser(x, t, y), torch.sin(3 * x) + y.reshape(-1, 1, 1, 1)], 1)
+
+    y, x = torch.tensor([1.0, 2.0, 3.0]), normal(SHAPE, seed=7).contiguous(memory_format=layout)
+    branches = {"cond": {"y": y}, "uncond": {"y": 0 * y}, "guidance": 2.0}
+    got = genengine.sample(model, table, x=x, seed=7, **branches)
+    for row, (t, scale) in enumerate(((1.0, 0.7), (0.5, 0.0))):
+        times = torch.full((3,), t)
+        (u, _), (c, v) = (model(x, times, label).chunk(2, 1) for label in (0 * y, y))
+        z = normal(SHAPE, seed=7, step=row, stream="step")
+        x = 0.9 * x + 0.2 * (u + 2 * (c - u)) + 0.3 * torch.exp(scale * v) * z
+    assert (got - x).abs().max() < 2e-6 and got.is_contiguous(memory_format=layout)
+
+
+def test_learned_variance_needs_twice_the_channels():
+    table = genengine.CoefficientTable(build_rows([{"a": 1.0, "s": 0.3, "l": 0.7}]))
+    for channels in (2, 3):
+        with pytest.raises(
+            ValueError, match=f"must return twice the channels .* got \\(3, {channels}, 4, 4\\); or make"
+        ):
+            genengine.sample(lambda x, t, n=channels: x[:, :1].expand(-1, n, -1, -1), table, SHAPE)
 
 
 def test_between_model_calls_stand_two_ops_and_nothing_else():

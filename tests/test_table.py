@@ -76,6 +76,8 @@ def test_properties():
         ({"flags": pack_flags(Phi.CLAMP)}, r"row 1, sample 0, column r: expected r > 0"),
         ({"flags": pack_flags(Phi.DYNAMIC_THRESHOLD), "r": -1.0}, r"column r: .*got -1.0"),
         ({"s": -0.5}, r"column s: expected s >= 0, got -0.5"),
+        ({"l": 1.0}, r"column l: expected l = 0 where s = 0, got 1.0; l scales noise: set s"),
+        ({"l": np.nan, "s": 1.0}, r"column l: expected a finite number"),
         ({"h2": 1.0}, r"row 1, sample 0, column h2: expected an earlier row that writes H2"),
         # written in the same row is too late: everything is read first
         ({"h2": 1.0, "flags": pack_flags(writes=(0, Write.X))}, r"column h2: expected an earlier row"),
@@ -117,6 +119,26 @@ def test_describe_shows_what_matters():
     assert first.split() == ["0", "1", "7.5", "1", "0", "0.5", "0.5", "0", "0", "H1<-y"]
     assert second.split() == ["1", "0.5", "7.5", "0", "2", "1", "0", "0.25", "0.125", "clamp,", "H2<-x"]
     assert len({len(line) for line in (names, first, second)}) == 1
+
+
+def test_a_learned_variance_is_valid_where_there_is_noise_and_described():
+    table = two_rows(s=0.5, l=-0.25).validate()
+    assert table.learned_variance and not two_rows(s=0.5).learned_variance
+    names, _, second = table.describe().split("\n")[1:]
+    assert names.split()[-4:-2] == ["s", "l"] and second.split()[-3:-1] == ["0.5", "-0.25"]
+
+
+def test_with_guidance_interval():
+    """Half open, as in the paper: t_low is outside, t_high inside; the model's time counts."""
+    rows = build_rows([{"t_model": t, "a": 1.0, "b": 0.1} for t in (0.9, 0.6, 0.4, 0.2)])
+    table = CoefficientTable(rows).with_guidance(np.array([3.0, 5.0]), 0.5)
+    inside = table.with_guidance_interval(0.2, 0.6)
+    np.testing.assert_array_equal(inside.column("g1"), [[1, 1], [3, 5], [3, 5], [1, 1]])
+    np.testing.assert_array_equal(inside.column("g2"), np.array([[0, 0.5, 0.5, 0]] * 2).T)
+    np.testing.assert_array_equal(inside.rows[..., 3:], table.rows[..., 3:])
+    assert np.all(table.column("g2") == 0.5), "the original is untouched"
+    with pytest.raises(ValueError, match="with_guidance_interval: needs t_low < t_high, got 0.6 and 0.6"):
+        table.with_guidance_interval(0.6, 0.6)
 
 
 def test_describe_of_one_sample():

@@ -25,6 +25,8 @@ OPS = [
     ("`normal`, `uniform`", "the noise above", ALL, "forward", "1", ("normal",)),
     ("`sampler_step`", "a whole solver step: guidance, prediction, clipping, history, noise, the next network input",
      ALL, "forward", "4, with guidance", ("CFG + Euler row",)),
+    ("`guidance_moments`", "the sums of two branches that rescaled and projected guidance need", ALL, "forward", "2",
+     ("moments of two branches",)),
     ("`diffuse`", "x_t and the regression target for training, noise drawn in the kernel",
      ALL, "both", "3", ("diffuse",)),
     ("`adaln`", "LayerNorm, then modulation", ALL, "both", "2; backward 3", ("adaln", "adaln_backward")),

@@ -25,6 +25,7 @@ struct StepSample {
   float* history[3];
   int registers;
   NoiseSource noise;
+  const void* variance;  // v of exp(l v), or null
   void* out;
   void* x_in[3];
   int copies;  // of x_in

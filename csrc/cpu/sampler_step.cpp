@@ -6,17 +6,18 @@ namespace {
 
 void sampler_step_out(const Tensor& x, TensorList outputs, const Tensor& table, const Tensor& step, const OptionalTensor& history,
                       const OptionalTensor& seed, const OptionalTensor& sample_ids, const OptionalTensor& noise,
-                      const Tensor& out, const OptionalTensor& x_in) {
+                      const OptionalTensor& variance, const Tensor& out, const OptionalTensor& x_in) {
   const int64_t batch = x.size(0), per = per_sample(x);
   if (batch == 0 || per == 0) return;
-  const StepOperands o = check_sampler_step(x, outputs, table, step, history, noise, out, x_in);
+  const StepOperands o = check_sampler_step(x, outputs, table, step, history, noise, variance, out, x_in);
   const Draws draws("sampler_step", seed, sample_ids, noise, batch, o.layout);
   const auto run = GENENGINE_PICK(step_range);
   const auto copy = GENENGINE_PICK(copy_range);
   const Bytes xs(x), outs(out);
-  Bytes branch[kMaxBranches], xin;
+  Bytes branch[kMaxBranches], v, xin;
   for (int k = 0; k < o.branches; ++k)
     branch[k] = outputs.size() == 1 ? Bytes(outputs[0]).from_sample(k * batch) : Bytes(outputs[k]);
+  if (variance) v = Bytes(*variance);
   if (x_in) xin = Bytes(*x_in);
   float* registers = history ? history->mutable_data_ptr<float>() : nullptr;
   const int64_t register_stride = history ? history->stride(0) : 0;
@@ -35,6 +36,7 @@ void sampler_step_out(const Tensor& x, TensorList outputs, const Tensor& table, 
     for (int k = 0; k < o.registers; ++k) s.history[k] = registers + k * register_stride + b * sample_stride;
     s.registers = o.registers;
     s.noise = draws.source(b, static_cast<uint32_t>(steps[b]), 1);
+    s.variance = v.base ? v.sample(b) : nullptr;
     s.out = outs.sample(b);
     for (int k = 0; k < o.copies; ++k) s.x_in[k] = xin.sample(k * batch + b);
     s.copies = o.copies;

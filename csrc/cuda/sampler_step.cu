@@ -11,7 +11,7 @@ namespace genengine {
 constexpr uint32_t kStepStream = 1;
 
 struct StepArguments {
-  Samples x, outputs[kMaxBranches], out, x_in;
+  Samples x, outputs[kMaxBranches], variance, out, x_in;
   const float* table;
   const int32_t* step;
   float* history;
@@ -25,7 +25,7 @@ struct StepArguments {
 // The coefficients of one sample's row, and what they make unnecessary.
 template <int Registers>
 struct Row {
-  float g1, g2, p, q, r, a, b, c, s, c_in, h[Registers + 1];
+  float g1, g2, p, q, r, a, b, c, s, l, c_in, h[Registers + 1];
   int flags, registers;
   bool need_x, need_m, need_y;
 
@@ -34,7 +34,7 @@ struct Row {
     g1 = step.branches > 1 ? row[kG1] : 0.f;
     g2 = step.branches > 2 ? row[kG2] : 0.f;
     p = row[kP], q = row[kQ], r = row[kR];
-    a = row[kA], b = row[kB], c = row[kC], s = row[kS], c_in = row[kCIn];
+    a = row[kA], b = row[kB], c = row[kC], s = row[kS], l = row[kL], c_in = row[kCIn];
     flags = static_cast<int>(row[kFlags]);
     bool writes_x = false;
     need_y = c != 0.f;
@@ -72,8 +72,19 @@ __device__ __forceinline__ void predict(const Row<Registers>& row, const float (
   for (int i = 0; i < N; ++i) y[i] = y[i] / r;
 }
 
-// Registers: how many may exist; s.registers of them do.
-template <class State, class Model, bool Drawn, int Registers, class Access>
+// z <- exp(l v) z, where the row has l.
+template <class Model, class Access, int N>
+__device__ __forceinline__ void spread_noise(const Samples& variance, float l, int64_t b, const Access& at, float (&z)[N]) {
+  if (l == 0.f) return;
+  float v[N];
+  load(at, variance.at<const Model>(b), v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) z[i] = spread(l, v[i], z[i]);
+}
+
+// Registers: how many may exist; s.registers of them do. Learned: with v, whose kernels are their own because it costs
+// registers.
+template <class State, class Model, bool Drawn, bool Learned, int Registers, class Access>
 __device__ __forceinline__ void step_elements(const StepArguments& s, int64_t b, const Access& at) {
   constexpr int N = Access::kElements;
   float x[N], m[N], y[N] = {}, z[N] = {}, value[N];
@@ -95,7 +106,10 @@ __device__ __forceinline__ void step_elements(const StepArguments& s, int64_t b,
   for (int j = 0; j < Registers; ++j)
     Access::convert(at.fetch(registers + j * s.register_stride, row.h[j] != 0.f), h[j]);
   const bool noisy = Drawn || s.noise.given.base != nullptr;
-  if (noisy && row.s != 0.f) load_noise<Drawn>(s.noise, b, static_cast<uint32_t>(index), kStepStream, at, z);
+  if (noisy && row.s != 0.f) {
+    load_noise<Drawn>(s.noise, b, static_cast<uint32_t>(index), kStepStream, at, z);
+    if constexpr (Learned) spread_noise<Model>(s.variance, row.l, b, at, z);
+  }
 
   Access::convert(raw_x, x);
   Access::convert(raw_0, m);
@@ -132,18 +146,20 @@ __device__ __forceinline__ void step_elements(const StepArguments& s, int64_t b,
 template <class Model, int Registers>
 constexpr int kWidth = Registers == 0 ? 16 / sizeof(Model) : 4;
 
-template <class State, class Model, bool Drawn, int Registers>
+template <class State, class Model, bool Drawn, bool Learned, int Registers>
 __global__ void GENENGINE_BOUNDS sampler_step_vectorised(const __grid_constant__ StepArguments s) {
   const Wide<kWidth<Model, Registers>> at(item_index());
   if (at.first >= s.per) return;
-  for (int64_t b = first_sample(); b < s.batch; b += sample_stride()) step_elements<State, Model, Drawn, Registers>(s, b, at);
+  for (int64_t b = first_sample(); b < s.batch; b += sample_stride())
+    step_elements<State, Model, Drawn, Learned, Registers>(s, b, at);
 }
 
-template <class State, class Model, bool Drawn>
+template <class State, class Model, bool Drawn, bool Learned>
 __global__ void GENENGINE_BOUNDS sampler_step_scattered(const __grid_constant__ StepArguments s) {
   if (4 * item_index() >= s.per) return;
   const Scattered at(item_index(), s.per, s.layout);
-  for (int64_t b = first_sample(); b < s.batch; b += sample_stride()) step_elements<State, Model, Drawn, kMaxHistory>(s, b, at);
+  for (int64_t b = first_sample(); b < s.batch; b += sample_stride())
+    step_elements<State, Model, Drawn, Learned, kMaxHistory>(s, b, at);
 }
 
 __global__ void advance_steps(int32_t* step, const float* table, float* t, AdvanceOperands o) {
@@ -159,27 +175,31 @@ __global__ void advance_steps(int32_t* step, const float* table, float* t, Advan
 
 namespace {
 
-template <class State, class Model, bool Drawn, int Registers>
+template <class State, class Model, bool Drawn, bool Learned, int Registers>
 void launch(const Launcher& launcher, const StepArguments& s, bool wide) {
   constexpr int64_t kElements = kWidth<Model, Registers>;
   if (wide && s.per % kElements == 0)
-    return launcher.run<sampler_step_vectorised<State, Model, Drawn, Registers>>(grid_over(s.per / kElements, s.batch), s);
+    return launcher.run<sampler_step_vectorised<State, Model, Drawn, Learned, Registers>>(
+        grid_over(s.per / kElements, s.batch), s);
   require_countable("sampler_step", s.per);
-  launcher.run<sampler_step_scattered<State, Model, Drawn>>(grid_over((s.per + 3) / 4, s.batch), s);
+  launcher.run<sampler_step_scattered<State, Model, Drawn, Learned>>(grid_over((s.per + 3) / 4, s.batch), s);
 }
 
-template <class State, class Model, bool Drawn>
+template <class State, class Model, bool Drawn, bool Learned>
 void launch(const Launcher& launcher, const StepArguments& s, bool wide) {
-  switch (s.registers) {
-    case 0: return launch<State, Model, Drawn, 0>(launcher, s, wide);
-    case 1: return launch<State, Model, Drawn, 1>(launcher, s, wide);
-    default: return launch<State, Model, Drawn, kMaxHistory>(launcher, s, wide);
-  }
+  if (s.registers == 0) return launch<State, Model, Drawn, Learned, 0>(launcher, s, wide);
+  if constexpr (!Learned)
+    if (s.registers == 1) return launch<State, Model, Drawn, Learned, 1>(launcher, s, wide);
+  launch<State, Model, Drawn, Learned, kMaxHistory>(launcher, s, wide);
 }
 
 template <class State, class Model>
 void launch(const Launcher& launcher, const StepArguments& s, bool wide) {
-  s.noise.drawn() ? launch<State, Model, true>(launcher, s, wide) : launch<State, Model, false>(launcher, s, wide);
+  const bool drawn = s.noise.drawn();
+  if (s.variance.base)
+    drawn ? launch<State, Model, true, true>(launcher, s, wide) : launch<State, Model, false, true>(launcher, s, wide);
+  else
+    drawn ? launch<State, Model, true, false>(launcher, s, wide) : launch<State, Model, false, false>(launcher, s, wide);
 }
 
 void launch(const Launcher& launcher, const StepArguments& s, const StepOperands& o, bool wide) {
@@ -198,20 +218,22 @@ bool aligned_registers(const OptionalTensor& history) {
 
 void sampler_step_out(const Tensor& x, TensorList outputs, const Tensor& table, const Tensor& step,
                       const OptionalTensor& history, const OptionalTensor& seed, const OptionalTensor& sample_ids,
-                      const OptionalTensor& noise, const Tensor& out, const OptionalTensor& x_in) {
+                      const OptionalTensor& noise, const OptionalTensor& variance, const Tensor& out,
+                      const OptionalTensor& x_in) {
   StepArguments s{};
   s.batch = x.size(0);
   s.per = per_sample(x);
   if (s.batch == 0 || s.per == 0) return;
-  const StepOperands o = check_sampler_step(x, outputs, table, step, history, noise, out, x_in);
+  const StepOperands o = check_sampler_step(x, outputs, table, step, history, noise, variance, out, x_in);
   const Launcher launcher("sampler_step", out);
   launcher.require_here("x", x);
   launcher.require_here("table", table);
   launcher.require_here("step", step);
   launcher.require_here("history", history);
+  launcher.require_here("variance", variance);
   launcher.require_here("x_in", x_in);
   bool wide = o.layout.channels == 1 && aligned_samples(x) && aligned_samples(out) && aligned_samples(x_in) &&
-              aligned_samples(noise) && aligned_registers(history);
+              aligned_samples(noise) && aligned_samples(variance) && aligned_registers(history);
   s.layout = o.layout;
   s.branches = o.branches, s.registers = o.registers, s.copies = o.copies;
   for (int k = 0; k < o.branches; ++k) {
@@ -223,6 +245,7 @@ void sampler_step_out(const Tensor& x, TensorList outputs, const Tensor& table, 
   }
   s.x = Samples(x);
   s.out = Samples(out);
+  if (variance) s.variance = Samples(*variance);
   if (x_in) s.x_in = Samples(*x_in);
   s.table = table.const_data_ptr<float>();
   s.rows = table.size(0);

@@ -79,7 +79,7 @@ class Guided(Model):
         return weights if num else 1.0  # no sample, no weight
 
     def _run_table(
-        self, table, denoiser, num, labels, guidance, *, seed, sample_ids, callback, progress, check_finite, noise=None
+        self, table, denoiser, num, labels, guidance, *, seed, sample_ids, callback, progress, check_finite, extensions
     ):  # fmt: skip
         """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
         guided = bool(np.any(guidance != 1.0))
@@ -92,10 +92,10 @@ class Guided(Model):
                 uncond={"y": torch.full_like(labels, self.net.null_class)} if guided else None,
                 seed=seed,
                 sample_ids=sample_ids,
-                noise=noise,
                 callback=callback,
                 progress=progress,
                 check_finite=check_finite,
+                extensions=extensions,
             )
 
     def panels(self, x0, labels=None, *, seed=0, frames=8):

@@ -7,6 +7,7 @@ Ho et al., Denoising Diffusion Probabilistic Models, 2020; learned variances: Ni
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from genengine.models._guided import Guided
 from genengine.models.base import Option
 from genengine.models.evaluating import evaluating
 from genengine.models.variational import VariationalTerms
+from genengine.table import COLUMNS
 
 PREDICTIONS = ("eps", "x0", "v")
 LOSSES = ("simple", "min_snr", "p2", "vlb")
@@ -242,7 +244,7 @@ class DDPM(Guided):
 
     def sample(
         self, num, labels=None, *, steps=15, solver="dpmpp_2m", grid="uniform", guidance=None, clip=None, seed=0,
-        first_id=0, callback=None, progress=False, check_finite=False,
+        first_id=0, callback=None, progress=False, check_finite=False, extensions=(),
     ):  # fmt: skip
         """Draw images by a solver from noise (t = 1) to data (t = 0).
 
@@ -256,8 +258,7 @@ class DDPM(Guided):
             steps: solver steps, at most num_timesteps with the uniform grid; "heun" and "dpm_2" evaluate the
                 network twice a step, "rk4" four times.
             solver: a name in `solvers.SOLVERS`. "ddpm" is ancestral sampling with the variance of the model, a learned
-                one too (then the host takes part in every step, which rules out a captured loop on a GPU); all others
-                use the network's prediction alone.
+                one too; all others use the network's prediction alone.
             grid: "uniform" in time, at training times; "karras" in noise level^(1/7); "logit_normal".
             guidance: w in out_0 + w (out_1 - out_0), out_0 without and out_1 with the class; 1 is plain
                 conditional and costs half; a number, or (num,) for one weight per sample; default 1.1, or 1 without
@@ -269,6 +270,7 @@ class DDPM(Guided):
             callback: called with a `sampler.StepInfo` after each row of the solver's table.
             progress: show a progress bar.
             check_finite: look at every output of the network; costs a synchronisation per step on a GPU.
+            extensions: pieces of `genengine.extensions`; the path is `self.path`, the prediction `self.prediction`.
         Returns:
             (num, C, H, W) float32 on the network's device, nominally in [-1, 1], not clipped.
         Raises:
@@ -286,14 +288,15 @@ class DDPM(Guided):
         if solver == "ddpm" and self.variance == "large":
             arguments["variance"] = "large"
         table = solvers.SOLVERS[solver](self.path, times, **arguments)
-        denoiser, noise = self.net, None
+        denoiser = self.net
         if self.variance == "learned":
-            denoiser = _MeanHalf(self.net, num)
             if solver == "ddpm":
-                noise = _learned_noise(denoiser, self.path, times, (num, *self.image_shape), seed, sample_ids)
+                table = _learned_range(table, self.path, times)
+            if not table.learned_variance:
+                denoiser = _MeanHalf(self.net)
         return self._run_table(
             table, denoiser, num, labels, guidance, seed=seed, sample_ids=sample_ids, callback=callback,
-            progress=progress, check_finite=check_finite, noise=noise,
+            progress=progress, check_finite=check_finite, extensions=extensions,
         )  # fmt: skip
 
     def _clip(self, solver, clip):
@@ -352,40 +355,33 @@ class DDPM(Guided):
 
 
 class _MeanHalf:
-    """The network with its prediction alone as output; `variance` is the other half of the latest output."""
+    """The network with its prediction alone as output, for solvers that do without its variance."""
 
-    def __init__(self, net, num):
-        self.net, self.num, self.variance = net, num, None
-        self.parameters = net.parameters
+    def __init__(self, net):
+        self.net, self.parameters = net, net.parameters
 
     def __call__(self, x, t, y=None):
-        return self._split(self.net(x, t, y))
+        return self.net(x, t, y).chunk(2, dim=1)[0]
 
     def for_schedule(self, t_rows, y=None):
         step_fn = self.net.for_schedule(t_rows, y)
-        return lambda x, row: self._split(step_fn(x, row))
-
-    def _split(self, output):
-        mean, variance = output.chunk(2, dim=1)
-        self.variance = variance[len(variance) - self.num :]  # of the last branch, the conditional one
-        return mean
+        return lambda x, row: step_fn(x, row).chunk(2, dim=1)[0]
 
 
-def _learned_noise(denoiser, path, times, shape, seed, sample_ids):
-    """noise(row) for `sampler.sample` that turns the small standard deviation into the learned one.
+def _learned_range(table, path, times):
+    """The table with the small standard deviation s replaced by the learned one, s exp(h) exp(h v).
 
-    small^(1 - f) large^f = small (sigma_t/sigma_s)^f, f = (v + 1)/2.
+    small^(1 - f) large^f with f = (v + 1)/2, where log(large/small) = log(sigma_t/sigma_s) = 2h (Nichol & Dhariwal
+    2021, eq. 15).
     """
+    rows, s, column = table.rows.copy(), COLUMNS.index("s"), COLUMNS.index("l")
     sigma = path.sigma(times)
-
-    def noise(row):
-        z = ops.normal(shape, seed=seed, sample_ids=sample_ids, step=row, stream="step", device=sample_ids.device)
-        if sigma[row + 1] == 0:
-            return z  # the last step adds none
-        ratio = math.log(sigma[row] / sigma[row + 1])
-        return z * torch.exp(0.5 * ratio * (denoiser.variance.float() + 1.0))
-
-    return noise
+    noisy = sigma[1:] > 0  # the last step adds none
+    half = np.zeros_like(sigma[1:])
+    half[noisy] = 0.5 * np.log(sigma[:-1][noisy] / sigma[1:][noisy])
+    rows[..., s] *= np.exp(half)[:, None]
+    rows[..., column] = np.where(rows[..., s] != 0, half[:, None], 0.0)
+    return replace(table, rows=rows)
 
 
 def _check_path(path, num_timesteps, prediction):

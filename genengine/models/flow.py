@@ -99,7 +99,7 @@ class FlowMatching(Guided):
 
     def sample(
         self, num, labels=None, *, steps=50, guidance=1.0, seed=0, solver="heun", first_id=0, callback=None,
-        progress=False, check_finite=False,
+        progress=False, check_finite=False, extensions=(),
     ):  # fmt: skip
         """Draw images by integrating dx/dt = velocity from noise (t = 1) to data (t = 0) on a uniform grid.
 
@@ -118,6 +118,7 @@ class FlowMatching(Guided):
             callback: called with a `sampler.StepInfo` after each row of the solver's table.
             progress: show a progress bar.
             check_finite: look at every output of the network; costs a synchronisation per step on a GPU.
+            extensions: pieces of `genengine.extensions`.
         Returns:
             (num, C, H, W) float32 on the network's device, nominally in [-1, 1], not clipped.
         Raises:
@@ -135,7 +136,7 @@ class FlowMatching(Guided):
         )
         return self._run_table(
             table, self.net, num, labels, guidance, seed=seed, sample_ids=sample_ids, callback=callback,
-            progress=progress, check_finite=check_finite,
+            progress=progress, check_finite=check_finite, extensions=extensions,
         )  # fmt: skip
 
     def velocity(self, x, t, labels=None):

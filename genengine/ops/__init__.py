@@ -8,6 +8,7 @@ from genengine.ops.diffuse import diffuse
 from genengine.ops.ema_update import ema_update
 from genengine.ops.glu import geglu, swiglu
 from genengine.ops.group_norm_silu import group_norm_silu
+from genengine.ops.guidance_moments import guidance_moments
 from genengine.ops.logistic_mixture import logistic_mixture_log_prob, logistic_mixture_sample
 from genengine.ops.normal import normal, uniform
 from genengine.ops.qk_norm_rope import qk_norm_rope
@@ -20,6 +21,6 @@ backend = _registry.backend
 
 __all__ = [
     "EXTENSION", "adaln", "advance", "attention", "backend", "bias_act", "bias_gelu", "diffuse", "ema_update",
-    "gated_adaln", "geglu", "group_norm_silu", "logistic_mixture_log_prob", "logistic_mixture_sample", "normal",
-    "qk_norm_rope", "reparameterize", "sampler_step", "swiglu", "uniform",
+    "gated_adaln", "geglu", "group_norm_silu", "guidance_moments", "logistic_mixture_log_prob",
+    "logistic_mixture_sample", "normal", "qk_norm_rope", "reparameterize", "sampler_step", "swiglu", "uniform",
 ]  # fmt: skip

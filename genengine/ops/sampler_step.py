@@ -9,7 +9,7 @@ from torch import Tensor
 
 from genengine import random
 from genengine.ops import _check, _layout, _registry
-from genengine.ops.normal import reference_normal
+from genengine.ops.normal import exp_ieee, reference_normal
 from genengine.table import COLUMNS
 
 _STEP_STREAM = random.STREAMS["step"]
@@ -28,6 +28,7 @@ def sampler_step(
     seed: int | Tensor | None = None,
     noise: Tensor | None = None,
     sample_ids: Tensor | None = None,
+    variance: Tensor | None = None,
     out: Tensor | None = None,
     x_in: Tensor | None = None,
     backend: str | None = None,
@@ -36,7 +37,7 @@ def sampler_step(
 
         m  = out_0 + g1 (out_1 - out_0) + g2 (out_2 - out_1)
         y  = phi(p x + q m)                        phi: identity | clamp to [-r, r] | clamp to [-r, r], then / r
-        x' = a x + b m + c y + h1 H1 + h2 H2 + h3 H3 + s z       left to right, no fused multiply-add
+        x' = a x + b m + c y + h1 H1 + h2 H2 + h3 H3 + s (exp(l v) z)    left to right, no fused multiply-add
         H_j <- keep | y | x                        as the row's flags say, after all registers were read
         x_in = c_in x'                             cast to its dtype, repeated for each branch
 
@@ -45,19 +46,23 @@ def sampler_step(
 
     x: (B, ...) float32, float16 or bfloat16, contiguous or channels_last. outputs: the model's one to three branches,
     unconditional first: tensors like x, or one tensor (k B, ...) that stacks them along the batch; of x's dtype or,
-    with a float32 x, 16-bit. table: float32 (R, B or 1, 16), columns
-    as in `genengine.table`. step: int32 (B,). history: float32 (K, B, ...), K <= 3, written in place.
+    with a float32 x, 16-bit; views whose samples are dense, as the first C of 2C channels, are read in place.
+    table: float32 (R, B or 1, 16), columns as in `genengine.table`. step: int32 (B,). history: float32 (K, B, ...),
+    K <= 3, written in place.
     seed: draws z = normal(seed, sample_ids[b], step[b], stream "step") in the kernel; noise: z given, float32 or x's
     dtype, like x. With neither, a row's s must be 0 (it is skipped). sample_ids: int64 (B,), default 0..B-1.
+    variance: v, of the outputs' dtype and like them perhaps a view; needed where a row has s and l, else not read; l v
+    is bounded to [-87, 88].
     out: written instead of a new tensor; may be x itself. x_in: (k B, ...) in the outputs' dtype, k copies of the input
     of the next model evaluation.
 
     Inference only. Returns x' (B, ...) with x's dtype. float64 runs on the reference.
     Raises TypeError, ValueError on bad arguments, RuntimeError where autograd would need a backward.
+    Learned variance: Nichol & Dhariwal 2021, eq. 15.
     """
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in)
-    _check.no_grad_needed("sampler_step", (x, *outputs, noise))
+    _check_arguments(x, outputs, table, step, history, seed, noise, variance, out, x_in)
+    _check.no_grad_needed("sampler_step", (x, *outputs, noise, variance))
     batch = x.shape[0]
     if seed is not None:
         seed = _check.seed_tensor("sampler_step", seed, x.device, batch)
@@ -66,15 +71,15 @@ def sampler_step(
         out = torch.empty_like(x, memory_format=_layout.memory_format(x))
     _check_written_layout(out, history, x_in)
     if not torch.compiler.is_compiling():
-        _check_overlaps(out, history, x_in, x, outputs, noise)
+        _check_overlaps(out, history, x_in, x, outputs, noise, variance)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if noise is not None:
         noise = noise.to(wide)
     kernel = _registry.resolve(SAMPLER_STEP, x.device, x.dtype, backend)
     outputs = [_layout.like(output, out) for output in outputs]
-    noise = None if noise is None else _layout.like(noise, out)
+    noise, variance = (None if tensor is None else _layout.like(tensor, out) for tensor in (noise, variance))
     table, step = table.to(wide).contiguous(), step.contiguous()
-    kernel(_layout.like(x, out), outputs, table, step, history, seed, sample_ids, noise, out, x_in)
+    kernel(_layout.like(x, out), outputs, table, step, history, seed, sample_ids, noise, variance, out, x_in)
     return out
 
 
@@ -99,7 +104,7 @@ def advance(step: Tensor, table: Tensor, t: Tensor, *, backend: str | None = Non
 # ---- reference ---------------------------------------------------------------------------------------------------
 
 
-def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_in):
+def reference(x, outputs, table, step, history, seed, sample_ids, noise, variance, out, x_in):
     if x.numel() == 0:
         return
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -118,7 +123,10 @@ def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_
         noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         reference_normal(noise, seed, sample_ids, step, _STEP_STREAM)
     if noise is not None:
-        value = value + term("s", noise.to(wide))
+        z = noise.to(wide)
+        if variance is not None:
+            z = torch.where(column("l") != 0, _exp(column("l") * variance.to(wide)) * z, z)
+        value = value + term("s", z)
     active = ((step >= 0) & (step < table.shape[0])).reshape(-1, *[1] * (x.dim() - 1))
     if history is not None:
         _write_history(history, state, y, column("flags").long(), active)
@@ -126,6 +134,11 @@ def reference(x, outputs, table, step, history, seed, sample_ids, noise, out, x_
     if x_in is not None:
         branches_in = x_in.view(-1, *x.shape)
         branches_in.copy_(torch.where(active, column("c_in") * value, branches_in.to(wide)))
+
+
+def _exp(exponent):
+    """In float32 the exponential whose bits all backends share, in float64 the exact one, within the same bounds."""
+    return exp_ieee(exponent) if exponent.dtype == torch.float32 else exponent.clamp(-87, 88).exp()
 
 
 def _unstack(outputs, batch):
@@ -165,7 +178,7 @@ def reference_advance(step, table, t):
 
 SAMPLER_STEP = _registry.define(
     "sampler_step_out(Tensor x, Tensor[] outputs, Tensor table, Tensor step, Tensor(a!)? history, Tensor? seed, "
-    "Tensor? sample_ids, Tensor? noise, Tensor(b!) out, Tensor(c!)? x_in) -> ()",
+    "Tensor? sample_ids, Tensor? noise, Tensor? variance, Tensor(b!) out, Tensor(c!)? x_in) -> ()",
     reference,
     fake=lambda *args: None,
     module="sampler_step",
@@ -181,7 +194,7 @@ ADVANCE = _registry.define(
 # ---- argument checks ---------------------------------------------------------------------------------------------
 
 
-def _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in):
+def _check_arguments(x, outputs, table, step, history, seed, noise, variance, out, x_in):
     op = "sampler_step"
     _check.dtype(op, "x", x)
     if x.dim() == 0:
@@ -204,6 +217,10 @@ def _check_arguments(x, outputs, table, step, history, seed, noise, out, x_in):
     _check_step(op, step, x)
     _check_table(op, table, step)
     _check_draws(op, x, seed, noise)
+    if variance is not None:
+        _check.same_dtype(op, "variance", variance, "outputs", outputs[0])
+        _check.shape(op, "variance", variance, "x's shape", x.shape)
+        _check.same_device(op, "variance", variance, "x", x)
     if history is not None:
         _check_history(op, history, x)
     if x_in is not None:
@@ -282,11 +299,11 @@ def _check_written_layout(out, history, x_in):
             )
 
 
-def _check_overlaps(out, history, x_in, x, outputs, noise):
+def _check_overlaps(out, history, x_in, x, outputs, noise, variance):
     """What is written must not overlap what is read or written besides, but for x updated in place."""
     written = [(name, t) for name, t in (("out", out), ("history", history), ("x_in", x_in)) if t is not None]
     read = [("x", x), *((f"outputs[{i}]", output) for i, output in enumerate(outputs))]
-    read += [("noise", noise)] if noise is not None else []
+    read += [(name, t) for name, t in (("noise", noise), ("variance", variance)) if t is not None]
     for index, (name, tensor) in enumerate(written):
         if tensor.numel() and any(
             size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)

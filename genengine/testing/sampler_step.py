@@ -11,7 +11,7 @@ def random_table(generator, rows: int, batch: int, branches: int, registers: int
     table = torch.randn(rows, batch, 16, generator=generator) * (torch.rand(rows, 1, 16, generator=generator) > 0.3)
     table[..., 5] = table[..., 5].abs() + 0.5
     table[..., 12] = table[..., 12].abs()
-    table[..., 13] = 0
+    table[..., 13] *= 0.5 * (table[..., 12] != 0)
     table[..., 1] *= branches > 1
     table[..., 2] *= branches > 2
     flags = torch.randint(0, 3, (rows, 1), generator=generator)
@@ -24,7 +24,10 @@ def random_table(generator, rows: int, batch: int, branches: int, registers: int
     return table
 
 
-_STEP_KINDS = ((1, 0, "none"), (2, 1, "drawn"), (3, 3, "given"), (2, 2, "drawn channels_last"))
+_STEP_KINDS = (
+    (1, 0, "none"), (2, 1, "drawn"), (3, 3, "given"), (2, 2, "drawn channels_last"), (1, 0, "drawn learned"),
+    (2, 1, "given learned"), (1, 2, "drawn learned channels_last"),
+)  # fmt: skip
 
 
 def _step_cases(generator, device) -> list[Case]:
@@ -47,15 +50,19 @@ def _step_case(generator, device, state, model, shape, branches, registers, nois
     history = None
     if registers:
         history = fresh(torch.float32, registers * shape[0]).unflatten(0, (registers, shape[0]))
-    table = random_table(generator, 4, shape[0] if noise == "drawn" else 1, branches, registers).to(device)
+    table = random_table(generator, 4, shape[0] if "drawn" in noise else 1, branches, registers).to(device)
     step = torch.arange(shape[0], dtype=torch.int32, device=device) + 2  # the last samples are finished
     seed = torch.tensor(12345, device=device) if "drawn" in noise else None
-    given = fresh(torch.float32) if noise == "given" else None
+    given = fresh(torch.float32) if "given" in noise else None
     outputs, out = [fresh(model) for _ in range(branches)], torch.zeros_like(fresh(state))
+    variance = fresh(model) if "learned" in noise else None
+    if variance is not None and memory == torch.contiguous_format:  # as models return them: views into 2C channels
+        outputs = [torch.cat([output, variance], 1)[:, : shape[1]] for output in outputs]
+        variance = torch.cat([outputs[-1], variance], 1)[:, shape[1] :]
     x_in = torch.zeros_like(fresh(model, 2 * shape[0]))
-    args = (fresh(state), outputs, table, step, history, seed, None, given, out, x_in)
+    args = (fresh(state), outputs, table, step, history, seed, None, given, variance, out, x_in)
     label = f"{state} state, {model} model, {shape}, {branches} branches, noise {noise}"
-    return Case(label, args, (4, 8, 9), True, shape in LARGE, (state, model))
+    return Case(label, args, (4, 9, 10), True, shape in LARGE, (state, model))
 
 
 def _advance_cases(generator, device) -> list[Case]:

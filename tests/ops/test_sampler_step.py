@@ -113,6 +113,59 @@ def test_noise_is_that_of_the_specification(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+def test_learned_variance_against_float64(backend, dtype, given):
+    """x' = a x + b m + s exp(l v) z, with mean and v as halves of the channels of two stacked branches."""
+    device = skip_unless_available("sampler_step_out", backend)
+    x, both = torch.randn(3, 2, 5, 7), torch.randn(6, 4, 5, 7).to(dtype)
+    tables = [row_table(a=0.9, b=0.2, g1=2.0, s=0.7, l=scale) for scale in (1.5, 0.0, -0.8)]
+    table, z = torch.cat(tables, 1).to(device), random_noise(x.shape, seed=5)
+    run = lambda both: sampler_step(  # noqa: E731
+        x.to(device), both[:, :2], table, steps(3).to(device), variance=both[3:, 2:], backend=backend,
+        **({"noise": z.to(device)} if given else {"seed": 5}),
+    ).cpu()  # fmt: skip
+    u, c = both[:, :2].double().chunk(2)
+    spread = 0.7 * torch.exp(torch.tensor([1.5, 0.0, -0.8], dtype=torch.float64).reshape(3, 1, 1, 1) * both[3:, 2:])
+    exact = 0.9 * x.double() + 0.2 * (u + 2 * (c - u)) + spread * z.double()
+    assert (run(both.to(device)) - exact).abs().max() < 4e-7 * exact.abs().max()
+    channels_last = both.to(device).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(run(channels_last), run(both.to(device)))
+
+
+def random_noise(shape, seed):
+    """The noise of row 0, from the specification."""
+    draws = [
+        random.normal(int(np.prod(shape[1:])), seed=seed, sample=b, step=0, stream="step") for b in range(shape[0])
+    ]
+    return torch.from_numpy(np.stack(draws)).reshape(shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_exponential_errs_by_less_than_two_units_in_the_last_place(backend):
+    """On all of [-80, 80]; beyond -87 and 88 it stays as there."""
+    device = skip_unless_available("sampler_step_out", backend)
+    v = torch.cat([torch.linspace(-80, 80, 4001), torch.tensor([-1e4, 1e4])])[None].to(device)
+    one, table = torch.ones_like(v), row_table(s=1.0, l=1.0).to(device)
+    got = sampler_step(0 * v, one, table, steps(1).to(device), noise=one, variance=v, backend=backend).double()
+    exact = v.double().clamp(-87, 88).exp()
+    ulp = 2.0 ** (exact.log2().floor() - 23)
+    assert ((got - exact).abs() / ulp).max() < 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_l_or_without_noise_reads_no_variance(backend):
+    device = skip_unless_available("sampler_step_out", backend)
+    x, nan = torch.randn(2, 9, device=device), torch.full((2, 9), float("nan"), device=device)
+    for columns in ({"s": 0.5}, {"l": 3.0}):
+        table, step = row_table(a=1.0, **columns).to(device), steps(2).to(device)
+        got = sampler_step(x, x, table, step, seed=1, variance=nan, backend=backend)
+        assert torch.equal(got, sampler_step(x, x, table, step, seed=1, backend=backend))
+    both = row_table(a=1.0, s=0.5, l=3.0).to(device)
+    assert sampler_step(x, x, both, step, seed=1, variance=nan, backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_coefficients_let_no_nan_through(backend):
     """Uninitialised history, an unused branch and an unused state are skipped, not multiplied by 0."""
     device = skip_unless_available("sampler_step_out", backend)
@@ -198,15 +251,17 @@ def test_views_and_odd_layouts_equal_contiguous_inputs():
     branches=st.integers(1, 3),
     registers=st.integers(0, 3),
     noise=st.sampled_from(["none", "drawn", "given"]),
+    learned=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_any_shape(batch, inner, branches, registers, noise, seed):
+def test_any_shape(batch, inner, branches, registers, noise, learned, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, *inner)
     x, z, *outputs = (torch.randn(shape, generator=generator) for _ in range(2 + branches))
     table = random_table(generator, 3, max(batch, 1), branches, registers)
     step = torch.randint(0, 4, (batch,), generator=generator, dtype=torch.int32)
     draw = {"none": {}, "drawn": {"seed": seed}, "given": {"noise": z}}[noise]
+    draw["variance"] = torch.randn(shape, generator=generator) if learned else None
     results = []
     for backend in ("cpu", "reference"):
         skip_unless_available("sampler_step_out", backend)
@@ -222,7 +277,7 @@ def _opcheck_arguments(shape=(2, 3, 4, 4), memory_format=torch.contiguous_format
     history = fresh(registers * shape[0]).unflatten(0, (registers, shape[0])) if registers else None
     return (
         fresh(shape[0]), [fresh(shape[0]) for _ in range(branches)], row_table(a=1.0, b=1.0, s=0.5, g1=2.0),
-        steps(shape[0]), history, torch.tensor(3), None, None, fresh(shape[0]), fresh(2 * shape[0]),
+        steps(shape[0]), history, torch.tensor(3), None, None, fresh(shape[0]), fresh(shape[0]), fresh(2 * shape[0]),
     )  # fmt: skip
 
 
@@ -310,6 +365,8 @@ BAD = [
     ({"seed": 1, "noise": X}, ValueError, "seed and noise exclude each other"),
     ({"seed": -1}, ValueError, "seed must be in"),
     ({"noise": X[:1]}, ValueError, "noise must be x's shape"),
+    ({"variance": X[:, :1]}, ValueError, "variance must be x's shape = \\(2, 3, 4, 4\\), got \\(2, 1, 4, 4\\)"),
+    ({"variance": X.half()}, TypeError, "variance must have dtype torch.float32 like outputs"),
     ({"out": X.double()}, TypeError, "out must have dtype torch.float32 like x"),
     ({"out": X.clone().transpose(2, 3)}, ValueError, "out must be contiguous or channels_last"),
     ({"x_in": torch.zeros(3, 3, 4, 4)}, ValueError, "x_in must be \\(k B, ...\\)"),

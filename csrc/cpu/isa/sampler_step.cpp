@@ -98,7 +98,7 @@ struct Plan {
   const float* row;
   int flags, branches;
   Stage stage;
-  bool need_m, need_x, noise, direct;
+  bool need_m, need_x, noise, learned, direct;
   int64_t tile = kTile;
   explicit Plan(const StepSample& s) : sample(s), row(s.row), flags(static_cast<int>(s.row[kFlags])) {
     bool writes_y = false, writes_x = false;
@@ -113,6 +113,7 @@ struct Plan {
     need_x = row[kA] != 0.f || (need_y && row[kP] != 0.f) || writes_x;
     branches = s.branches >= 3 && row[kG2] != 0.f ? 3 : (s.branches >= 2 && row[kG1] != 0.f ? 2 : 1);
     noise = row[kS] != 0.f && (s.noise.given || s.noise.draw);
+    learned = noise && row[kL] != 0.f && s.variance;
     // x' goes straight to `out`, unless it must pass the caches by, be converted, or x is still to be saved
     direct = s.state == Type::f32 && !s.stream && !writes_x;
     // Shorter turns of arithmetic (noise) and memory (operands) keep the hardware's prefetcher busy; software prefetch was
@@ -129,6 +130,16 @@ struct Scratch {
 };
 
 alignas(64) const float kZeros[kTile] = {};
+
+// The noise of a learned variance, into scratch.
+const float* spread_noise(const Plan& plan, const float* z, Scratch& scratch, int64_t first, int64_t count) {
+  const float* v = load_tile(plan.sample.variance, plan.sample.model, first, count, scratch.v);
+  const float l = plan.row[kL];
+  float* to = scratch.z;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] = spread(l, v[i], z[i]);
+  return to;
+}
 
 // m with three branches, which are rare, in a loop of its own; then the fused loop sees one.
 const float* combine_three(const Plan& plan, const float* o0, const float* o1, const float* o2, float* m, int64_t count) {
@@ -210,6 +221,7 @@ void step_range(const StepSample& sample, int64_t first, int64_t count) {
   for (const int64_t end = first + count; first < end;) {
     const int64_t n = end - first < plan.tile ? end - first : plan.tile;
     const float* z = plan.noise ? noise_tile(sample.noise, first, n, scratch.z) : nullptr;
+    if (plan.learned) z = spread_noise(plan, z, scratch, first, n);
     tile.x = plan.need_x ? load_tile(sample.x, sample.state, first, n, scratch.x) : kZeros;
     load_outputs(plan, scratch, tile, first, n);
     const int registers = load_history(plan, tile, first);

@@ -1,12 +1,13 @@
 // One row of a coefficient table (genengine/table.py): its columns, and the scalar step that every backend follows.
 //
 //   m  = o0 + g1 (o1 - o0) + g2 (o2 - o1);  y = phi(p x + q m)
-//   x' = a x + b m + c y + h1 H1 + h2 H2 + h3 H3 + s z        left to right, no fused multiply-add
+//   x' = a x + b m + c y + h1 H1 + h2 H2 + h3 H3 + s (exp(l v) z)        left to right, no fused multiply-add
 //
-// Bytes per element: reads x, the branches, the registers with h != 0 and noise if given; writes x', k copies of x_in and
-// the registers named by the flags. About 12 FLOPs, plus 17 per normal drawn. Accumulates in float32.
+// Bytes per element: reads x, the branches, the registers with h != 0, the noise if given and v where l != 0; writes x', k
+// copies of x_in and the registers named by the flags. About 12 FLOPs, plus 17 per normal drawn and 20 per exponential.
+// Accumulates in float32.
 #pragma once
-#include "genengine/hd.h"
+#include "genengine/normal.h"
 
 namespace genengine {
 
@@ -27,5 +28,8 @@ GENENGINE_HD float apply_phi(float u, Phi phi, float r) {
   const float clamped = u < -r ? -r : (u > r ? r : u);  // keeps NaN
   return phi == Phi::clamp ? clamped : clamped / r;
 }
+
+// Noise of the learned standard deviation s exp(l v), still to be multiplied by s; the exponent is bounded to [-87, 88].
+GENENGINE_HD float spread(float l, float v, float z) { return exp_ieee(l * v) * z; }
 
 }  // namespace genengine

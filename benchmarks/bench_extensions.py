@@ -1,0 +1,88 @@
+"""A sampling step with an extension against the loop as people write it, and compiled step by step by torch.compile.
+
+The model costs nothing (its output is there already), so that what is timed is the loop: guidance, the extension, the
+update, and the next input of both branches.
+"""
+
+import torch
+
+import genengine
+from genengine import extensions, paths, schedules, solvers
+from genengine.benchmarks.harness import Benchmark, faster
+from genengine.ops import normal
+
+SHAPE, STEPS, GUIDANCE, PATH = (16, 4, 64, 64), 10, 4.0, paths.VPLinear()
+GRID = schedules.uniform(STEPS, t_max=0.99, t_min=0.01)
+DIMS = (1, 2, 3)
+
+
+def rescaled(m, c, x0, phi=0.7):
+    factor = c.std(DIMS, keepdim=True) / m.std(DIMS, keepdim=True)
+    return phi * m * factor + (1 - phi) * m, x0
+
+
+def thresholded(m, c, x0, quantile=0.995):
+    r = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(min=1.0).reshape(-1, 1, 1, 1)
+    return m, torch.maximum(torch.minimum(x0, r), -r) / r
+
+
+class Work:
+    """One extension: our run, and the loop by hand with its formula; a DDIM step on eps."""
+
+    def __init__(self, device, extension, clip):
+        self.device, self.extension = device, extension
+        self.output = torch.randn(2 * SHAPE[0], *SHAPE[1:], device=device)
+        self.table = solvers.ddim(PATH, GRID, prediction="eps", clip=clip)
+        self.y = torch.zeros(SHAPE[0], device=device)
+
+    def fused(self):
+        return genengine.sample(
+            lambda x, t, y: self.output, self.table, SHAPE, cond={"y": self.y}, uncond={"y": self.y},
+            guidance=GUIDANCE, seed=0, device=self.device, extensions=(self.extension,),
+        )  # fmt: skip
+
+    def by_hand(self, step):
+        def run():
+            x = normal(SHAPE, seed=0, device=self.device)
+            for t, t_next in zip(GRID[:-1], GRID[1:], strict=True):
+                coefficients = (*PATH.coefficients(t)[:2], *PATH.coefficients(t_next)[:2])
+                x, model_in = step(x, *self.output.chunk(2), *(torch.tensor(c, dtype=x.dtype) for c in coefficients))
+            return x, model_in
+
+        return run
+
+    def check(self, run):
+        expected = run()[0]
+        assert (self.fused() - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def eager_step(modify, clipped):
+    """x' and the model's next input, of x, both outputs and alpha, sigma at either end of the step."""
+
+    def step(x, u, c, alpha, sigma, alpha_next, sigma_next):
+        m = u + GUIDANCE * (c - u)
+        if not clipped:
+            m, _ = modify(m, c, None)
+        x0 = (x - sigma * m) / alpha
+        if clipped:
+            _, x0 = modify(m, c, x0)
+            m = (x - alpha * x0) / sigma
+        x = alpha_next * x0 + sigma_next * m
+        return x, torch.cat([x, x])
+
+    return step
+
+
+def benchmarks(device):
+    for name, extension, modify, clip in (
+        ("rescaled guidance", extensions.Rescale(0.7), rescaled, None),
+        ("dynamic threshold", extensions.DynamicThreshold(0.995), thresholded, 1.0),
+    ):
+        work, step = Work(device, extension, clip), eager_step(modify, clip is not None)
+        eager, compiled = work.by_hand(step), work.by_hand(torch.compile(step))
+        yield Benchmark(
+            f"{name}, {STEPS} steps", str(SHAPE), "float32",
+            {"fused": work.fused, "eager": eager, "torch.compile": compiled},
+            lambda work=work, eager=eager: work.check(eager), STEPS * work.output.numel() // 2, None,
+            (faster("eager", 3.0), faster("torch.compile", 1.0)), quick=False, device=device,
+        )  # fmt: skip

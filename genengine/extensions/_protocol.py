@@ -1,0 +1,216 @@
+"""What an extension is, what it sees of a run, and how the sampling loop calls several of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genengine.ops import _layout, sampler_step
+from genengine.table import COLUMNS, CoefficientTable
+
+_INDEX = {name: index for index, name in enumerate(COLUMNS)}
+
+
+class Extension:
+    """A small piece added to a sampling run; `genengine.sample(..., extensions=(...))` calls its hooks in order.
+
+    A subclass overrides what it needs:
+
+        extend(table) -> table        on the host, before anything is allocated: arithmetic on the coefficients
+        start(run)                    once: checks, buffers; what it writes into run.rows belongs to the table
+        before_row(run, outputs)      after the model, before the fused row: may write the current row (`run.write`), or
+                                      return other outputs, a tuple of one to three branches (B, ...)
+        after_row(run)                after the fused row, before the step moves on: may change run.x
+
+    before_row and after_row run on the device without waiting for it: they may not read a value back to the host, so
+    that whole runs stay capturable. The loop works on a shallow copy of the extension: attributes set in its hooks
+    belong to one run.
+    """
+
+    guides = False  # whether it decides how the branches combine; of these a run has at most one
+
+    def extend(self, table: CoefficientTable) -> CoefficientTable:
+        return table
+
+    def start(self, run: Run) -> None:
+        pass
+
+    def before_row(self, run: Run, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        pass
+
+    def after_row(self, run: Run) -> None:
+        pass
+
+
+class Run:
+    """What an extension sees of a sampling run.
+
+    x: the state (B, ...), live. rows: the table on the device, float32 (R, B or 1, 16); its rows are per sample, hence
+    writable, if an extension has before_row. step: int32 (B,), each sample's current row. table: its source on the
+    host. num_branches: of the model. model_dtype: of the outputs. seed: int64 () or (B,). sample_ids: int64 (B,) or
+    None for 0..B-1.
+    """
+
+    def __init__(
+        self, x: Tensor, rows: Tensor, step: Tensor, table: CoefficientTable, num_branches: int,
+        model_dtype: torch.dtype, seed: Tensor, sample_ids: Tensor | None,
+    ):  # fmt: skip
+        self.x, self.rows, self.step, self.table, self.num_branches = x, rows, step, table, num_branches
+        self.model_dtype, self.seed, self.sample_ids = model_dtype, seed, sample_ids
+        self._unit = self.affine_rows(s=np.ones((table.num_rows, 1)))
+        self._affine, self._first = torch.zeros(1, x.shape[0], len(COLUMNS), device=x.device), torch.zeros_like(step)
+        self._open()
+
+    # ---- the current row ---------------------------------------------------------------------------------------
+
+    def read(self, *columns: str) -> tuple[Tensor, ...]:
+        """Columns of every sample's current row, each (B,) float32: views, to be changed by `write` alone."""
+        row = self._current()
+        return tuple(row[:, _INDEX[name]] for name in columns)
+
+    def write(self, **columns: Tensor) -> None:
+        """Set columns of every sample's current row, each (B,), until the run is rewound."""
+        row = self._current()
+        for name, value in columns.items():
+            row[:, _INDEX[name]] = value
+        self._written = True
+
+    def of_row(self, values: Tensor) -> Tensor:
+        """(B,): the current row's entry of values (R, B or 1) for every sample."""
+        self._current()
+        return values.expand(-1, self.x.shape[0]).gather(0, self._index[..., 0])[0]
+
+    def _open(self, given: Tensor | None = None) -> None:
+        """The loop's, before the hooks of a row; given: the noise of the row, if it is not drawn."""
+        self._given, self._row, self._written = given, None, False
+
+    def _close(self) -> None:
+        """The loop's, before the fused row: puts what the extensions wrote into the table."""
+        if self._written:
+            self.rows.scatter_(0, self._index, self._row[None])
+
+    def _current(self) -> Tensor:
+        """A copy of every sample's current row, (B, 16), made when it is first asked for."""
+        if self._row is None:
+            self._index = self.step.long().view(1, -1, 1).expand(1, -1, len(COLUMNS))
+            self._row = self.rows.expand(-1, self.x.shape[0], -1).gather(0, self._index)[0]
+        return self._row
+
+    # ---- tensors like the state ----------------------------------------------------------------------------------
+
+    def buffer(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor of x's shape and memory layout."""
+        return torch.empty_like(self.x, dtype=dtype, memory_format=_layout.memory_format(self.x))
+
+    def expand(self, value: Tensor) -> Tensor:
+        """(B,) as something that broadcasts against x."""
+        return value.reshape(-1, *[1] * (self.x.dim() - 1))
+
+    def affine_rows(self, **columns: np.ndarray) -> Tensor:
+        """A table on the device, float32 (R, B or 1, 16), with columns from float64 (R, B or 1), all others 0."""
+        shape = np.broadcast_shapes(*(np.shape(value) for value in columns.values()))
+        rows = np.zeros((*shape, len(COLUMNS)), dtype=np.float32)
+        for name, value in columns.items():
+            rows[..., _INDEX[name]] = value
+        return torch.from_numpy(rows).to(self.x.device)
+
+    def affine(self, a: Tensor, b: Tensor, outputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """out = a x + b m, m the outputs guided as in the current row; a, b: (B,), out: a float32 `buffer()`."""
+        g1, g2 = self.read("g1", "g2")
+        for name, value in {"a": a, "b": b, "g1": g1, "g2": g2}.items():
+            self._affine[0, :, _INDEX[name]] = value
+        return sampler_step(self.x.to(out.dtype), outputs, self._affine, self._first, out=out)
+
+    def noise(self, out: Tensor) -> Tensor:
+        """out = z as the current row adds it, drawn or given; out: a float32 `buffer()`."""
+        if self._given is not None:
+            return out.copy_(self._given)
+        draw = {"seed": self.seed, "sample_ids": self.sample_ids}
+        return sampler_step(out, self.x, self._unit, self.step, out=out, **draw)  # s = 1, all else 0: nothing is read
+
+
+class Extensions:
+    """The extensions of one run, as the sampling loop calls them."""
+
+    def __init__(self, extensions: Sequence[Extension]):
+        for index, extension in enumerate(extensions):
+            if not isinstance(extension, Extension):
+                got = extension.__name__ if isinstance(extension, type) else type(extension).__name__
+                raise TypeError(
+                    f"sample: extensions[{index}] must be a genengine.extensions.Extension, got {got}; subclass it"
+                )
+        guides = [type(extension).__name__ for extension in extensions if extension.guides]
+        if len(guides) > 1:
+            raise ValueError(f"sample: extensions may hold one that combines the branches, got {', '.join(guides)}")
+        self._all = [copy.copy(extension) for extension in extensions]
+        self._before = [extension for extension in self._all if _overrides(extension, "before_row")]
+        self._after = [extension for extension in self._all if _overrides(extension, "after_row")]
+        self.run: Run | None = None
+
+    @property
+    def write_rows(self) -> bool:
+        """Whether a row may be written during the run: then every sample needs rows of its own."""
+        return bool(self._before)
+
+    @property
+    def change_x(self) -> bool:
+        """Whether x may change after a row: then the next input is made of it after that."""
+        return bool(self._after)
+
+    def extend(self, table: CoefficientTable) -> CoefficientTable:
+        for extension in self._all:
+            table = extension.extend(table)
+        return table
+
+    def start(self, make_run: Callable[[], Run]) -> None:
+        if self._all:
+            self.run = make_run()
+        for extension in self._all:
+            extension.start(self.run)
+
+    def before_row(self, output: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
+        """The branches that the row combines, of the model's output (k B, ...)."""
+        if not self._before or self.run.x.numel() == 0:
+            return (output,)
+        self.run._open(given)
+        outputs = output.split(self.run.x.shape[0])
+        for extension in self._before:
+            outputs = extension.before_row(self.run, outputs) or outputs
+        self.run._close()
+        return outputs
+
+    def after_row(self, x_in: Tensor) -> None:
+        """Let the extensions change x, and write the next row's input c_in x, repeated per branch."""
+        run = self.run
+        if not self._after or run.x.numel() == 0:
+            return
+        if not self._before:
+            run._open()
+        for extension in self._after:
+            extension.after_row(run)
+        (c_in,) = run.read("c_in")
+        x_in.view(run.num_branches, *run.x.shape).copy_(run.x * run.expand(c_in))
+
+
+def _overrides(extension, hook):
+    return getattr(type(extension), hook) is not getattr(Extension, hook)
+
+
+def row_times(name: str, table: CoefficientTable, times) -> np.ndarray:
+    """(R, B or 1) float64 path times at which the rows' models are evaluated: t_model, or `times` given as (R,)."""
+    if times is None:
+        found = table.t_model
+        if not ((found >= 0) & (found <= 1)).all():
+            raise ValueError(
+                f"{name}: the table's t_model is not a path time in [0, 1] (it reaches from {found.min():g} to "
+                f"{found.max():g}); pass times=, the path times of its rows"
+            )
+        return found
+    found = np.asarray(times, dtype=np.float64)
+    if found.shape != (table.num_rows,) or not ((found >= 0) & (found <= 1)).all():
+        raise ValueError(f"{name}: times must be ({table.num_rows},) path times in [0, 1], got {times!r}")
+    return found[:, None]
