@@ -157,8 +157,8 @@ class _Run:
         draws = self.table_source.needs_noise and self.noise is None
         self.seed = seed if draws else None
         self.sample_ids = _check.sample_ids("sample", sample_ids, device, batch)
-        self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
-        self.advance = _registry.resolve(ADVANCE, self.x.device, torch.float32)
+        self.kernel = _registry.direct(SAMPLER_STEP, self.x.device, self.x.dtype)
+        self.advance = _registry.direct(ADVANCE, self.x.device, torch.float32)
         shown = (self.x, self.table, self.sample_step, self.table_source, copies, self.model_dtype, seed)
         self.extensions.start(lambda: Run(*shown, self.sample_ids))
         self.pristine = self.table.clone() if self.extensions.write_rows else None

@@ -14,6 +14,7 @@ A coefficient of zero means that its operand is not read at all. `flags` packs p
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class CoefficientTable:
 
     Attributes:
         rows: (R, B, 16) or (R, 1, 16) float64, columns in the order of `COLUMNS`; a batch of 1 serves every
-            sample.
+            sample. They are copied, and read-only.
         init_scale: a number or (B,) float64; sampling starts from x = init_scale * noise.
         first_c_in: a number or (B,) float64; the first model input is first_c_in * x.
         name: what `describe` and error messages call the table.
@@ -116,6 +117,13 @@ class CoefficientTable:
     init_scale: float | np.ndarray = 1.0
     first_c_in: float | np.ndarray = 1.0
     name: str = "table"
+
+    def __post_init__(self):
+        """Keep the rows to ourselves: what is found out about a table, that it is valid above all, stays true."""
+        if isinstance(self.rows, np.ndarray) and self.rows.flags.writeable:
+            rows = self.rows.copy()
+            rows.flags.writeable = False
+            object.__setattr__(self, "rows", rows)
 
     @property
     def num_rows(self) -> int:
@@ -132,17 +140,17 @@ class CoefficientTable:
         """(R, B) float64: the time handed to the model."""
         return self.rows[..., _INDEX["t_model"]]
 
-    @property
+    @cached_property
     def needs_noise(self) -> bool:
         """Whether any row adds noise."""
         return bool(np.any(self.rows[..., _INDEX["s"]] != 0))
 
-    @property
+    @cached_property
     def learned_variance(self) -> bool:
         """Whether any row scales its noise by exp(l*v): then the model returns v in a second half of its channels."""
         return bool(np.any(self.rows[..., _INDEX["l"]] != 0))
 
-    @property
+    @cached_property
     def num_history(self) -> int:
         """The highest history register read or written, 0 to 3."""
         read = self.rows[..., _HISTORY] != 0
@@ -156,7 +164,7 @@ class CoefficientTable:
         return self.rows[..., _INDEX[name]]
 
     def validate(self) -> "CoefficientTable":
-        """Check shape, dtype and the meaning of every coefficient.
+        """Check shape, dtype and the meaning of every coefficient, once.
 
         Returns:
             The table itself, so that the call can be chained.
@@ -164,6 +172,11 @@ class CoefficientTable:
         Raises:
             ValueError: naming the row, sample and column, what was expected, what was found, and the remedy.
         """
+        self._checked  # noqa: B018 - computed at first use
+        return self
+
+    @cached_property
+    def _checked(self) -> bool:
         self._validate_layout()
         remedy = "start or end the grid a little inside the singular end of the path"
         for column in COLUMNS:
@@ -193,7 +206,7 @@ class CoefficientTable:
                 f"an earlier row that writes H{register + 1}",
                 "the register is read before it is written: store y or x in an earlier row",
             )
-        return self
+        return True
 
     def describe(self, sample: int = 0) -> str:
         """The table of one sample as text: a header, then one line per row with the columns that matter.
@@ -251,7 +264,10 @@ class CoefficientTable:
         rows = np.repeat(self.rows, max(batches, default=1) // self.batch, axis=1)
         for name, weight in zip(("g1", "g2"), weights, strict=False):
             rows[..., _INDEX[name]] = weight
-        return replace(self, rows=rows)
+        guided = replace(self, rows=rows)
+        if "_checked" in vars(self):  # other finite weights leave a valid table valid
+            vars(guided)["_checked"] = True
+        return guided
 
     def with_guidance_interval(self, t_low: float, t_high: float) -> "CoefficientTable":
         """The same table with guidance where t_low < t_model <= t_high alone; elsewhere g1 = 1 and g2 = 0.

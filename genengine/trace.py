@@ -222,11 +222,8 @@ class _TableRunner:
         if self._threshold is not None:
             _, _, _, p, q, r = table[0, 0, :6].tolist()
             table[0, :, 5] = self._threshold(p * self.x + q * m, r)
-        if v is not None and z is not None:
-            z = z * torch.exp(table[0, 0, 13] * v)
-            table[..., 13] = 0.0
         step = torch.zeros(self.x.shape[0], dtype=torch.int32)
-        self.x = sampler_step(self.x, (m.contiguous(),), table, step, self.history, noise=z)
+        self.x = sampler_step(self.x, (m.contiguous(),), table, step, self.history, noise=z, variance=v)
         return self.x
 
 

@@ -7,7 +7,6 @@ Ho et al., Denoising Diffusion Probabilistic Models, 2020; learned variances: Ni
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from genengine.models._guided import Guided
 from genengine.models.base import Option
 from genengine.models.evaluating import evaluating
 from genengine.models.variational import VariationalTerms
-from genengine.table import COLUMNS
 
 PREDICTIONS = ("eps", "x0", "v")
 LOSSES = ("simple", "min_snr", "p2", "vlb")
@@ -285,15 +283,11 @@ class DDPM(Guided):
         guidance = self._guidance(num, usual if guidance is None else guidance)
         times = self._grid(solver, grid, steps)
         arguments = {"prediction": self.prediction, "guidance_scale": guidance} | self._clip(solver, clip)
-        if solver == "ddpm" and self.variance == "large":
-            arguments["variance"] = "large"
+        if solver == "ddpm" and self.variance != "small":
+            arguments["variance"] = {"learned": "learned_range"}.get(self.variance, self.variance)
         table = solvers.SOLVERS[solver](self.path, times, **arguments)
-        denoiser = self.net
-        if self.variance == "learned":
-            if solver == "ddpm":
-                table = _learned_range(table, self.path, times)
-            if not table.learned_variance:
-                denoiser = _MeanHalf(self.net)
+        learns = self.variance == "learned" and not table.learned_variance
+        denoiser = _MeanHalf(self.net) if learns else self.net
         return self._run_table(
             table, denoiser, num, labels, guidance, seed=seed, sample_ids=sample_ids, callback=callback,
             progress=progress, check_finite=check_finite, extensions=extensions,
@@ -366,22 +360,6 @@ class _MeanHalf:
     def for_schedule(self, t_rows, y=None):
         step_fn = self.net.for_schedule(t_rows, y)
         return lambda x, row: step_fn(x, row).chunk(2, dim=1)[0]
-
-
-def _learned_range(table, path, times):
-    """The table with the small standard deviation s replaced by the learned one, s exp(h) exp(h v).
-
-    small^(1 - f) large^f with f = (v + 1)/2, where log(large/small) = log(sigma_t/sigma_s) = 2h (Nichol & Dhariwal
-    2021, eq. 15).
-    """
-    rows, s, column = table.rows.copy(), COLUMNS.index("s"), COLUMNS.index("l")
-    sigma = path.sigma(times)
-    noisy = sigma[1:] > 0  # the last step adds none
-    half = np.zeros_like(sigma[1:])
-    half[noisy] = 0.5 * np.log(sigma[:-1][noisy] / sigma[1:][noisy])
-    rows[..., s] *= np.exp(half)[:, None]
-    rows[..., column] = np.where(rows[..., s] != 0, half[:, None], 0.0)
-    return replace(table, rows=rows)
 
 
 def _check_path(path, num_timesteps, prediction):

@@ -262,6 +262,12 @@ def named(op: Op) -> str | None:
     return _forced if _forced in ("reference", *op.kernels) else None
 
 
+def direct(op: Op, device: torch.device, dtype: torch.dtype) -> Callable:
+    """`resolve` for loops of tiny calls: positional arguments alone, without the overload's Python wrapper."""
+    run = resolve(op, device, dtype)
+    return getattr(run, "_op", run)
+
+
 def overload(op: Op, name: str):
     """The overload of one backend, guarded against forward-mode AD."""
     return guarded(op, op.overloads[name])

@@ -23,17 +23,15 @@ class Branches:
 
     def chunk(self, chunks: int, dim: int = 0):
         stacked = self.stacked
-        if dim != 0 or stacked.shape[0] % chunks:
-            return stacked.chunk(chunks, dim)
-        if chunks == 2:
+        if chunks == 2 and dim == 0 and stacked.shape[0] % 2 == 0:
             return Guided(stacked, 2, 1.0, 0.0, 0.0), Guided(stacked, 2, 0.0, 1.0, 0.0)
-        if chunks == 3:
+        if chunks == 3 and dim == 0 and stacked.shape[0] % 3 == 0:
             return (
                 Guided(stacked, 3, 1.0, 0.0, 0.0),
                 Guided(stacked, 3, 0.0, 1.0, 0.0),
                 Guided(stacked, 3, 0.0, 0.0, 1.0),
             )
-        return stacked.chunk(chunks)
+        return stacked.chunk(chunks, dim)
 
 
 class Guided:

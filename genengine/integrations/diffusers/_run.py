@@ -27,7 +27,7 @@ class Run:
         self._scheduler, self._schedule = scheduler, schedule
         self._shape = self._dtype = self._model_shape = self._model_dtype = self._device = None
         self._inputs: deque = deque(maxlen=plan.memory)
-        self._row, self._last, self._last_version = None, None, None
+        self._row = self._last = self._last_version = None
         self._philox = scheduler.genengine_noise == "philox"
         self._seed = self._noise_sampler = None
 
@@ -47,15 +47,15 @@ class Run:
     def step(self, k, model_output, sample, generator, given) -> Tensor:
         """Apply row k."""
         output, branches, guidance = _output_of(model_output)
+        plan = self.plan
         if torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad):
             raise Unfit("a gradient is to flow through the step")
-        plan = self.plan
         if plan.chained[k] and k and not self._is_last(sample):
             raise Unfit("the sample was edited between a predictor's step and its correction")
         if not self._prepared_for(sample, output):
             self._prepare(sample, output, branches)
         x, outputs, variance = sample, (output,), None
-        if not (self._plain and sample.is_contiguous() and output.is_contiguous()):
+        if not (self._plain and output.is_contiguous() and (sample is self._last or sample.is_contiguous())):
             x, outputs, variance = self._operands(sample, output, branches)
         noise = self._drawn = self._noise(k, output, generator, given) if plan.draws[k][0] else None
         if plan.draws[k][1] is None:
@@ -66,7 +66,9 @@ class Run:
         if plan.dynamic[k]:
             table = self._with_threshold(table, k, x, _tensor(model_output))
         out = torch.empty_like(x)
-        self._kernel(x, outputs, table, self._steps[k], self._history, self._seed, self._sample_ids, noise, out, None)
+        self._kernel(
+            x, outputs, table, self._steps[k], self._history, self._seed, self._sample_ids, noise, variance, out, None
+        )
         if out.dtype is not self._rule.out:
             out = out.to(self._rule.out)
         self._finish(k, sample, model_output, out)
@@ -75,13 +77,12 @@ class Run:
     # ---- operands --------------------------------------------------------------------------------------------
 
     def _prepared_for(self, sample, output) -> bool:
-        return (
-            sample.shape == self._shape
-            and output.shape == self._model_shape
-            and sample.dtype is self._dtype
-            and output.dtype is self._model_dtype
-            and sample.device == self._device
-        )
+        known = sample is self._last
+        if not known and (sample.shape != self._shape or sample.dtype is not self._dtype):
+            return False
+        if output.shape != self._model_shape or output.dtype is not self._model_dtype:
+            return False
+        return known or sample.device == self._device
 
     def _prepare(self, sample, output, branches):
         here = sample.shape, sample.dtype, sample.device
@@ -97,8 +98,7 @@ class Run:
         self._wide = torch.promote_types(sample.dtype, output.dtype) if mixed else None
         self._plain = self._wide is None and output.shape[1:] == sample.shape[1:]
         self._accumulated = torch.float64 if torch.float64 in (self._dtype, self._wide) else torch.float32
-        kernel = _registry.resolve(SAMPLER_STEP, sample.device, self._wide or sample.dtype)
-        self._kernel = getattr(kernel, "_op", kernel)  # without the overload's Python wrapper
+        self._kernel = _registry.direct(SAMPLER_STEP, sample.device, self._wide or sample.dtype)
         self._steps = self.plan.steps_on(sample.device, sample.shape[0])
         if not moved:  # only the model's output changed, from guided to not, say
             return
@@ -228,7 +228,9 @@ class Run:
         self._row, self.next_index = k, k + plan.begin + 1
         if plan.remembers:
             self._inputs.append((k, sample, _version(sample), model_output, self._drawn))
-            self._last, self._last_version = out, _version(out)
+            self._last_version = _version(out)
+        # the next step most often gets it back, and then need not look at its shape and dtype again
+        self._last = out if out.dtype is self._dtype and out.is_contiguous() else None
         state.update(plan.states[k])
         for name in plan.hidden[k]:
             state.pop(name, None)
