@@ -8,8 +8,9 @@ import torch
 
 from genengine import testing
 from genengine.benchmarks.harness import Benchmark, faster, within
-from genengine.ops import sampler_step
+from genengine.ops import normal, sampler_step
 from genengine.ops.sampler_step import SAMPLER_STEP
+from genengine.table import Write, build_rows, pack_flags
 
 SHAPES = ((16, 4, 64, 64), (64, 4, 256, 256))
 GUIDANCE, DT, SIGMA, SPREAD = 2.0, -0.02, 0.1, 0.5
@@ -40,9 +41,9 @@ class Work:
 
         self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
 
-    def fused(self, table, x_in=None, seed=None):
+    def fused(self, table, x_in=None, seed=None, history=None):
         """As the sampling loop calls it."""
-        self.kernel(self.x, (self.output,), table, self.step, None, seed, None, None, None, self.out, x_in)
+        self.kernel(self.x, (self.output,), table, self.step, history, seed, None, None, None, self.out, x_in)
 
     def fused_learned(self):
         arguments = (self.x, (self.mean,), self.learned, self.step, None, self.seed, None, None, self.v, self.out, None)
@@ -87,13 +88,17 @@ class Work:
     def as_written_ddpm(self):
         return self.as_written() + SIGMA * torch.randn_like(self.x)
 
-    def check(self, table, seed=None):
+    def check(self, table, seed=None, history=None):
         """Against the reference in float64, within twice eager's error."""
         draw = {} if seed is None else {"seed": seed}
-        run = lambda x, u, c, t: sampler_step(x, [u, c], t, self.step, backend="reference", **draw)  # noqa: E731
+
+        def run(x, u, c, t):
+            kept = None if history is None else history.clone()
+            return sampler_step(x, [u, c], t, self.step, kept, backend="reference", **draw)
+
         eager = run(self.x, self.u, self.c, table)
         oracle = run(self.x.double(), self.u.double(), self.c.double(), table.double())
-        self.fused(table, seed=seed)
+        self.fused(table, seed=seed, history=None if history is None else history.clone())
         testing.assert_as_good_as_eager(self.out, eager, oracle)
 
     def check_learned(self):
@@ -138,3 +143,31 @@ def benchmarks(device):
              "eager, as written": work.as_written_learned},
             work.check_learned, n, 20 * n, (faster("eager, preallocated", 3.0),), device=device,
         )  # fmt: skip
+    yield from _history_rows(device)
+
+
+LATENTS = (16, 4, 128, 128)
+
+
+def _history_rows(device):
+    """Rows of multistep and of stochastic solvers: by copies of the state, and by their parts."""
+    work = Work(LATENTS, device)
+    n = work.x.numel()
+    copy = lambda: work.out.copy_(work.x)  # noqa: E731
+    for registers, bound in ((1, 4.0), (3, 6.0)):
+        history = torch.randn(registers, *LATENTS, device=device)
+        columns = {"a": 1.0, "b": DT, "g1": GUIDANCE, "p": 1.0, "q": -0.5, "flags": pack_flags(writes=(Write.Y,))}
+        columns |= {f"h{j + 1}": 0.1 * (j + 1) for j in range(registers)}
+        table = torch.from_numpy(build_rows([columns])).float().to(device)
+        yield Benchmark(
+            f"CFG + multistep row, {registers} of history", str(LATENTS), "float32",
+            {"fused": lambda table=table, history=history: work.fused(table, history=history), "copy_": copy},
+            lambda table=table, history=history: work.check(table, history=history), n, (20 + 4 * registers) * n,
+            (within(bound, "copy_"),), device=device,
+        )  # fmt: skip
+    yield Benchmark(
+        "CFG + DDPM row", str(LATENTS), "float32",
+        {"fused": lambda: work.fused(work.ddpm, seed=work.seed), "copy_": copy,
+         "row, then normal": lambda: (work.fused(work.euler), normal(LATENTS, seed=3, device=device))},
+        lambda: work.check(work.ddpm, work.seed), n, 16 * n, (within(1.3, "row, then normal"),), device=device,
+    )  # fmt: skip

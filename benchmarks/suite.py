@@ -15,17 +15,20 @@ from genengine import benchmarks
 from genengine.benchmarks import harness
 from genengine.models import FAMILIES
 
-SUITES = ("quick", "models", "all")
+SUITES = ("quick", "models", "peers", "all")
+PEERS = ("diffusers", "k_diffusion")
 TABLE_HEAD = "| work | shape | dtype | fused | others / fused (95 % interval) | goals |\n|---|---|---|---|---|---|"
 
 
 def discover(device: str = "cpu", suite: str = "all") -> Iterator[harness.Benchmark]:
     """The benchmarks of a suite, built when it is their turn: inputs are big.
 
-    "all" is every benchmark of every bench_<name>.py, "models" those of the families, "quick" the short ones of all.
+    "all" is every benchmark of every bench_<name>.py, "models" those of the families, "peers" the drop-ins for other
+    libraries against these, "quick" the short ones of all.
     """
+    members = {"models": FAMILIES, "peers": PEERS}.get(suite, names())
     for name in names():
-        if suite == "models" and name not in FAMILIES:
+        if name not in members:
             continue
         for benchmark in module_benchmarks(name, device):
             if suite != "quick" or benchmark.quick:
@@ -39,7 +42,7 @@ def names() -> list[str]:
 
 
 def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report_row: Callable | None = None) -> dict:
-    """Run a suite ("quick", "models", "all") or the benchmarks of one op or model; returns the report."""
+    """Run a suite ("quick", "models", "peers", "all") or the benchmarks of one op or model; returns the report."""
     if what not in SUITES and what not in names():
         raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names()))}, got {what!r}")
     if not 0 < budget < math.inf:

@@ -271,7 +271,7 @@ def _add_bench(commands):
         "genengine bench quick",
     )
     command.add_argument(
-        "what", nargs="?", default="quick", help="quick, models, all, or one name (see --list); default quick"
+        "what", nargs="?", default="quick", help="quick, models, peers, all, or one name (see --list); default quick"
     )
     command.add_argument("--list", action="store_true", help="list what can be timed")
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")

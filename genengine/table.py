@@ -292,6 +292,22 @@ class CoefficientTable:
         rows[outside, _INDEX["g1"]], rows[outside, _INDEX["g2"]] = 1.0, 0.0
         return replace(self, rows=rows)
 
+    def with_noise_scale(self, scale: float | np.ndarray) -> "CoefficientTable":
+        """The same table with its noise, the column s, times `scale`.
+
+        Args:
+            scale: a number >= 0, or (R,) for one factor per row.
+
+        Raises:
+            ValueError: where scale is neither, negative or not finite.
+        """
+        scale = np.asarray(scale, dtype=np.float64)
+        if scale.shape not in ((), (self.num_rows,)) or not np.isfinite(scale).all() or (scale < 0).any():
+            raise ValueError(f"with_noise_scale: scale must be >= 0 and finite, or ({self.num_rows},), got {scale!r}")
+        rows = self.rows.copy()
+        rows[..., _INDEX["s"]] *= scale.reshape(-1, 1)
+        return replace(self, rows=rows).validate()
+
     def astype_float32(self) -> np.ndarray:
         """The rows as a fresh contiguous float32 array, (R, B or 1, 16): what the kernels read."""
         return np.ascontiguousarray(self.rows, dtype=np.float32)

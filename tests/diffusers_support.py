@@ -1,11 +1,13 @@
 """Schedulers of the installed diffusers, plain and fused, and a loop to run both in."""
 
 import inspect
+import os
 from contextlib import nullcontext as nothing  # noqa: F401
 
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is fetched
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install genengine[interop])")
 
 from genengine.integrations.diffusers import fused_class  # noqa: E402

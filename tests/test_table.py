@@ -187,3 +187,19 @@ def test_stack_pads_with_identity_rows():
 
 def test_stack_of_one_table_can_still_get_per_sample_guidance():
     CoefficientTable.stack([two_rows()]).with_guidance(np.ones(4)).validate().describe(sample=3)
+
+
+def test_noise_scale_and_read_only_rows():
+    table = CoefficientTable(build_rows([{"a": 1.0, "s": 0.5}, {"a": 1.0, "s": 0.2}]))
+    np.testing.assert_allclose(table.with_noise_scale(2.0).column("s")[:, 0], [1.0, 0.4])
+    np.testing.assert_allclose(table.with_noise_scale(np.array([0.0, 1.0])).column("s")[:, 0], [0.0, 0.2])
+    assert not table.with_noise_scale(0.0).needs_noise and table.needs_noise
+    for scale in (-1.0, np.inf, np.ones(3)):
+        with pytest.raises(ValueError, match="with_noise_scale: scale must be >= 0"):
+            table.with_noise_scale(scale)
+    with pytest.raises(ValueError, match="read-only"):
+        table.rows[0, 0, 0] = 2.0
+    source = build_rows([{"a": 1.0}])
+    table = CoefficientTable(source)
+    source[...] = np.nan
+    assert table.validate() is table.validate(), "the table has rows of its own"

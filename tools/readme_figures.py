@@ -1,10 +1,10 @@
-"""Writes the README's figures from a result of `genengine bench all --save benchmarks/results`, or `bench models`.
+"""Writes the README's figures from a result of `genengine bench all|models|peers --save benchmarks/results`.
 
     python tools/readme_figures.py benchmarks/results/<device>/<file>.json
 
 Of the suite "all", between `<!-- ops -->` and `<!-- figures -->` markers and their `/` forms: the table of ops, with
 the ratio of each op's first row to eager and to torch.compile; and every row of the result, reached goals and missed
-ones alike. Of the suite "models", its rows between `<!-- model figures -->` markers.
+ones alike. Of the suites "models" and "peers", their rows between `<!-- model figures -->` and `<!-- peer figures -->`.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def main():
     report = json.loads(Path(sys.argv[1]).read_text())
     rows, text = report["rows"], README.read_text()
     table = "\n".join([ROWS_HEAD, *map(row_line, rows)])
-    if report["suite"] == "models":
-        text = between(text, "model figures", table)
+    if report["suite"] in ("models", "peers"):
+        text = between(text, {"models": "model figures", "peers": "peer figures"}[report["suite"]], table)
     else:
         text = between(text, "ops", "\n".join([OPS_HEAD, *(op_line(rows, *op) for op in OPS)]))
         text = between(text, "figures", table)

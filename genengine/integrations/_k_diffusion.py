@@ -52,13 +52,12 @@ def plan(solver: str, sigmas: tuple[float, ...], s_noise: float, draws: tuple[bo
     grid = np.array(sigmas) / path.sigma_max
     own = dict(options)
     table = solvers.SOLVERS[solver](path, grid, prediction="x0", model_time=path.sigma, **own)
-    table.column("s")[...] *= s_noise
     begins, ends = [], []
     for step, count in enumerate(rows_per_step(solver, sigmas, own)):
         begins += [step] + [None] * (count - 1)
         ends += [None] * (count - 1) + [step]
     silent = [end is not None and bool(draws) and not draws[end] for end in ends]
-    table.column("s")[silent] = 0.0
+    table = table.with_noise_scale(np.where(silent, 0.0, s_noise))
     increase = churn(sigmas, own) if solver == "edm" else [0.0] * (len(sigmas) - 1)
     start_noise = s_noise * sigmas[0] * math.sqrt(increase[0] * (2 + increase[0]))
     return Plan(table, tuple(begins), tuple(ends), tuple(increase), start_noise)
