@@ -56,8 +56,8 @@ def trace(
 
     Returns:
         A table whose model times are the scheduler's timesteps, the loop's noise levels or the row numbers; guidance
-        1. A clamp (clip_sample, say) becomes phi; with `thresholding` its rows are DYNAMIC_THRESHOLD, whose r the
-        sampling loop must write.
+        1. A clamp (clip_sample, say) becomes phi; with `thresholding` its rows are DYNAMIC_THRESHOLD, whose r
+        `extensions.DynamicThreshold` writes.
 
     Raises:
         NotAffine: a ValueError that names the row and what is not an affine row, or where the table and the sampler

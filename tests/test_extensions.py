@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import genengine
 from genengine import extensions as ext
 from genengine import solvers
-from genengine.extensions.threshold import _quantile
+from genengine.extensions.threshold import row_quantile
 from genengine.ops import normal
 
 # ---- guidance ----------------------------------------------------------------------------------------------------
@@ -157,11 +157,11 @@ def test_dynamic_threshold_against_the_textbook(options, layout):
 def test_quantile_is_torch_s(n, quantile, seed):
     values = torch.randn(3, n, generator=torch.Generator().manual_seed(seed))
     expected = torch.quantile(values.double(), quantile, dim=1)
-    assert (_quantile(values, quantile) - expected).abs().max() < 1e-6
+    assert (row_quantile(values, quantile) - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.25, 0.5, 0.94, 0.995, 1.0])
 def test_quantile_of_many_values_and_ties(quantile):
     values = torch.randn(2, 5000).mul(4).round()
     expected = torch.quantile(values.double(), quantile, dim=1)
-    assert (_quantile(values, quantile) - expected).abs().max() < 1e-6
+    assert (row_quantile(values, quantile) - expected).abs().max() < 1e-6

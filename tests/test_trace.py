@@ -255,3 +255,17 @@ def test_schedulers_that_step_on_more_are_refused(name, reason):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     with pytest.raises(NotAffine, match=f"trace: {name}: row 0: .*{reason}"):
         trace(getattr(diffusers, name)(), 10)
+
+
+def test_a_traced_threshold_runs_with_the_extension():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, thresholding=True, sample_max_value=2.0)
+    table = trace(scheduler, 6)
+    x = 3 * torch.randn(2, 3, 8, 8)
+    model = lambda x, t: torch.tanh(x)  # noqa: E731
+    threshold = genengine.extensions.DynamicThreshold(quantile=0.995, max_value=2.0)
+    ours = genengine.sample(model, table, x=x, extensions=(threshold,))
+    scheduler.set_timesteps(6)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from genengine.extensions.threshold import row_quantile
 from genengine.integrations.diffusers._guidance import Guided
 from genengine.integrations.diffusers._plan import Affine, Plan
 from genengine.integrations.diffusers._schedule import Unfit
@@ -135,7 +136,7 @@ class Run:
         p, q, r = self.plan.table.rows[k, 0, 3:6].tolist()
         config = self._scheduler.config
         x0 = ((p / r) * x.float() + (q / r) * m[:, : x.shape[1]].float()).abs().flatten(1)
-        threshold = torch.quantile(x0, config.dynamic_thresholding_ratio, dim=1)
+        threshold = row_quantile(x0, config.dynamic_thresholding_ratio)
         table = table.repeat(1, x.shape[0], 1)
         table[k, :, _R] = r * threshold.clamp(min=1.0, max=config.sample_max_value)
         return table
