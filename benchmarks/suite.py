@@ -16,7 +16,7 @@ from genengine.benchmarks import harness
 from genengine.models import FAMILIES
 
 SUITES = ("quick", "models", "peers", "all")
-PEERS = ("diffusers", "k_diffusion")
+PEERS = ("diffusers", "k_diffusion", "trace")
 TABLE_HEAD = "| work | shape | dtype | fused | others / fused (95 % interval) | goals |\n|---|---|---|---|---|---|"
 
 
