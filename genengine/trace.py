@@ -174,6 +174,7 @@ def verify_scheduler(traced: TracedScheduler, scheduler: Any, *, begin: int, opt
         draws.next_row()
         learned = (table.column("l") != 0).any()
         output = normal(_SHAPE[0], _SHAPE[1] * (2 if learned else 1), *_SHAPE[2:])
+        x = x.clone()  # a step may write to its sample
         with torch.no_grad(), draws:
             t = scheduler.timesteps[begin + row]
             t = t.expand(_SHAPE[0]) if traced.recording.per_sample_time else t
@@ -259,7 +260,7 @@ def _verify_loop(table, loop, sigmas, options):
     )
     levels = torch.as_tensor(np.asarray(sigmas, dtype=np.float64))
     with torch.no_grad(), draws:
-        expected = loop(model, x, levels, **options)
+        expected = loop(model, x.clone(), levels, **options)
     runner = _TableRunner(table, x)
     for row, output in enumerate(outputs):
         runner.step(row, output, drawn.get(row, [None])[-1])

@@ -269,3 +269,16 @@ def test_a_traced_threshold_runs_with_the_extension():
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x).prev_sample
     torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+
+def test_samplers_that_write_to_their_x():
+    def step(x, output, row):
+        return x.add_(output, alpha=-0.1)
+
+    def loop(model, x, sigmas):
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+            x += (x - model(x, sigma.expand(len(x)))) / sigma * (sigma_next - sigma)
+        return x
+
+    assert trace(step, 4).column("b")[:, 0].tolist() == pytest.approx([-0.1] * 4)
+    assert trace(loop, sigmas=[10.0, 5.0, 2.0, 1.0]).num_rows == 3
