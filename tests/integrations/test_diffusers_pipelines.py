@@ -1,6 +1,8 @@
 """Guidance that the row computes, and whole pipelines with fused schedulers."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -126,3 +128,53 @@ def test_an_unconditional_pipeline_too():
             pipeline(num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np").images
         )
     assert abs(results[0] - results[1]).max() < 1e-5
+
+
+def test_what_is_done_to_a_noted_combination_in_place_is_not_lost():
+    stacked, x = torch.randn(4, 3, 8, 8), torch.randn(SHAPE)
+
+    def halved(value):
+        value.mul_(0.5)
+
+    def masked(value):
+        value[:, 1:] = 0
+
+    for edit in (halved, masked):
+        (u, c), (a, b) = Branches(stacked).chunk(2), stacked.chunk(2)
+        guided, exact = u + 2.0 * (c - u), a + 2.0 * (b - a)
+        assert guided.shape == exact.shape and guided.guidance() is not None
+        edit(guided)
+        edit(exact)
+        results = []
+        for output in (guided, exact):
+            scheduler = fused("DDIM", {})
+            scheduler.set_timesteps(5)
+            results.append(scheduler.step(output, scheduler.timesteps[0], x)[0])
+        assert distance(*results) < 1e-6
+
+
+def test_a_noted_combination_is_copied_and_pickled_as_a_tensor():
+    stacked = torch.randn(4, 3, 8, 8)
+    (u, c), (a, b) = Branches(stacked).chunk(2), stacked.chunk(2)
+    guided, exact = u + 2.0 * (c - u), a + 2.0 * (b - a)
+    for twin in (pickle.loads(pickle.dumps(guided)), copy.deepcopy(guided)):
+        assert type(twin) is torch.Tensor and torch.equal(twin, exact)
+    assert torch.equal(guided % 2, exact % 2) and torch.equal(2**guided, 2**exact) and torch.equal(+guided, exact)
+
+
+def test_a_fused_pipeline_is_pickled_and_copied():
+    pipeline = fuse(tiny_pipeline(make("DDIM", {})))
+    expected = images(pipeline)
+    for twin in (pickle.loads(pickle.dumps(pipeline)), copy.deepcopy(pipeline)):
+        assert type(twin) is type(pipeline) and torch.equal(images(twin), expected)
+
+
+@pytest.mark.parametrize("compiled", [lambda unet: unet.compile(backend="eager"), None])
+def test_a_compiled_denoiser_makes_the_same_images(compiled):
+    pipeline = tiny_pipeline(make("DDIM", {}))
+    expected = images(pipeline, guidance_scale=5.0)
+    if compiled:
+        compiled(pipeline.unet)
+    else:
+        pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    assert (images(fuse(pipeline), guidance_scale=5.0) - expected).abs().max() < 1e-5

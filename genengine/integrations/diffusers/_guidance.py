@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 _WHOLE = (0.0, 1.0)
@@ -47,14 +48,29 @@ class Guided:
     def guidance(self) -> tuple[float, float] | None:
         """(g1, g2) of m = out_0 + g1 (out_1 - out_0) + g2 (out_2 - out_1).
 
-        None where the weights' sum is not 1, and for one branch alone.
+        None where the weights' sum is not 1, for one branch alone, and once somebody had the combination as a tensor,
+        which may have been edited in place since.
         """
+        if self._value is not None:
+            return None
         w0, w1, w2 = self.w0, self.w1, self.w2
         if w0 in _WHOLE and w1 in _WHOLE and w2 in _WHOLE:
             return None
         if abs(w0 + w1 + w2 - 1.0) > 1e-6 * (abs(w0) + abs(w1) + abs(w2)):
             return None
         return w1 + w2, w2
+
+    @property
+    def shape(self):
+        return torch.Size((self.stacked.shape[0] // self.branches, *self.stacked.shape[1:]))
+
+    @property
+    def dtype(self):
+        return self.stacked.dtype
+
+    @property
+    def device(self):
+        return self.stacked.device
 
     def outputs(self) -> tuple[Tensor, ...]:
         return self.stacked.chunk(self.branches)
@@ -112,8 +128,10 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
 
 
 _OPERATORS = (
-    "radd", "rsub", "truediv", "rtruediv", "neg", "pow", "matmul", "getitem", "setitem", "len", "iter", "bool", "float",
-    "eq", "ne", "lt", "le", "gt", "ge", "abs", "array", "repr", "format",
+    "radd", "rsub", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "matmul", "rmatmul",
+    "neg", "pos", "abs", "invert", "and", "rand", "or", "ror", "xor", "rxor", "eq", "ne", "lt", "le", "gt", "ge",
+    "getitem", "setitem", "contains", "len", "iter", "reversed", "bool", "float", "array", "repr", "format",
+    "deepcopy", "reduce_ex",
 )  # fmt: skip
 for _class in (Branches, Guided):
     _class.__torch_function__ = classmethod(_torch_function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -42,6 +43,8 @@ def fuse(pipeline_or_scheduler: Any, noise: str = "torch") -> Any:
     if not isinstance(scheduler, Fused):
         fused = fused_class(type(scheduler), noise).from_config(scheduler.config)
         fused.__dict__.update(vars(scheduler))
+        if vars(scheduler).get("_step_index") is not None:
+            fused.__dict__["_given_up"] = "it was fused in the middle of a run"
         scheduler = fused
     if pipeline_or_scheduler is getattr(pipeline_or_scheduler, "scheduler", None) or not hasattr(
         pipeline_or_scheduler, "scheduler"
@@ -68,17 +71,30 @@ class _Folding:
     """Mixed into a pipeline's class: during a call, its denoiser's output notes guidance instead of computing it."""
 
     def __call__(self, *args, **kwargs):
-        modules = [
-            getattr(self, name) for name in _DENOISERS if hasattr(getattr(self, name, None), "register_forward_hook")
-        ]
-        hooks = [module.register_forward_hook(_note_guidance) for module in modules]
+        modules = [getattr(self, name, None) for name in _DENOISERS]
+        hooks = [module.register_forward_hook(_note_guidance) for module in modules if _takes_hooks(module)]
         try:
             return super().__call__(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def __reduce__(self):
+        return _rebuild, (type(self).__mro__[2], vars(self))
 
+
+def _rebuild(cls, state):
+    pipeline = object.__new__(_folding_class(cls))
+    pipeline.__dict__.update(state)
+    return pipeline
+
+
+def _takes_hooks(module) -> bool:
+    """A module compiled in place would compile the hook with it, which knows tensors alone."""
+    return hasattr(module, "register_forward_hook") and getattr(module, "_compiled_call_impl", None) is None
+
+
+@functools.cache
 def _folding_class(cls):
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls.__name__, (_Folding, cls), members)
