@@ -22,13 +22,14 @@ class Recording:
     """A sampler's run on a probe, row by row.
 
     outputs: x' as vectors over the probe's elements. fields: the other tensors of each step's result, likewise by name.
-    states: the scheduler's attributes that changed, after each row; probe tensors in them are `Combination`s.
+    states: the scheduler's attributes after each row; probe tensors in them are `Combination`s. initial: before.
     draws: how often each row drew noise. noise_calls: the arguments of a noise sampler object's calls, for each row.
     c_in: the factor of `scale_model_input`. times: what the scheduler was told as its timestep; per_sample_time: as a
     (B,) tensor.
     """
 
     probe: Probe
+    initial: dict[str, Any] = field(default_factory=dict)
     outputs: list[np.ndarray] = field(default_factory=list)
     fields: list[dict[str, np.ndarray]] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -96,11 +97,13 @@ def _record(scheduler, begin, options, variance, *, per_sample_time) -> Recordin
     probe, row = recording.probe, 0
     draws = Draws(lambda index, shape: _draw(probe, row, index), probe.size)
     sampler = NoiseSampler(draws, probe)
-    initial = dict(vars(scheduler))
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = sampler
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
+    initial = recording.initial = {
+        name: copy.copy(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()
+    }
     with torch.no_grad(), draws:
         for row, t in enumerate(times):
             draws.next_row()

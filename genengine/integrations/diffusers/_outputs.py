@@ -15,7 +15,7 @@ class LazyTuple(tuple):
     def __new__(cls, x, run, k):
         self = super().__new__(cls, (x,))
         self._rest = None
-        self._evaluate = functools.partial(run.fields, k)
+        self._evaluate = run.fields_of(k)
         return self
 
     def _all(self):
@@ -104,4 +104,4 @@ def lazy_output(output_class, x, run, k):
     """output_class(x', ...) with the further fields of row k of a run computed when they are read."""
     if not run.plan.fields[k]:
         return output_class(x)
-    return _lazy_class(output_class)(x, functools.partial(run.fields, k))
+    return _lazy_class(output_class)(x, run.fields_of(k))

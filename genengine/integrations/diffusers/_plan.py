@@ -88,7 +88,8 @@ class Plan:
         ]
         self.states, self.lazy = _states(self.traced)
         self.hidden = [lazy.keys() - before.keys() for before, lazy in zip([{}, *self.lazy], self.lazy, strict=False)]
-        self.memory = 1 + max((lag for row in self.lazy for value in row.values() for lag in _lags(value)), default=0)
+        kept = [value for row in (*self.lazy, *self.fields) for value in row.values()]
+        self.memory = 1 + max((lag for value in kept for lag in _lags(value)), default=0)
         self.remembers = any(self.lazy) or any(self.fields) or any(self.chained)
         self._tables: dict[tuple, Tensor] = {}
         self._steps: dict[tuple, tuple[Tensor, ...]] = {}
@@ -128,7 +129,7 @@ class Plan:
 
     def _drop_vectors(self):
         recording = self.traced.recording
-        recording.outputs, recording.states, recording.fields = [], [], []
+        recording.outputs, recording.states, recording.fields, recording.initial = [], [], [], {}
 
 
 def _affine(values: np.ndarray, row: int) -> Affine:
@@ -150,7 +151,7 @@ def _states(traced: TracedScheduler) -> tuple[list[dict], list[dict]]:
         encoded = {name: _replace(value, reduce) for name, value in state.items()}
         lazy.append({name: value for name, value in encoded.items() if _lags(value)})
         states.append({name: value for name, value in encoded.items() if name not in lazy[-1]})
-    return _only_changes(states), lazy
+    return _only_changes(states, recording.initial), lazy
 
 
 def _reducer(traced: TracedScheduler, k: int):
@@ -186,9 +187,10 @@ def _lags(value: Any) -> list[int]:
     return []
 
 
-def _only_changes(states: list[dict]) -> list[dict]:
-    """Row by row, what differs from the row before; the first row in full."""
-    changes = states[:1]
+def _only_changes(states: list[dict], initial: dict) -> list[dict]:
+    """Row by row, what differs from the row before; in the first row whatever the run changes at all."""
+    varies = lambda name: not all(_same(initial.get(name, initial), state.get(name, states)) for state in states)  # noqa: E731
+    changes = [{name: value for name, value in state.items() if varies(name)} for state in states[:1]]
     for before, after in zip(states, states[1:], strict=False):
         changes.append({name: value for name, value in after.items() if not _same(value, before.get(name, changes))})
     return changes

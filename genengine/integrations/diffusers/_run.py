@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,7 +31,7 @@ class Run:
         self._inputs: deque = deque(maxlen=plan.memory)
         self._row = self._last = self._last_version = None
         self._philox = scheduler.genengine_noise == "philox"
-        self._seed = self._noise_sampler = None
+        self._seed = self._generator = self._noise_sampler = None
 
     def locate(self, timestep) -> int:
         """The row of this call. Schedulers that count their steps ignore all timesteps but the first, and so do we."""
@@ -52,7 +53,9 @@ class Run:
         if torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad):
             raise Unfit("a gradient is to flow through the step")
         if plan.chained[k] and k and not self._is_last(sample):
-            raise Unfit("the sample was edited between a predictor's step and its correction")
+            edited = "the sample was edited between a predictor's step and its correction"
+            unseen = "; in inference mode this cannot be seen, use torch.no_grad()" if sample.is_inference() else ""
+            raise Unfit(edited + unseen)
         if not self._prepared_for(sample, output):
             self._prepare(sample, output, branches)
         x, outputs, variance = sample, (output,), None
@@ -148,7 +151,7 @@ class Run:
         if given is not None:
             return _layout.like(given.to(self._accumulated), output)
         if self._philox:
-            if self._seed is None:
+            if self._seed is None or k <= self._row or generator != self._generator:  # a run of its own
                 self._seed_from(generator, output.device)
             return None
         count, used = self.plan.draws[k]
@@ -165,6 +168,8 @@ class Run:
         return _layout.like(drawn[used or 0].to(self._accumulated), output)
 
     def _seed_from(self, generator, device):
+        self._generator = generator
+        self._sample_ids = None
         if isinstance(generator, list | tuple):
             seeds = [each.initial_seed() for each in generator]
             self._sample_ids = torch.zeros(len(seeds), dtype=torch.int64, device=device)
@@ -197,27 +202,32 @@ class Run:
 
     def materialise(self, name: str):
         """An attribute that the scheduler's own step would have left, computed from the last inputs."""
-        return _evaluate(self.plan.lazy[self._row][name], self._recent_inputs(self._row))
+        return _evaluate(self.plan.lazy[self._row][name], self._inputs_of(self._inputs))
 
-    def fields(self, k: int) -> dict[str, Tensor]:
-        """The further fields of row k's result, while its inputs are among the last few."""
-        inputs = self._recent_inputs(k)
-        return {name: _evaluate(value, inputs) for name, value in self.plan.fields[k].items()}
+    def fields_of(self, k: int) -> Callable[[], dict[str, Tensor]]:
+        """A function that computes the further fields of the result of row k, the last one, at any later time."""
+        fields, kept = self.plan.fields[k], tuple(self._inputs)
 
-    def _recent_inputs(self, last: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """(x, m, z) of the rows up to `last`, in float32 at least."""
+        def evaluate():
+            inputs = self._inputs_of(kept)
+            return {name: _evaluate(value, inputs) for name, value in fields.items()}
+
+        return evaluate
+
+    def _inputs_of(self, kept) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """(x, m, z) of the rows kept, in float32 at least."""
         inputs = []
-        for k, x, version, model_output, noise in self._inputs:
-            if k > last:
-                break
-            if _version(x) != version:
+        for k, x, model_output, versions, noise, seed in kept:
+            now = _versions(x, model_output)
+            if now != versions:
+                what = "sample" if now[0] != versions[0] else "model_output"
                 raise RuntimeError(
-                    f"{type(self._scheduler).__name__}: the sample given to step was edited in place, so what the "
+                    f"{type(self._scheduler).__name__}: the {what} given to step was edited in place, so what the "
                     "scheduler keeps of it cannot be computed any more; give step a tensor of its own, or read the "
                     "attribute first"
                 )
-            if noise is None and self._seed is not None:
-                draw = {"seed": self._seed, "sample_ids": self._sample_ids, "step": k, "stream": "step"}
+            if noise is None and seed is not None:
+                draw = {"seed": seed, "sample_ids": self._sample_ids, "step": k, "stream": "step"}
                 noise = normal(x.shape, **draw, device=x.device)
             m = _tensor(model_output)
             m = m[:, : x.shape[1]] if m.shape != x.shape else m
@@ -228,7 +238,7 @@ class Run:
         plan, state = self.plan, self._scheduler.__dict__
         self._row, self.next_index = k, k + plan.begin + 1
         if plan.remembers:
-            self._inputs.append((k, sample, _version(sample), model_output, self._drawn))
+            self._inputs.append((k, sample, model_output, _versions(sample, model_output), self._drawn, self._seed))
             self._last_version = _version(out)
         # the next step most often gets it back, and then need not look at its shape and dtype again
         self._last = out if out.dtype is self._dtype and out.is_contiguous() else None
@@ -237,7 +247,7 @@ class Run:
             state.pop(name, None)
 
     def _is_last(self, sample) -> bool:
-        return sample is self._last and _version(sample) == self._last_version
+        return sample is self._last and not sample.is_inference() and _version(sample) == self._last_version
 
 
 def _output_of(model_output):
@@ -255,6 +265,10 @@ def _tensor(model_output):
 
 def _version(tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
+
+
+def _versions(sample, model_output) -> tuple[int | None, int | None]:
+    return _version(sample), _version(model_output if isinstance(model_output, Tensor) else model_output.stacked)
 
 
 def _evaluate(value, inputs):

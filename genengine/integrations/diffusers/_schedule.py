@@ -7,13 +7,16 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from genengine._registers import NotAffine
 from genengine.integrations.diffusers._plan import Plan
 
 _CACHE_SIZE = 32
 _CACHE: OrderedDict[tuple, _Timesteps] = OrderedDict()
+_DECIDING = ("num_inference_steps", "custom_timesteps")
 _OWN = ("_schedule", "_run", "_given_up", "_warned", "_config_key", "noise_sampler")
 
 
@@ -22,7 +25,7 @@ class Unfit(Exception):
 
 
 class _Timesteps:
-    """What depends on a scheduler's class, config, timesteps and noise levels alone: shared by all objects."""
+    """What depends on a scheduler's class, config and `decides` attributes alone: shared by all objects."""
 
     def __init__(self, scheduler: Any, cls: type):
         self.host = _plain_copy(scheduler, cls)
@@ -32,7 +35,7 @@ class _Timesteps:
         for index, t in enumerate(self.times):
             self.index_of.setdefault(t, index)
         self.first_index: dict[int, int] = {}
-        self.plans: dict[tuple, Plan] = {}
+        self.plans: dict[tuple, Plan | str] = {}  # or why there is none
 
 
 class Schedule:
@@ -52,7 +55,13 @@ class Schedule:
         key = (begin, *sorted(options.items())) if options else (begin,)
         plan = self._shared.plans.get(key)
         if plan is None:
-            plan = self._shared.plans[key] = Plan(self.host, begin, options)
+            try:
+                plan = Plan(self.host, begin, options)
+            except NotAffine as error:
+                plan = str(error)
+            self._shared.plans[key] = plan
+        if isinstance(plan, str):
+            raise NotAffine(plan)
         return plan
 
     def index(self, timestep: Any) -> int:
@@ -63,9 +72,13 @@ class Schedule:
         """
         if isinstance(timestep, Tensor):
             offset = timestep.data_ptr() - self._address
-            if 0 <= offset < len(self.times) * self._size and timestep.dtype == self._timesteps.dtype:
+            here = 0 <= offset < len(self.times) * self._size and timestep.dtype == self._timesteps.dtype
+            if here and (timestep.dim() == 0 or not any(timestep.stride()) or timestep.numel() == 1):
                 return offset // self._size
-            timestep = timestep.flatten()[0].item()
+            first, *others = timestep.flatten().tolist()
+            if any(other != first for other in others):
+                raise Unfit("the samples of a batch are at different timesteps")
+            timestep = first
         index = self._shared.index_of.get(timestep)
         if index is None:
             raise Unfit(f"timestep {timestep} is none of the {len(self.times)} that are set")
@@ -100,7 +113,8 @@ def schedule_of(scheduler: Any, cls: type) -> Schedule:
     config = state["_internal_dict"]
     if state.get("_config_key", (None,))[0] is not config:
         state["_config_key"] = config, repr(sorted(config.items()))
-    key = (cls, state["_config_key"][1], _bytes(scheduler.timesteps), _bytes(state.get("sigmas")))
+    deciding = tuple((name, _frozen(state[name])) for name in sorted(state) if decides(name, state[name]))
+    key = cls, state["_config_key"][1], deciding
     shared = _CACHE.get(key)
     if shared is None:
         shared = _CACHE[key] = _Timesteps(scheduler, cls)
@@ -110,17 +124,25 @@ def schedule_of(scheduler: Any, cls: type) -> Schedule:
     return Schedule(scheduler.timesteps, shared)
 
 
-def _bytes(values: Any) -> bytes | None:
-    return values.cpu().numpy().tobytes() if isinstance(values, Tensor) else None
+def decides(name: str, value: Any) -> bool:
+    """Whether an attribute has a say in the coefficients: timesteps, noise levels, alphas_cumprod and their like."""
+    return name in _DECIDING or isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.dim() <= 1)
+
+
+def _frozen(value: Any) -> tuple:
+    if isinstance(value, Tensor):
+        return value.dtype, value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else (value,)
 
 
 def _plain_copy(scheduler: Any, cls: type) -> Any:
     """The scheduler as an object of its original class on the CPU, before its first step."""
     plain = object.__new__(cls)
-    plain.__dict__.update(copy.deepcopy({name: value for name, value in vars(scheduler).items() if name not in _OWN}))
-    for name, value in vars(plain).items():
-        if isinstance(value, Tensor):
-            plain.__dict__[name] = value.cpu()
+    for name, value in vars(scheduler).items():
+        if isinstance(value, Tensor):  # a sample left over from an earlier run has no say, and is not kept
+            plain.__dict__[name] = value.detach().cpu().clone() if value.dim() <= 1 else None
+        elif name not in _OWN:
+            plain.__dict__[name] = copy.deepcopy(value)
     if hasattr(scheduler, "noise_sampler"):
         plain.noise_sampler = None
     for name in ("_begin_index", "_step_index"):  # scale_model_input may have set the index already

@@ -12,7 +12,7 @@ from torch import Tensor
 from genengine._registers import NotAffine
 from genengine.integrations.diffusers._outputs import LazyTuple, lazy_output
 from genengine.integrations.diffusers._run import Run, Unfit
-from genengine.integrations.diffusers._schedule import Schedule, schedule_of
+from genengine.integrations.diffusers._schedule import Schedule, decides, schedule_of
 
 NOISES = ("torch", "philox")
 
@@ -37,8 +37,8 @@ class Fused:
         return super().__getattr__(name)
 
     def __setattr__(self, name, value):
-        if name == "_begin_index":
-            self.__dict__["_run"] = None
+        if self._schedule is not None:
+            self._before_setting(name, value)
         super().__setattr__(name, value)
 
     def __deepcopy__(self, memo):
@@ -54,6 +54,20 @@ class Fused:
 
     def _reset(self):
         self.__dict__.update(_schedule=None, _run=None, _given_up=None)
+
+    def _before_setting(self, name, value):
+        """Somebody sets an attribute: a run that relied on the old one ends."""
+        run, old = self._run, self.__dict__.get(name)
+        reads = decides(name, value) or name == "_internal_dict"
+        if reads and (value is old or _moved(value, old)):
+            return
+        if reads:
+            self.__dict__["_schedule"] = None
+        if run is not None and (reads or name == "_step_index" or name in run.lazy_names):
+            self._sync()
+            if run.plan.has_history or name in run.plan.lazy[-1]:
+                what = "the config" if name == "_internal_dict" else name
+                self.__dict__["_given_up"] = f"{what} was set during a run"
 
     def _plain_state(self) -> dict:
         """All attributes as the scheduler's own steps would have left them: what a copy needs."""
@@ -101,6 +115,12 @@ class Fused:
         if self._schedule is None:
             self.__dict__["_schedule"] = schedule_of(self, type(self).__mro__[2])
         return self._schedule
+
+
+def _moved(value, old) -> bool:
+    """Whether a tensor is what it was, on another device: `add_noise` moves alphas_cumprod to the samples'."""
+    both = isinstance(value, Tensor) and isinstance(old, Tensor)
+    return both and value.device != old.device and (value.dtype, value.shape) == (old.dtype, old.shape)
 
 
 def _rebuild(cls, noise, state):
@@ -180,11 +200,7 @@ def _make_scale_model_input(cls):
             return cls.scale_model_input(self, sample, *args, **kwargs)
         try:
             schedule = self._current_schedule()
-            index = (
-                run.next_index
-                if run is not None and schedule.sequential
-                else schedule.first_index(self.__dict__.get("_begin_index"), timestep)
-            )
+            index = run.next_index if run is not None and schedule.sequential else _position(self, schedule, timestep)
             factor = schedule.plan(0, {}).c_in[index]
         except (NotAffine, Unfit, IndexError):
             return cls.scale_model_input(self, sample, *args, **kwargs)
@@ -203,6 +219,8 @@ def _make_step(cls, names):
     @functools.wraps(original)
     def step(self, model_output, timestep, sample, *args, **options):
         if args:
+            if len(args) > len(further):
+                raise TypeError(f"{cls.__name__}.step() takes {3 + len(further)} arguments, got {3 + len(args)}")
             options = dict(zip(further, args, strict=False), **options)
         if self._given_up is not None:
             self._warn_once()
@@ -210,6 +228,8 @@ def _make_step(cls, names):
         return_dict = options.pop("return_dict", True)
         generator, given = options.pop("generator", None), options.pop("variance_noise", None)
         try:
+            if given is not None and generator is not None:
+                raise Unfit("both generator and variance_noise were given")
             run = self._run
             if run is None or options != run.options:
                 run = _begin(self, cls, timestep, sample, options)
@@ -242,7 +262,9 @@ def _begin(scheduler, cls, timestep, sample, options) -> Run:
     if getattr(scheduler, "num_inference_steps", 0) is None and hasattr(scheduler, "_step_index"):
         raise Unfit("set_timesteps was not called")
     schedule = scheduler._current_schedule()
-    begin = schedule.first_index(scheduler.__dict__.get("_begin_index"), timestep)
+    begin = _position(scheduler, schedule, timestep)
+    if begin >= len(schedule.times):
+        raise Unfit(f"step was called more than {len(schedule.times)} times")
     stateless = not schedule.sequential
     try:
         plan = schedule.plan(0 if stateless else begin, options)
@@ -253,6 +275,13 @@ def _begin(scheduler, cls, timestep, sample, options) -> Run:
     run = Run(scheduler, plan, schedule, options)
     scheduler.__dict__["_run"] = run
     return run
+
+
+def _position(scheduler, schedule, timestep) -> int:
+    """The index that the next step is taken from, as the scheduler itself would have it."""
+    if schedule.sequential and scheduler.__dict__.get("_step_index") is not None:
+        return scheduler.__dict__["_step_index"]
+    return schedule.first_index(scheduler.__dict__.get("_begin_index"), timestep)
 
 
 def _check_timestep(scheduler, timestep):
