@@ -1,9 +1,8 @@
 """Rows for a recorded loop, of which only the states at the model's evaluations are known.
 
 The next state is a combination of the present one, the model's output, noise and what the loop remembers. It is
-searched among
-what samplers do remember: earlier states, outputs, or slopes (x - output)/sigma; the fewest that explain every row
-are taken.
+searched among what samplers do remember: earlier states, outputs, or slopes (x - output)/sigma; the fewest that
+explain every row are taken.
 """
 
 from __future__ import annotations

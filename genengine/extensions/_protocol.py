@@ -141,7 +141,8 @@ class Extensions:
             if not isinstance(extension, Extension):
                 got = extension.__name__ if isinstance(extension, type) else type(extension).__name__
                 raise TypeError(
-                    f"sample: extensions[{index}] must be a genengine.extensions.Extension, got {got}; subclass it"
+                    f"sample: extensions[{index}] must be a genengine.extensions.Extension, got {got}; pass instances, "
+                    "Rescale() and not Rescale"
                 )
         guides = [type(extension).__name__ for extension in extensions if extension.guides]
         if len(guides) > 1:

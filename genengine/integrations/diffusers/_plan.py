@@ -206,14 +206,19 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class _DrawnDtypes(TorchFunctionMode):
+    """Notes the dtypes of noise that is asked for, and draws none: no generator moves."""
+
     def __init__(self):
         super().__init__()
         self.dtypes = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        value = func(*args, **(kwargs or {}))
-        if func in (torch.randn, torch.randn_like):
-            self.dtypes.append(value.dtype)
+        kwargs = kwargs or {}
+        if func not in (torch.randn, torch.randn_like):
+            return func(*args, **kwargs)
+        kwargs.pop("generator", None)
+        value = (torch.zeros if func is torch.randn else torch.zeros_like)(*args, **kwargs)
+        self.dtypes.append(value.dtype)
         return value
 
 
@@ -226,13 +231,9 @@ def _find_rule(plan: Plan, state: torch.dtype, model: torch.dtype) -> Rule:
         scheduler.set_begin_index(plan.begin)
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = lambda *_: torch.zeros_like(x)
-    generator_state = torch.get_rng_state()
-    try:
-        with torch.no_grad(), _DrawnDtypes() as drawn:
-            for t in scheduler.timesteps[plan.begin :][: 1 + min(drawing, default=0)]:
-                if hasattr(scheduler, "scale_model_input"):
-                    scheduler.scale_model_input(x, t)
-                out = scheduler.step(m, t.reshape(1) if plan.per_sample_time else t, x, **plan._options)[0]
-    finally:
-        torch.set_rng_state(generator_state)
+    with torch.no_grad(), _DrawnDtypes() as drawn:
+        for t in scheduler.timesteps[plan.begin :][: 1 + min(drawing, default=0)]:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            out = scheduler.step(m, t.reshape(1) if plan.per_sample_time else t, x, **plan._options)[0]
     return Rule(out.dtype, tuple(drawn.dtypes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from genengine._registers import NotAffine
 from genengine.integrations.diffusers._plan import Plan
 
 _CACHE_SIZE = 32
+_CACHE_LOCK = threading.Lock()
 _CACHE: OrderedDict[tuple, _Timesteps] = OrderedDict()
 _DECIDING = ("num_inference_steps", "custom_timesteps")
 _OWN = ("_schedule", "_run", "_given_up", "_warned", "_config_key", "noise_sampler")
@@ -115,12 +117,13 @@ def schedule_of(scheduler: Any, cls: type) -> Schedule:
         state["_config_key"] = config, repr(sorted(config.items()))
     deciding = tuple((name, _frozen(state[name])) for name in sorted(state) if decides(name, state[name]))
     key = cls, state["_config_key"][1], deciding
-    shared = _CACHE.get(key)
-    if shared is None:
-        shared = _CACHE[key] = _Timesteps(scheduler, cls)
-        if len(_CACHE) > _CACHE_SIZE:
-            _CACHE.popitem(last=False)
-    _CACHE.move_to_end(key)
+    with _CACHE_LOCK:
+        shared = _CACHE.get(key)
+        if shared is None:
+            shared = _CACHE[key] = _Timesteps(scheduler, cls)
+            if len(_CACHE) > _CACHE_SIZE:
+                _CACHE.popitem(last=False)
+        _CACHE.move_to_end(key)
     return Schedule(scheduler.timesteps, shared)
 
 

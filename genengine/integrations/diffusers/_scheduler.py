@@ -136,12 +136,17 @@ def fused_class(cls: type, noise: str = "torch") -> type:
     it loads as the original. `step` allocates nothing but its result, and reads nothing from a device. State is
     float32 inside, whatever the dtype of the latents.
 
+    Attributes that hold a sample (`model_outputs`, `sample`) and the further fields of results are computed when they
+    are read, from the last inputs, which are kept until the next `set_timesteps`. So give `step` tensors of their own:
+    an edit in place raises where it is seen, but in torch.inference_mode, or by a CUDA graph's replay, it is not.
+    UniPC and SA-Solver, which correct the last step, are fused under torch.no_grad and not in inference mode.
+
     Args:
         cls: a scheduler class of diffusers whose step(model_output, timestep, sample, ...) is affine, clamps included.
         noise: "torch" draws exactly what `cls` draws, from the generator that is passed or torch's global one;
-            "philox" draws in the kernel, seeded by the generator's initial seed (one per sample in a list) or once
-            per run by torch's global
-            one: faster, and independent of batch size and device.
+            "philox" draws in the kernel, seeded by the generator's initial seed (one per sample in a list; the same in
+            every run with that generator) or, without one, once per run by torch's global generator: faster, and
+            independent of batch size and device.
 
     Raises:
         TypeError: where cls is no scheduler class with such a step.
