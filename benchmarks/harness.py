@@ -224,10 +224,11 @@ def _cpu_name():
 
 
 def save(report: dict, folder: Path) -> Path:
-    """Write a report as <folder>/<device>/<date>-<commit>.json."""
+    """Write a report as <folder>/<device>/<date>-<commit>-<suite>.json, or without the suite if it is "all"."""
     device = "-".join(report["environment"]["device"].lower().replace("(r)", "").split())
     stamp = report["environment"]["time"][:10]
-    path = folder / device / f"{stamp}-{report['environment']['commit'] or 'uncommitted'}.json"
+    suite = "" if report["suite"] == "all" else f"-{report['suite']}"
+    path = folder / device / f"{stamp}-{report['environment']['commit'] or 'uncommitted'}{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path

@@ -276,7 +276,7 @@ def _add_bench(commands):
     command.add_argument("--list", action="store_true", help="list what can be timed")
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
     command.add_argument(
-        "--save", default=None, metavar="FOLDER", help="also write FOLDER/<device>/<date>-<commit>.json"
+        "--save", default=None, metavar="FOLDER", help="also write FOLDER/<device>/<date>-<commit>-<suite>.json"
     )
     _with_device(command)
     _with_json(command)

@@ -190,8 +190,7 @@ def _make_set_timesteps(cls):
     def set_timesteps(self, *args, **kwargs):
         self._reset()
         cls.set_timesteps(self, *args, **kwargs)
-        if self.timesteps.device.type != "cpu":
-            self._current_schedule()  # reads the timesteps to the host now, not in the first step
+        self._current_schedule()  # reads the timesteps to the host now, not in the first step
 
     return set_timesteps
 
