@@ -34,7 +34,7 @@ class Textbook:
 
     def outputs(self, u, r):
         """(x0, eps)."""
-        t = self.path.t_of_log_snr(-2 * np.log(r))
+        t = min(float(self.path.t_of_log_snr(-2 * np.log(r))), 1.0)  # the first may round to beyond the end
         return self.model(self.path.alpha(t) * u, t)[:2]
 
 
