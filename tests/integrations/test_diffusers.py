@@ -377,6 +377,24 @@ def test_lengths_of_timesteps():
         scheduler = fused(name, {})
         scheduler.set_timesteps(10)
         assert len(scheduler.timesteps) == length
+
+
+@pytest.mark.parametrize(
+    "layouts", [(torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)], ids=str
+)
+def test_noise_is_laid_out_like_the_sample_whatever_the_output_s_layout(layouts):
+    state, model = layouts
+    for arguments in ({}, {"variance_noise": torch.randn(SHAPE)}):
+        results = []
+        for scheduler in (make("DDIM", {}), fused("DDIM", {})):
+            scheduler.set_timesteps(4)
+            torch.manual_seed(0)
+            x = torch.randn(SHAPE)
+            for t in scheduler.timesteps:
+                x, output = x.contiguous(memory_format=state), torch.tanh(x).contiguous(memory_format=model)
+                x = scheduler.step(output, t, x, eta=1.0, **arguments)[0]
+            results.append(x)
+        assert distance(results[1], results[0]) <= 2e-6
     pndm = fused("PNDM", {"skip_prk_steps": True})
     pndm.set_timesteps(10)
     assert len(pndm.timesteps) == 11

@@ -61,7 +61,7 @@ class Run:
         x, outputs, variance = sample, (output,), None
         if not (self._plain and output.is_contiguous() and (sample is self._last or sample.is_contiguous())):
             x, outputs, variance = self._operands(sample, output, branches)
-        noise = self._drawn = self._noise(k, output, generator, given) if plan.draws[k][0] else None
+        noise = self._drawn = self._noise(k, x, generator, given) if plan.draws[k][0] else None
         if plan.draws[k][1] is None:
             noise = None  # drawn to keep the generator's place, and for the scheduler's state
         table = self._tables.get(guidance)
@@ -146,13 +146,13 @@ class Run:
 
     # ---- noise -----------------------------------------------------------------------------------------------
 
-    def _noise(self, k, output, generator, given):
+    def _noise(self, k, x, generator, given):
         """What the scheduler itself would draw in row k, also where the row adds none; None if the kernel draws."""
         if given is not None:
-            return _layout.like(given.to(self._accumulated), output)
+            return _layout.like(given.to(self._accumulated), x)
         if self._philox:
             if self._seed is None or k <= self._row or generator != self._generator:  # a run of its own
-                self._seed_from(generator, output.device)
+                self._seed_from(generator, x.device)
             return None
         count, used = self.plan.draws[k]
         if self.plan.noise_calls[k]:
@@ -160,12 +160,10 @@ class Run:
         else:
             dtypes = self._rule.draws
             drawn = [
-                randn_tensor(
-                    self._shape, generator=generator, device=output.device, dtype=dtypes[min(i, len(dtypes) - 1)]
-                )
+                randn_tensor(self._shape, generator=generator, device=x.device, dtype=dtypes[min(i, len(dtypes) - 1)])
                 for i in range(count)
             ]
-        return _layout.like(drawn[used or 0].to(self._accumulated), output)
+        return _layout.like(drawn[used or 0].to(self._accumulated), x)
 
     def _seed_from(self, generator, device):
         self._generator = generator
