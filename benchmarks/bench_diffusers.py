@@ -111,18 +111,24 @@ class Work:
             assert error <= 2e-6 * largest, f"differs from diffusers by {error}, of {largest}"
 
 
-def benchmarks(device):
+def scheduler_classes(bench, names, device):
+    """name -> class; none, with the reason, where diffusers is missing, or for a GPU: the figures are of the host."""
     try:
         import diffusers
     except ImportError as error:
-        print(f"bench diffusers: skipped, {error}; pip install genengine[interop]", file=sys.stderr)
-        return
+        print(f"bench {bench}: skipped, {error}; pip install genengine[interop]", file=sys.stderr)
+        return {}
     if device != "cpu":
-        print("bench diffusers: skipped, its figures are of host overhead and CPU kernels", file=sys.stderr)
-        return
+        print(f"bench {bench}: skipped, its figures are of the host", file=sys.stderr)
+        return {}
+    return {name: getattr(diffusers, f"{name}Scheduler") for name in names}
+
+
+def benchmarks(device):
+    classes = scheduler_classes("diffusers", SCHEDULERS, device)
     for shape in SHAPES:
-        for name in SCHEDULERS:
-            work = Work(getattr(diffusers, f"{name}Scheduler"), shape)
+        for name, cls in classes.items():
+            work = Work(cls, shape)
             yield Benchmark(
                 f"diffusers {name}, CFG + step", str(shape), "float32", work.variants(), work.check,
                 STEPS * work.x.numel(), None, GOALS.get((name, shape[0]), ()), name == "DPMSolverMultistep", device,

@@ -153,7 +153,7 @@ class _Run:
         self.x_in = torch.empty((copies * batch, *self.x.shape[1:]), dtype=self.model_dtype, device=device)
         if _layout.channels_last(self.x):
             self.x_in = self.x_in.contiguous(memory_format=torch.channels_last)
-        self.history = _history(self.table_source.num_history, self.x)
+        self.history = _layout.registers(self.table_source.num_history, self.x)
         draws = self.table_source.needs_noise and self.noise is None
         self.seed = seed if draws else None
         self.sample_ids = _check.sample_ids("sample", sample_ids, device, batch)
@@ -405,16 +405,6 @@ def _per_sample(value, x):
     if value.size == 1:
         return value.item()
     return torch.from_numpy(value).to(x.device).reshape(-1, *[1] * (x.dim() - 1))
-
-
-def _history(registers, x):
-    """(K, B, ...) float32 registers laid out like x, uninitialised: rows read only what rows wrote."""
-    if registers == 0:
-        return None
-    flat = torch.empty((registers * x.shape[0], *x.shape[1:]), dtype=torch.float32, device=x.device)
-    if _layout.channels_last(x):
-        flat = flat.contiguous(memory_format=torch.channels_last)
-    return flat.view(registers, *x.shape)
 
 
 def _check_noise(noise, shape, symbols, x):

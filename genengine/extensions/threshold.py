@@ -66,8 +66,13 @@ class DynamicThreshold(Extension):
         size = run.affine(p, q, outputs, self._x0).abs_()
         # in the order of memory, which a quantile does not depend on
         values = size.as_strided((len(size), size[0].numel()), (size[0].numel(), 1))
-        r = torch.clamp(row_quantile(values, self.quantile), min=old, max=old * self.max_value)
+        r = threshold(values, old, self.quantile, self.max_value)
         run.write(r=torch.where(old > 0, r, old))
+
+
+def threshold(size: Tensor, r: Tensor, quantile: float, max_value: float) -> Tensor:
+    """(B,): r clip(quantile(|x0|), 1, max_value), from size = r |x0| (B, n) and r (B,)."""
+    return torch.clamp(row_quantile(size, quantile), min=r, max=r * max_value)
 
 
 def row_quantile(values: Tensor, quantile: float) -> Tensor:

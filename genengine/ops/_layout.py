@@ -35,3 +35,13 @@ def like(x: Tensor, pattern: Tensor) -> Tensor:
     if dense(pattern):
         return x if dense(x) else x.contiguous()
     return x if channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def registers(count: int, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """(count, B, ...) history of sampler_step laid out like x, uninitialised: rows read only what rows wrote."""
+    if count == 0:
+        return None
+    flat = torch.empty((count * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device)
+    if channels_last(x):
+        flat = flat.contiguous(memory_format=torch.channels_last)
+    return flat.view(count, *x.shape)

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from genengine.extensions.threshold import row_quantile
+from genengine.extensions.threshold import threshold
 from genengine.integrations.diffusers._guidance import Guided
 from genengine.integrations.diffusers._plan import Affine, Plan
 from genengine.integrations.diffusers._schedule import Unfit
@@ -106,9 +106,7 @@ class Run:
         self._steps = self.plan.steps_on(sample.device, sample.shape[0])
         if not moved:  # only the model's output changed, from guided to not, say
             return
-        registers = self.plan.table.num_history
-        like_x = torch.empty_like(sample, dtype=self._accumulated) if registers else None
-        self._history = torch.stack([like_x] * registers) if registers else None
+        self._history = _layout.registers(self.plan.table.num_history, sample, self._accumulated)
         self._sample_ids = None
 
     def _check_shapes(self, sample, output, branches):
@@ -136,12 +134,11 @@ class Run:
 
     def _with_threshold(self, table, k, x, m):
         """The table with a row k per sample: r = the quantile of |x0|, from 1 to sample_max_value (Saharia 2022)."""
-        p, q, r = self.plan.table.rows[k, 0, 3:6].tolist()
+        p, q = self.plan.table.rows[k, 0, 3:5].tolist()
         config = self._scheduler.config
-        x0 = ((p / r) * x.float() + (q / r) * m[:, : x.shape[1]].float()).abs().flatten(1)
-        threshold = row_quantile(x0, config.dynamic_thresholding_ratio)
+        size = (p * x.float() + q * m[:, : x.shape[1]].float()).abs().flatten(1)
         table = table.repeat(1, x.shape[0], 1)
-        table[k, :, _R] = r * threshold.clamp(min=1.0, max=config.sample_max_value)
+        table[k, :, _R] = threshold(size, table[k, :, _R], config.dynamic_thresholding_ratio, config.sample_max_value)
         return table
 
     # ---- noise -----------------------------------------------------------------------------------------------
