@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
+from genengine.ops._cost import Cost, traffic
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NAMESPACES = {
     "reference": "genengine_reference",
@@ -47,6 +49,7 @@ class Op:
     name: str
     module: str
     kernels: tuple[str, ...]
+    cost: Callable[[tuple, object], Cost] = field(compare=False)
     overloads: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property
@@ -69,6 +72,7 @@ def define(
     module: str,
     kernels: tuple[str, ...] = ("cpu", "triton", "cuda"),
     cpu: Callable | None = None,
+    cost: Callable[[tuple, object], Cost] | None = None,
 ) -> Op:
     """Define one op in all three namespaces.
 
@@ -76,6 +80,7 @@ def define(
     backward(ops, ctx, *grads): gradients, calling other ops through `ops`, the namespace the forward ran in.
     module: the op file this belongs to; its Triton kernels are looked up in `genengine.kernels.<module>`.
     kernels: the backends it is to have kernels for. cpu: the CPU kernel, where that is torch's own and not C++ of ours.
+    cost: cost(arguments, results) of a call, both as the schema orders them; None: bytes alone, every tensor once.
     """
     name = schema[: schema.index("(")]
     for namespace, library in _LIBRARIES.items():
@@ -91,7 +96,7 @@ def define(
             )
     if cpu is not None:
         _LIBRARIES["genengine"].impl(name, cpu, "CPU")
-    op = Op(name, module, kernels)
+    op = Op(name, module, kernels, cost or (lambda arguments, results: Cost(traffic(arguments, results))))
     for backend, namespace in NAMESPACES.items():
         op.overloads[backend] = getattr(getattr(torch.ops, namespace), name).default
     OPS[name] = op
