@@ -131,6 +131,8 @@ def _further_sets(entry, case, benchmark):
 
 def _variants(benchmark, entry, compile_modes):
     found = dict(benchmark.variants)
+    if "default" not in compile_modes:
+        found.pop("torch.compile", None)
     if benchmark.compiles is not None:
         function, arguments = benchmark.compiles
         for mode in compile_modes:

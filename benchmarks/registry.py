@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -62,6 +63,14 @@ class Case:
     dtype: torch.dtype
     device: str = "cpu"
     label: str = ""
+
+    def batch_of(self, image_shape: tuple[int, ...]) -> int:
+        """The batch size, of a shape that must end in what a network takes. Raises ValueError."""
+        if self.shape[1:] != tuple(image_shape):
+            raise ValueError(
+                f"shape must be (B, {', '.join(map(str, image_shape))}) for this network, got {self.shape}"
+            )
+        return self.shape[0]
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normals of the case's dtype on its device, of its shape unless another is given."""
@@ -238,14 +247,19 @@ def load_ours() -> None:
 
 
 def load_file(path: str) -> None:
-    """Run a Python file that registers benchmarks of its own."""
+    """Run a Python file that registers benchmarks of its own. Raises ValueError, naming the line, if it fails."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"bench: --load expects a Python file, found none at {path}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(line.filename).name}, line {line.lineno}"
+        raise ValueError(f"bench: --load {path} failed at {where}: {type(error).__name__}: {error}") from error
 
 
 def find(name: str) -> Entry:
