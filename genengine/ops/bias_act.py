@@ -239,17 +239,17 @@ def _cost(arguments, results):
 
 
 def _cost_backward(arguments, results):
-    grad, *point = arguments
-    read, flops, exps = _cost_of_slope(*point)
-    flops += 1 + (point[1] is not None)  # grad times it; dbias's sum
+    grad, x, bias, *options = arguments
+    read, flops, exps = _cost_of_slope(x, bias, *options)
+    flops += 1 + (bias is not None)  # grad times it; dbias's sum
     return per_element(traffic(grad, read, results), grad.numel(), flops, exps)
 
 
 def _cost_backward_backward(arguments, results):
-    grad_dx, grad_dbias, grad, *point = arguments
-    x, bias, activation, _, gain, clamp = point
+    grad_dx, grad_dbias, grad, x, bias, *options = arguments
+    activation, _, gain, _ = options
     curved = ACTIVATIONS[activation].curvature is not None
-    read, flops, exps = _cost_of_slope(*point, also=(2,) if curved else ())
+    read, flops, exps = _cost_of_slope(x, bias, *options, also=(2,) if curved else ())
     flops += 1 + (grad_dbias is not None)  # v times it; v
     if curved:
         read += (grad,)
@@ -258,12 +258,12 @@ def _cost_backward_backward(arguments, results):
 
 
 def _cost_of_slope(x, bias, activation, alpha, gain, clamp, also=()):
-    """What s(u), and act's derivatives of the orders `also`, read; their flops and exps per element."""
+    """The tensors that s(u) needs, its flops and exps per element, and those of act's derivatives of orders `also`."""
     orders = (1, *also) if clamp is None else (0, 1, *also)
     flops, exps = ACTIVATIONS[activation].work(*orders)
     flops += (gain != 1) * (1 if clamp is None else 2)
     if activation == "linear" and clamp is None:
-        return (), flops, exps  # 1 everywhere
+        return (), flops, exps  # s is the gain everywhere
     return (x, bias), flops + (bias is not None), exps
 
 
