@@ -267,6 +267,51 @@ def test_a_linear_bias_act_needs_no_input_for_its_gradient():
     assert cost("bias_act_backward_backward", x, None, grad, x, bias, "lrelu", 0.2, 1.0, None).bytes == (90 + 3) * 4
 
 
+def test_activations_with_bias_gain_and_clamp():
+    x, bias = torch.randn(2, 3, 5), torch.randn(3)
+    assert cost("bias_act", x, bias, "silu", 0.0, 2.0, 1.0) == Cost(63 * 4, (4 + 1 + 1) * 30, 30)
+    found = cost(
+        "bias_act_backward", x, x, bias, "silu", 0.0, 2.0, 1.0
+    )  # the clamp needs act, which shares its sigmoid
+    assert found == Cost(96 * 4, (4 + 7 - 1 + 2 + 1 + 2) * 30, 30)
+    found = cost("bias_act_backward_backward", x, bias, x, x, bias, "gelu", 0.0, 1.0, None)
+    assert found == Cost((5 * 30 + 9) * 4, (10 + 7 - 1 + 2 + 1 + 2 + 1) * 30, 2 * 30)
+    packed, bias = torch.randn(1, 5, 6), torch.randn(6)
+    assert cost("glu", packed, bias, "gelu_tanh", True) == Cost((30 + 6 + 15) * 4, (9 + 1 + 2) * 15, 15)
+    found = cost("glu_backward", packed[..., :3], packed, bias, "gelu_tanh", True)
+    assert found == Cost((15 + 30 + 6 + 30 + 6) * 4, (9 + 17 - 1 + 3 + 4) * 15, 15)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "modulated", "silu", "forward", "backward"),
+    [(1, 1, 1, 14, 30), (1, 0, 1, 11, 23), (0, 1, 0, 8, 14), (1, 0, 0, 7, 13), (1, 1, 0, 10, 20), (0, 0, 0, 5, 9)],
+)
+def test_groups(parameters, modulated, silu, forward, backward):
+    x, row, table, moment = torch.randn(2, 4, 3), torch.randn(4), torch.randn(2, 4), torch.rand(2, 2)
+    rows = [row if parameters else None] * 2 + [table if modulated else None] * 2
+    given = 8 * parameters + 16 * modulated
+    found = cost("group_norm_silu", x, *rows, 2, 1e-5, bool(silu), False)
+    assert found == Cost((48 + given + 8) * 4, forward * 24, silu * 24)
+    found = cost("group_norm_silu_backward", x, x, *rows, moment, moment, 2, bool(silu), False)
+    assert found == Cost((72 + 2 * given + 8) * 4, backward * 24, silu * 24)
+
+
+@pytest.mark.parametrize(
+    ("free_bits", "monte_carlo", "forward", "backward"),
+    [(0.0, False, (11, 2), (11, 2)), (0.5, False, (11, 2), (16, 2)), (0.0, True, (10, 1), (10, 1))],
+)
+def test_posteriors(free_bits, monte_carlo, forward, backward):
+    x, kl = torch.randn(2, 9), torch.randn(2)
+    for drawn, draw in ((0, (None, None, 0, x)), (1, (torch.tensor(7), None, 0, None))):
+        noise = 8 if drawn else 72
+        for name, tensors, moved, (flops, exps) in (
+            ("reparameterize", (x, x), 3 * 72 + 8, forward),
+            ("reparameterize_backward", (x, kl, x, x), 5 * 72 + 8, backward),
+        ):
+            found = cost(name, *tensors, *draw, free_bits, monte_carlo)
+            assert found == Cost(moved + noise, (flops + 6 * drawn) * 18, exps * 18 + 27 * drawn)
+
+
 def test_a_sampled_pixel_needs_one_component():
     channels, k = 3, 10
     params = torch.randn(2, k * 10, 4, 5)
