@@ -133,7 +133,7 @@ setup(
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={
         "genengine": ["py.typed", "assets/*", "pretrained/*", "ops/*.json"],
-        "genengine.benchmarks": ["schema.json", "results/*/*.json"],
+        "genengine.benchmarks": ["schema.json", "page.css", "page.js", "results/*/*.json"],
     },
     ext_modules=[Extension("genengine._C", [], optional=False)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},

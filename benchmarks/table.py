@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 GREEN, RED, DIM, BOLD = "32", "31", "2", "1"
 NOISE = 0.03  # a ratio this near to 1 is neither a gain nor a loss
@@ -28,19 +31,56 @@ def is_eager(name: str) -> bool:
     return name.startswith("eager")
 
 
+def is_compiled(name: str) -> bool:
+    return name.startswith("torch.compile")
+
+
+def is_peer(name: str) -> bool:
+    """Whether a variant is someone else's kernel or library: neither eager PyTorch nor its compiler, nor a yardstick."""
+    return not (is_eager(name) or is_compiled(name) or is_yardstick(name))
+
+
+def strongest(ratios: dict, wanted: Callable[[str], bool]) -> tuple[str, dict] | None:
+    """The name and ratio of the fastest variant that `wanted` picks, the one hardest to beat; None if there is none."""
+    found = [item for item in ratios.items() if wanted(item[0])]
+    return min(found, key=lambda item: item[1]["ratio"], default=None)
+
+
 def work(row: dict) -> str:
     """What was timed: shape with its model, and dtype."""
     shape = "x".join(map(str, row["shape"]))
     return f"{row['label']} ({shape}), {row['dtype']}" if row["label"] else f"{shape}, {row['dtype']}"
 
 
+def rate(row: dict) -> str:
+    """Work per second: operations where matrix products bind, else bytes; "-" where no cost is known."""
+    if "cost" not in row:
+        return "-"
+    if row.get("ceiling", {}).get("name") == "matrix products":
+        return f"{row['TFLOP_per_s']:.3g} TFLOP/s"
+    return f"{row['GB_per_s']:.3g} GB/s"
+
+
 def reach(row: dict) -> str:
     """Throughput and its share of the ceiling that binds."""
     if "ceiling" not in row:
-        return "-"
-    ceiling, products = row["ceiling"], row["ceiling"]["name"] == "matrix products"
-    rate = f"{row['TFLOP_per_s']:.3g} TFLOP/s" if products else f"{row['GB_per_s']:.3g} GB/s"
-    return f"{rate}, {ceiling['percent']:.0f} % of {ceiling['name']}"
+        return rate(row)
+    return f"{rate(row)}, {row['ceiling']['percent']:.0f} % of {row['ceiling']['name']}"
+
+
+def command(report: dict) -> str:
+    """The command that measures this report again; files given by --load are not recorded, and missing here."""
+    options = report["options"]
+    words = ["genengine", "bench", report["suite"]]
+    joined = {"shape": options.get("shape"), "dtype": options.get("dtypes")}
+    words += [word for name, value in joined.items() if value for word in (f"--{name}", ",".join(map(str, value)))]
+    if options.get("sweep"):
+        words += ["--sweep", options["sweep"]]
+    if (modes := options.get("compile_modes", ["default"])) != ["default"]:
+        words += ["--compile", ",".join(modes) or "none"]
+    if options.get("budget", 2.0) != 2.0:
+        words += ["--budget", f"{options['budget']:g}"]
+    return shlex.join([*words, "--device", options.get("device", "cpu")])
 
 
 # ---- the terminal ------------------------------------------------------------------------------------------------
@@ -73,9 +113,9 @@ def _ratio(name, entry, colour):
     value, interval = entry["ratio"], f"{entry['ratio']:.2f}x ({entry['low']:.2f}-{entry['high']:.2f})"
     if is_yardstick(name):
         return f"{name} {interval}"
-    if value < 1 - NOISE:
+    if is_loss(value):
         return f"{name} {painted(f'{interval} LOSS', RED, colour)}"
-    return f"{name} {painted(interval, GREEN, colour)}" if value > 1 + NOISE else f"{name} {interval}"
+    return f"{name} {painted(interval, GREEN, colour)}" if is_gain(value) else f"{name} {interval}"
 
 
 def _wrapped(parts: Iterable[str], per_line=3):
@@ -88,15 +128,57 @@ def _goal(goal, colour):
     return f"goal {goal['goal']}: {goal['value']:.2f}, {verdict}"
 
 
-def totals(report: dict) -> str:
-    """How many rows gained, lost, failed."""
+@dataclass(frozen=True)
+class Tally:
+    """How many rows were timed and failed; how many comparisons gain, lose, do neither; how many goals are reached."""
+
+    timed: int
+    failed: int
+    gains: int
+    losses: int
+    even: int
+    reached: int
+    goals: int
+
+
+def tally(report: dict) -> Tally:
     timed = [row for row in report["rows"] if "error" not in row]
     rivals = [e["ratio"] for row in timed for name, e in row["ratios"].items() if not is_yardstick(name)]
     goals = [goal["reached"] for row in timed for goal in row["goals"]]
+    gains, losses = sum(map(is_gain, rivals)), sum(map(is_loss, rivals))
+    return Tally(
+        len(timed),
+        len(report["rows"]) - len(timed),
+        gains,
+        losses,
+        len(rivals) - gains - losses,
+        sum(goals),
+        len(goals),
+    )
+
+
+def is_gain(value: float) -> bool:
+    return value > 1 + NOISE
+
+
+def is_loss(value: float) -> bool:
+    return value < 1 - NOISE
+
+
+def typical(report: dict, wanted: Callable[[str], bool]) -> tuple[float, int] | None:
+    """The geometric mean of the ratios to each row's strongest variant that `wanted` picks, and of how many rows."""
+    found = [strongest(row["ratios"], wanted) for row in report["rows"] if "error" not in row]
+    logs = [math.log(item[1]["ratio"]) for item in found if item]
+    return (math.exp(sum(logs) / len(logs)), len(logs)) if logs else None
+
+
+def totals(report: dict) -> str:
+    """How many rows gained, lost, failed."""
+    count = tally(report)
     return (
-        f"{len(timed)} rows timed, {len(report['rows']) - len(timed)} failed; of {len(rivals)} comparisons "
-        f"{sum(r > 1 + NOISE for r in rivals)} gains, {sum(r < 1 - NOISE for r in rivals)} losses, the rest within "
-        f"{NOISE:.0%}; {sum(goals)} of {len(goals)} goals reached"
+        f"{count.timed} rows timed, {count.failed} failed; of {count.gains + count.losses + count.even} comparisons "
+        f"{count.gains} gains, {count.losses} losses, the rest within {NOISE:.0%}; "
+        f"{count.reached} of {count.goals} goals reached"
     )
 
 
@@ -121,4 +203,4 @@ def markdown_row(row: dict) -> str:
 
 
 def _bold_loss(name, value):
-    return f"**{value:.2f}**" if value < 1 - NOISE and not is_yardstick(name) else f"{value:.2f}"
+    return f"**{value:.2f}**" if is_loss(value) and not is_yardstick(name) else f"{value:.2f}"

@@ -1,0 +1,148 @@
+"""The rows of a report as HTML tables, one per op or model: every variant a column, losses as visible as gains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from genengine.benchmarks import registry, table
+
+KINDS = {"ops": "Ops", "samplers": "Samplers", "models": "Models", "peers": "Peers"}
+
+
+def tables(report: dict) -> str:
+    """Every row, by kind and by op or model; a row's number is its place in the report."""
+    numbered = list(enumerate(report["rows"], 1))
+    parts = []
+    for kind in registry.KINDS:
+        of_kind = [(number, row) for number, row in numbered if row["kind"] == kind]
+        if of_kind:
+            parts.append(f"<h3>{KINDS[kind]}</h3>")
+        for group in dict.fromkeys(row["group"] for _, row in of_kind):
+            parts.append(_group(group, [item for item in of_kind if item[1]["group"] == group]))
+    return "\n".join(parts) or "<p>The report has no rows.</p>"
+
+
+def _group(group, rows):
+    timed = [row for _, row in rows if "error" not in row]
+    names = list(dict.fromkeys(name for row in timed for name in (*row["ratios"], *row["skipped"])))
+    names.sort(key=_rank)  # stable: within a rank as they come
+    hot = any("hot" in row for row in timed)
+    width = 6 + (1 + len(names)) * (2 if hot else 1)
+    body = "\n".join(_row(number, row, names, hot, width) for number, row in rows)
+    return (
+        f'<h4>{escape(group)}</h4>\n<div class="scroll"><table class="rows"><thead>{_head(names, hot)}</thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>{_skipped(rows)}"
+    )
+
+
+def _rank(name):
+    return [table.is_eager(name), table.is_compiled(name), table.is_peer(name), True].index(True)
+
+
+def _head(names: Sequence[str], hot: bool):
+    fixed = ("throughput", "of ceiling", "error / allowed", "goals")
+    if not hot:
+        cells = ("#", "work", "ours", *names, *fixed)
+        return "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in cells) + "</tr>"
+    tall = lambda name: f'<th rowspan="2">{escape(name)}</th>'  # noqa: E731
+    wide = "".join(f'<th colspan="2">{escape(name)}</th>' for name in ("ours", *names))
+    first = tall("#") + tall("work") + wide + "".join(map(tall, fixed))
+    return f"<tr>{first}</tr><tr>{'<th>cold</th><th>hot</th>' * (1 + len(names))}</tr>"
+
+
+def _row(number, row, names, hot, width):
+    head = f'<td class="number">{number}</td><td class="work">{_work(row)}</td>'
+    if "error" in row:
+        return f'<tr id="row-{number}" class="failed">{head}<td colspan="{width - 2}">{_error(row["error"])}</td></tr>'
+    sides = [row, row.get("hot")] if hot else [row]
+    cells = [_time(side, row) for side in sides]
+    cells += [_ratio(name, side, row) for name in names for side in sides]
+    cells += [_cell(table.rate(row), row.get("GB_per_s")), _share(row), _accuracy(row["accuracy"]), _goals(row)]
+    lost = any(table.is_loss(e["ratio"]) for name, e in row["ratios"].items() if not table.is_yardstick(name))
+    return f'<tr id="row-{number}"{" class=lost" if lost else ""}>{head}{"".join(cells)}</tr>'.replace(
+        "class=lost", 'class="lost"'
+    )
+
+
+def _work(row):
+    shape = "×".join(map(str, row["shape"])) or "scalar"
+    label = f"{escape(row['label'])}, " if row["label"] else ""
+    return f"<b>{escape(row['name'])}</b> <small>{label}{shape}, {escape(row['dtype'])}</small>"
+
+
+def _error(text):
+    first, *rest = text.splitlines() or [""]
+    more = "\n".join(rest)
+    details = f"<details><summary>all of it</summary><pre>{escape(more)}</pre></details>" if more.strip() else ""
+    return f'<b class="loss">failed</b> {escape(first)}{details}'
+
+
+def _cell(text, value=None, *, css="", note="", title=""):
+    """A cell: its figure, what sorts it, its interval or spread below."""
+    attributes = f' class="{css}"' if css else ""
+    attributes += f' data-value="{value:.6g}"' if value is not None else ""
+    attributes += f' title="{escape(title)}"' if title else ""
+    return f"<td{attributes}>{escape(text)}{f' <small>{escape(note)}</small>' if note else ''}</td>"
+
+
+def _time(side, row):
+    if side is None:
+        return _cell("-")
+    fused = side["variants"]["fused"]
+    spread = f"{table.duration(fused['p20'])} – {table.duration(fused['p80'])}"
+    wall = f", {table.duration(fused['wall'])} on the wall" if "wall" in fused else ""
+    load = ", ".join("-" if value is None else f"{value:.1f}" for value in row["load"])
+    told = f"{fused['clock']}{wall}; least {table.duration(fused['min'])}; {row['samples']} samples; load {load}"
+    return _cell(table.duration(fused["median"]), fused["median"], note=spread, css="time", title=told)
+
+
+def _ratio(name, side, row):
+    if name in row["skipped"]:
+        return _cell("skipped", css="none", title=row["skipped"][name])
+    if side is None or name not in side["ratios"]:
+        return _cell("-", css="none")
+    entry, timing = side["ratios"][name], side["variants"].get(name)
+    value = entry["ratio"]
+    css = "" if table.is_yardstick(name) else "gain" if table.is_gain(value) else "loss" if table.is_loss(value) else ""
+    title = f"{name}: {table.duration(timing['median'])}" if timing else ""
+    note = f"{entry['low']:.2f} – {entry['high']:.2f}"
+    return _cell(f"{value:.2f}×", value, css=css or "even", note=note, title=title)
+
+
+def _share(row):
+    if "ceiling" not in row:
+        return _cell("-", css="none")
+    percent, name = row["ceiling"]["percent"], row["ceiling"]["name"]
+    bar = f'<i style="width:{min(percent, 100):.0f}%"></i>'
+    return f'<td class="share" data-value="{percent:.6g}">{percent:.0f} % <small>{escape(name)}</small>{bar}</td>'
+
+
+def _accuracy(found):
+    if found is None:
+        return _cell("checked", css="none", title="the check passed and records no error")
+    return _cell(f"{found['error']:.2g}", found["error"], note=f"/ {found['allowed']:.2g}", title=found["of"])
+
+
+def _goals(row):
+    lines = [
+        f'<span class="{"gain" if goal["reached"] else "loss"}">{"reached" if goal["reached"] else "missed"}</span> '
+        f"<small>{escape(goal['goal'])}: {goal['value']:.3g}</small>"
+        for goal in row["goals"]
+    ]
+    return f'<td class="goals">{"<br>".join(lines) or "-"}</td>'
+
+
+def _skipped(rows):
+    """Which variants were skipped, and why: the same reason once, with the rows that it holds for."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for number, row in rows:
+        for name, why in row.get("skipped", {}).items():
+            found.setdefault((name, why), []).append(number)
+    if not found:
+        return ""
+    lines = "".join(
+        f"<li><b>{escape(name)}</b> skipped: {escape(why)} <small>(row {', '.join(map(str, numbers))})</small></li>"
+        for (name, why), numbers in found.items()
+    )
+    return f'\n<ul class="skipped">{lines}</ul>'

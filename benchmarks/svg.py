@@ -1,0 +1,96 @@
+"""A matplotlib figure as SVG to stand inside a page: text stays text, colours follow the page's light or dark theme."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from html import escape
+
+# Each colour is drawn as its light value and becomes a variable of page.css; after Okabe and Ito (2008), whose eight
+# colours stay apart for readers who are colour-blind.
+COLOURS = {
+    "ink": "#16181d", "muted": "#5a6270", "grid": "#d9dde3", "paper": "#fefefe", "ours": "#16181e", "blue": "#0072b2",
+    "orange": "#e69f00", "green": "#009e73", "red": "#d55e00", "purple": "#cc79a7", "sky": "#56b4e9",
+    "olive": "#8a7f00",
+}  # fmt: skip
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "genengine", "text.parse_math": False, "font.size": 8.5,
+    "font.family": "sans-serif", "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["grid"], "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "grid.color": COLOURS["grid"], "grid.linewidth": 0.6, "xtick.color": COLOURS["grid"],
+    "ytick.color": COLOURS["grid"], "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"],
+    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+    "legend.fontsize": 8, "lines.linewidth": 1.6, "axes.facecolor": "none", "figure.facecolor": "none",
+    "hatch.linewidth": 0.6,
+}  # fmt: skip
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # else addresses on the web and the time of day
+
+
+def check() -> None:
+    """Raise RuntimeError unless matplotlib is there."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            "bench: a page needs matplotlib to draw its plots, which is missing: pip install 'genengine[plot]'"
+        ) from error
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The look of all figures, for as long as they are drawn."""
+    check()
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the reader's fonts draw it, not these
+        yield
+
+
+def figure(width: float, height: float):
+    """An empty figure of that size in inches, on no screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def inline(drawn, name: str, title: str, tips: Mapping[str, str] | None = None) -> str:
+    """The figure as an <svg> element.
+
+    name: unique on the page, it tells apart what figures refer to inside. title: read aloud for the picture. tips: gid
+    of an artist -> what is shown where the pointer rests on it.
+    """
+    buffer = io.StringIO()
+    drawn.savefig(buffer, format="svg", metadata=NO_METADATA)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", lambda m: _opening(m[1], title), text, count=1)
+    text = re.sub(r"<style.*?</style>|<metadata.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    for gid, tip in (tips or {}).items():
+        text = text.replace(f'<g id="{gid}">', f"<g><title>{escape(tip)}</title>")
+    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)  # of groups, to which nothing refers
+    text = re.sub(r' id="', f' id="{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r'xlink:href="#(?!row-)', f'href="#{name}-', text).replace("xlink:href", "href")
+    text = re.sub(r"font: (?:[a-z]+ |\d+ )*([\d.]+)px [^;\"]*", _font, text)
+    text = re.sub(r' (d|x|y|transform|points)="[^"]*"', _rounded, text)
+    for colour, value in COLOURS.items():
+        text = text.replace(value, f"var(--{colour})")
+    return re.sub(r"\s*\n\s*", "\n", text).strip().replace("<defs>\n</defs>\n", "")
+
+
+def _opening(box, title):
+    return f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">'
+
+
+def _font(match):
+    """The size, and the weight if it has one; the family is the page's."""
+    weight = next((word for word in match[0].split() if word in ("700", "bold")), None)
+    return f"font-size: {match[1]}px" + ("; font-weight: 600" if weight else "")
+
+
+def _rounded(match):
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), match[0])
