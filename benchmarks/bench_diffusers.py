@@ -2,9 +2,9 @@
 
 The model's output is one fixed tensor, so that what is timed is what surrounds the model: the chunk and combine of
 classifier-free guidance, as pipelines write them, and `step`. "fused" has the guidance folded into the row, as `fuse`
-does; "combined" computes it as written and fuses the step alone; "own loop" is `genengine.sample` with the traced
-table, which also writes the model's next input, as "diffusers with model input" does. Everything but Philox draws the
-noise that diffusers draws. `set_timesteps` is outside the timing.
+does; "fused, combined" computes it as written and fuses the step alone; "fused, own loop" is `genengine.sample` with
+the traced table, which also writes the model's next input, as "diffusers with model input" does. Everything but Philox
+draws the noise that diffusers draws. `set_timesteps` is outside the timing.
 """
 
 from functools import partial
@@ -21,11 +21,14 @@ STEPS, GUIDANCE = 20, 5.0
 SHAPES = {"SD": (1, 4, 64, 64), "SDXL, batch 16": (16, 4, 128, 128)}
 SCHEDULERS = ("FlowMatchEulerDiscrete", "DPMSolverMultistep", "DDPM", "DDIM", "EulerDiscrete", "UniPCMultistep")
 GOALS = {
-    ("FlowMatchEulerDiscrete", 1): (faster("diffusers", 3.0), faster("diffusers with model input", 5.0, "own loop")),
+    ("FlowMatchEulerDiscrete", 1): (
+        faster("diffusers", 3.0),
+        faster("diffusers with model input", 5.0, "fused, own loop"),
+    ),  # fmt: skip
     ("DPMSolverMultistep", 1): (faster("diffusers", 15.0),),
     ("FlowMatchEulerDiscrete", 16): (faster("diffusers", 5.0),),
     ("DPMSolverMultistep", 16): (faster("diffusers", 11.0),),
-    ("DDPM", 16): (faster("diffusers", 2.2), faster("diffusers", 12.0, "philox")),
+    ("DDPM", 16): (faster("diffusers", 2.2), faster("diffusers", 12.0, "fused, philox")),
 }
 
 
@@ -82,13 +85,13 @@ class Work:
         found = {
             "fused": lambda: self.run("torch", Branches(self.output)),
             "diffusers": lambda: self.run("diffusers", self.output),
-            "combined": lambda: self.run("torch", self.output),
-            "own loop": self.own_loop,
+            "fused, combined": lambda: self.run("torch", self.output),
+            "fused, own loop": self.own_loop,
             "diffusers with model input": self.with_model_input,
             "copy_": self.copies,
         }
         if self.table.needs_noise:
-            found["philox"] = lambda: self.run("philox", Branches(self.output))
+            found["fused, philox"] = lambda: self.run("philox", Branches(self.output))
         return found
 
     def own_loop(self):

@@ -1,7 +1,8 @@
 """The k-diffusion drop-in against the package: a whole run of a sampler with a model that does nothing.
 
 The model returns one fixed tensor, so that what is timed is the sampler: its arithmetic, its noise, its Python. Both
-draw the same noise from torch's generator; "philox" draws in the kernel instead, and "copy_" is one copy of x per step.
+draw the same noise from torch's generator; "fused, philox" draws in the kernel instead, and "copy_" is one copy of x
+per step.
 """
 
 from functools import partial
@@ -57,7 +58,7 @@ def build(name, case):
     work = Work(k_diffusion_package.load().sampling, name, case.shape, case.device)
     variants = {"fused": work.fused, "package": work.package, "copy_": work.copies}
     if name not in DRAWS_NOTHING:
-        variants["philox"] = lambda: work.fused(noise_sampler="philox")
+        variants["fused, philox"] = lambda: work.fused(noise_sampler="philox")
     return Benchmark(variants, work.check, elements=STEPS * work.x.numel(), goals=(faster("package", 1.0),))
 
 

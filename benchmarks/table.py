@@ -35,9 +35,19 @@ def is_compiled(name: str) -> bool:
     return name.startswith("torch.compile")
 
 
+def is_ours(name: str) -> bool:
+    """Whether a variant is another way to use what is under test, as "fused, philox" is: it competes with none."""
+    return name.startswith("fused")
+
+
+def is_rival(name: str) -> bool:
+    """Whether a variant competes: one that does the same work, and is not ours."""
+    return not (is_ours(name) or is_yardstick(name))
+
+
 def is_peer(name: str) -> bool:
-    """Whether a variant is someone else's kernel or library: neither eager PyTorch nor its compiler, nor a yardstick."""
-    return not (is_eager(name) or is_compiled(name) or is_yardstick(name))
+    """Whether a variant is someone else's kernel or library: neither eager PyTorch nor its compiler."""
+    return is_rival(name) and not (is_eager(name) or is_compiled(name))
 
 
 def strongest(ratios: dict, wanted: Callable[[str], bool]) -> tuple[str, dict] | None:
@@ -111,7 +121,7 @@ def lines(row: dict, *, colour: bool = False) -> str:
 
 def _ratio(name, entry, colour):
     value, interval = entry["ratio"], f"{entry['ratio']:.2f}x ({entry['low']:.2f}-{entry['high']:.2f})"
-    if is_yardstick(name):
+    if not is_rival(name):
         return f"{name} {interval}"
     if is_loss(value):
         return f"{name} {painted(f'{interval} LOSS', RED, colour)}"
@@ -143,7 +153,7 @@ class Tally:
 
 def tally(report: dict) -> Tally:
     timed = [row for row in report["rows"] if "error" not in row]
-    rivals = [e["ratio"] for row in timed for name, e in row["ratios"].items() if not is_yardstick(name)]
+    rivals = [e["ratio"] for row in timed for name, e in row["ratios"].items() if is_rival(name)]
     goals = [goal["reached"] for row in timed for goal in row["goals"]]
     gains, losses = sum(map(is_gain, rivals)), sum(map(is_loss, rivals))
     return Tally(
@@ -203,4 +213,4 @@ def markdown_row(row: dict) -> str:
 
 
 def _bold_loss(name, value):
-    return f"**{value:.2f}**" if is_loss(value) and not is_yardstick(name) else f"{value:.2f}"
+    return f"**{value:.2f}**" if is_loss(value) and is_rival(name) else f"{value:.2f}"
