@@ -65,14 +65,18 @@ def _header(report, title):
     links = "".join(f'<a href="#{name}">{text}</a>' for name, text in SECTIONS.items())
     found = report["environment"]
     state = " with uncommitted changes" if found["dirty"] else ""
-    where = f"{found['device']}, {found['time'][:16].replace('T', ' ')} UTC, commit {found['commit'] or 'none'}{state}"
+    where = f"{found['device']}, {_minute(found['time'])}, commit {found['commit'] or 'none'}{state}"
     return f"<header>\n<h1>{escape(title)}</h1>\n<p>{escape(where)}</p>\n<nav>{links}</nav>\n</header>"
+
+
+def _minute(time):
+    return f"{time[:16].replace('T', ' ')} UTC"
 
 
 def _verdict(report):
     count = table.tally(report)
     tiles = [
-        ("gain", count.gains, "gains"), ("loss", count.losses, "losses"),
+        ("gain" if count.gains else "", count.gains, "gains"), ("loss" if count.losses else "", count.losses, "losses"),
         ("", count.even, f"within {table.NOISE:.0%}"), ("loss" if count.failed else "", count.failed, "failed rows"),
         ("gain" if count.reached == count.goals else "loss", f"{count.reached} of {count.goals}", "goals reached"),
     ]  # fmt: skip
@@ -111,7 +115,7 @@ def _losses(report):
         for number, row in enumerate(report["rows"], 1)
         if "error" not in row
         for name, entry in row["ratios"].items()
-        if table.is_loss(entry["ratio"]) and not table.is_yardstick(name)
+        if table.is_loss(entry["ratio"]) and table.is_rival(name)
     ]
     lines = [
         f'<li><b class="loss">{ratio:.2f}</b> {escape(name)}: <a href="#row-{number}">{escape(row["name"])}</a> '
@@ -138,6 +142,7 @@ def facts_of(report: dict) -> list[tuple[str, str]]:
     found = dict(report["environment"])
     state = "with uncommitted changes" if found.pop("dirty") else "clean"
     facts = [("device", found.pop("device")), ("commit", f"{found.pop('commit') or 'none'}, {state}")]
+    facts.append(("time", _minute(found.pop("time"))))
     if gpu := found.pop("gpu", None):
         facts += [(name.replace("_", " ").replace(".", " "), value) for name, value in gpu.items() if name != "name"]
     for name, value in found.items():
@@ -192,26 +197,25 @@ def _plain_table(head: Iterable[str], rows: Iterable[Iterable[str]]):
 
 
 def _plots(report):
-    parts = []
-    for heading, drawn in plots.figures(report).items():
-        shown = "".join(
-            f"<figure>{figure.svg}<figcaption>{escape(figure.caption)}</figcaption></figure>" for figure in drawn
-        )
-        parts.append(f'<h3>{escape(heading)}</h3>\n<div class="figures">{shown}</div>')
+    parts = [
+        f"<h3>{escape(section.heading)}</h3>\n<p>{escape(section.caption)}</p>\n"
+        f'<div class="figures">{"".join(f"<figure>{drawn}</figure>" for drawn in section.drawn)}</div>'
+        for section in plots.sections(report)
+    ]
     return _section("plots", "\n".join(parts) or "<p>There is nothing to draw: no row was timed.</p>")
 
 
-READING = """<p>Each line of a table is one piece of work at one shape and dtype. Its result was checked against a float64
-reference before anything was timed: <b>error</b> is the largest error met, <b>allowed</b> what the rule of the tests
-permits. A row that fails its check, or raises, is a failed row and is not timed.</p>
-<p><b>ours</b> is the median time of "fused", with the 20th and 80th percentile. Every other figure with a × is a
-variant's time over ours, the median of paired samples, with its 95 % confidence interval: above 1 we are faster.
-Within {noise} of 1 is neither gain nor loss. A column named copy_ or setup is a yardstick: it does less than the work,
-and only shows the size of it.</p>
-<p><b>of ceiling</b> is the least time that this device could need, by ceilings measured in the same run, over ours;
-the name says which ceiling binds. It can exceed 100 % where the data stay in a cache that the ceiling's own working
-set did not fit. <b>cold</b> and <b>hot</b>, on a GPU: inputs rotated over more than the second-level cache, and the
-same inputs again and again.</p>"""
+READING = """<p>Each line of a table is one piece of work at one shape and dtype. Its result was checked against a
+float64 reference before anything was timed: <b>error</b> is the largest error met, <b>allowed</b> what the rule of the
+tests permits. Work that fails its check, or raises, is a failed row and is not timed.</p>
+<p><b>ours</b> is the median time of "fused", with the 20th and 80th percentile below. Every other figure with a × is a
+variant's time over ours, the median of paired samples, with its 95 % confidence interval below: above 1 we are faster.
+Within {noise} of 1 is neither gain nor loss. Columns named copy_ or setup are yardsticks, which do less than the work
+and show the size of it; columns that begin with fused are other ways to use what is under test. Neither is counted.</p>
+<p><b>of ceiling</b> is the least time that this device could need, by ceilings measured in the same run, over ours; the
+name says which ceiling binds. It can exceed 100 % where the data stay in a cache that the ceiling's own working set did
+not fit. On a GPU, <b>cold</b> rotates its inputs over more than the second-level cache, <b>hot</b> takes the same ones
+again and again; gains, losses and plots are of cold.</p>"""
 
 
 def _reading(report):

@@ -19,11 +19,25 @@ def tables(report: dict) -> str:
         if of_kind:
             parts.append(f"<h3>{KINDS[kind]}</h3>")
         for group in dict.fromkeys(row["group"] for _, row in of_kind):
-            parts.append(_group(group, [item for item in of_kind if item[1]["group"] == group]))
+            parts.append(f"<h4>{escape(group)}</h4>")
+            parts += map(_table, _alike([item for item in of_kind if item[1]["group"] == group]))
     return "\n".join(parts) or "<p>The report has no rows.</p>"
 
 
-def _group(group, rows):
+def _alike(rows):
+    """Split into runs of rows with the same variants, so that a table has no empty columns; failed rows go along."""
+    runs, names = [], None
+    for number, row in rows:
+        found = None if "error" in row else {*row["ratios"], *row["skipped"]}
+        if not runs or None not in (found, names) and found != names:
+            runs.append([])
+            names = None
+        names = names if found is None else found
+        runs[-1].append((number, row))
+    return runs
+
+
+def _table(rows):
     timed = [row for _, row in rows if "error" not in row]
     names = list(dict.fromkeys(name for row in timed for name in (*row["ratios"], *row["skipped"])))
     names.sort(key=_rank)  # stable: within a rank as they come
@@ -31,13 +45,13 @@ def _group(group, rows):
     width = 6 + (1 + len(names)) * (2 if hot else 1)
     body = "\n".join(_row(number, row, names, hot, width) for number, row in rows)
     return (
-        f'<h4>{escape(group)}</h4>\n<div class="scroll"><table class="rows"><thead>{_head(names, hot)}</thead>\n'
+        f'<div class="scroll"><table class="rows"><thead>{_head(names, hot)}</thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>{_skipped(rows)}"
     )
 
 
 def _rank(name):
-    return [table.is_eager(name), table.is_compiled(name), table.is_peer(name), True].index(True)
+    return [table.is_eager(name), table.is_compiled(name), table.is_peer(name), table.is_ours(name), True].index(True)
 
 
 def _head(names: Sequence[str], hot: bool):
@@ -59,7 +73,7 @@ def _row(number, row, names, hot, width):
     cells = [_time(side, row) for side in sides]
     cells += [_ratio(name, side, row) for name in names for side in sides]
     cells += [_cell(table.rate(row), row.get("GB_per_s")), _share(row), _accuracy(row["accuracy"]), _goals(row)]
-    lost = any(table.is_loss(e["ratio"]) for name, e in row["ratios"].items() if not table.is_yardstick(name))
+    lost = any(table.is_loss(e["ratio"]) for name, e in row["ratios"].items() if table.is_rival(name))
     return f'<tr id="row-{number}"{" class=lost" if lost else ""}>{head}{"".join(cells)}</tr>'.replace(
         "class=lost", 'class="lost"'
     )
@@ -104,7 +118,7 @@ def _ratio(name, side, row):
         return _cell("-", css="none")
     entry, timing = side["ratios"][name], side["variants"].get(name)
     value = entry["ratio"]
-    css = "" if table.is_yardstick(name) else "gain" if table.is_gain(value) else "loss" if table.is_loss(value) else ""
+    css = "" if not table.is_rival(name) else "gain" if table.is_gain(value) else "loss" if table.is_loss(value) else ""
     title = f"{name}: {table.duration(timing['median'])}" if timing else ""
     note = f"{entry['low']:.2f} – {entry['high']:.2f}"
     return _cell(f"{value:.2f}×", value, css=css or "even", note=note, title=title)

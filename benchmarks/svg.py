@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 
@@ -16,6 +17,9 @@ COLOURS = {
     "orange": "#e69f00", "green": "#009e73", "red": "#d55e00", "purple": "#cc79a7", "sky": "#56b4e9",
     "olive": "#8a7f00",
 }  # fmt: skip
+SERIES = [COLOURS[name] for name in ("blue", "orange", "green", "purple", "sky", "olive", "red")]
+MARKERS = "os^DvPX<>"  # 9 beside 7 colours: together they tell 63 series apart
+WIDTH = 7.2  # of a figure, in inches
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "genengine", "text.parse_math": False, "font.size": 8.5,
     "font.family": "sans-serif", "text.color": COLOURS["ink"], "axes.labelcolor": COLOURS["muted"],
@@ -55,6 +59,33 @@ def figure(width: float, height: float):
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
+
+
+def heading(drawn, text: str) -> None:
+    """A title in the upper left corner of a figure."""
+    height = drawn.get_size_inches()[1]
+    drawn.text(0.008, 1 - 0.16 / height, text, fontsize=9.5, fontweight="bold", va="center")
+
+
+def look(index: int) -> dict:
+    """Colour and marker of the series of that number."""
+    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def line(text: str, length: int) -> str:
+    """The text on one line and of at most that length."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def log_ticks(axis, limits: tuple[float, float], text: Callable[[float], str]) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 of every decade, of many decades at 1 alone."""
+    steps = (1, 2, 5) if math.log10(limits[1] / limits[0]) < 2.5 else (1,)
+    first, last = math.floor(math.log10(limits[0])), math.ceil(math.log10(limits[1]))
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    ticks = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
+    axis.set_ticks(ticks, [text(tick) for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def inline(drawn, name: str, title: str, tips: Mapping[str, str] | None = None) -> str:
