@@ -1,4 +1,4 @@
-"""The commands about speed: bench."""
+"""The commands about speed: bench, report."""
 
 from __future__ import annotations
 
@@ -51,8 +51,18 @@ def add_bench(commands):
     with_json(command)
 
 
+def add_report(commands):
+    command = add_command(
+        commands, "report", _report, "show a stored result of bench again, or as a page with plots",
+        "genengine report benchmarks/results/amd-epyc/2026-11-21-0123456789ab.json --html report.html",
+    )  # fmt: skip
+    command.add_argument("result", metavar="RESULT.json", help="what `genengine bench ... --save` wrote")
+    command.add_argument("--html", default=None, metavar="FILE", help="write one self-contained page with plots")
+    command.add_argument("--markdown", default=None, metavar="FILE", help="write the table as Markdown")
+
+
 def _bench(options):
-    from genengine.benchmarks import compare, machine, registry, results, suite, table
+    from genengine.benchmarks import compare, machine, page, registry, results, suite, table
 
     for path in options.load:
         registry.load_file(path)
@@ -62,6 +72,8 @@ def _bench(options):
         return 0
     wanted = _suite_options(options)
     suite.cases(options.what, device, wanted)  # a bad argument is refused before the process starts anew
+    if options.html:
+        page.check()
     machine.restart_with_malloc_settings()
     old = _old_report(options, device)
     colour = table.colour_wanted()
@@ -81,6 +93,17 @@ def _bench(options):
     )  # fmt: skip
     print(verdict.describe(), file=sys.stderr if options.json else sys.stdout)
     return int(failed or not verdict.passed)
+
+
+def _report(options):
+    """Without a file to write, the lines that bench showed."""
+    from genengine.benchmarks import results, table
+
+    report = results.load(options.result)
+    if not (options.html or options.markdown):
+        colour = table.colour_wanted()
+        print("\n".join([*(table.lines(row, colour=colour) for row in report["rows"]), table.totals(report)]))
+    _write_pages(options, report)
 
 
 def _suite_options(options):
@@ -109,17 +132,21 @@ def _old_report(options, device):
 
 
 def _write(options, report):
-    from genengine.benchmarks import results, table
+    from genengine.benchmarks import results
 
     if options.save:
         print(f"saved: {results.save(report, results.path_of(report, Path(options.save)))}", file=sys.stderr)
+    _write_pages(options, report)
+
+
+def _write_pages(options, report):
+    from genengine.benchmarks import page, table
+
     if options.markdown:
-        Path(options.markdown).write_text(table.markdown(report) + "\n")
+        Path(options.markdown).write_text(table.markdown(report) + "\n", encoding="utf-8")
         print(f"saved: {options.markdown}", file=sys.stderr)
     if options.html:
-        from genengine.benchmarks import page
-
-        print(f"saved: {page.write(report, Path(options.html))}", file=sys.stderr)
+        print(f"saved: {page.write(report, options.html)}", file=sys.stderr)
 
 
 def _listing(groups, device):
