@@ -93,7 +93,7 @@ def verdict(report: dict) -> str:
     comparisons = count.gains + count.losses + count.even
     failed = f"{count.failed} failed" if count.failed else "none failed"
     first = f"{_counted(count.timed, 'row')} timed, {failed}; of {_counted(comparisons, 'comparison')} with others "
-    first += f"{count.gains} are gains and {count.losses} losses."
+    first += f"{count.gains} show a gain and {count.losses} a loss."
     rivals = (("the strongest eager PyTorch", table.is_eager), ("torch.compile", table.is_compiled),
               ("the strongest peer", table.is_peer))  # fmt: skip
     parts = [
