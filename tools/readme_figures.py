@@ -1,26 +1,32 @@
-"""Writes the README's figures from a result of `genengine bench all|models|peers --save benchmarks/results`.
+"""Writes the README's figures from results of `genengine bench ... --save benchmarks/results`.
 
-    python tools/readme_figures.py benchmarks/results/<device>/<file>.json
+    python tools/readme_figures.py [FILE.json ...] [--check] [--readme README.md]
 
-Of the suite "all", between `<!-- ops -->` and `<!-- figures -->` markers and their `/` forms: the table of ops, with
-the ratio of each op's first row to eager and to torch.compile; and every row of the result, reached goals and missed
-ones alike. Of the suites "models" and "peers", their rows between `<!-- model figures -->` and `<!-- peer figures -->`.
+A table stands between two markers, of which the first names the result file that it shows, by its path from the README:
+
+    <!-- figures models: benchmarks/results/<device>/<file>.json --> ... <!-- /figures models -->
+
+"figures" and a suite (ops, samplers, models, peers) shows its rows; "ops" shows a line per op, with the ratios of its
+first row. Above each stands the command, the device and the file. Without arguments every table is written anew from
+the file that its marker names. FILE.json is put in the place of what fits: a result of the suite "models" in that of
+models, one of "all" in that of every suite, and of a GPU where a GPU's is shown. --check changes nothing and fails,
+naming the markers, if a table is not what its file says.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-from genengine.benchmarks.suite import duration
+from genengine.benchmarks import registry, results, table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 ALL = "CPU, Triton, CUDA"
 TORCH = "CPU (torch's), Triton"
-# op: what it computes; backends; directions; floor in elements moved per element; the rows of the result that show the
-# forward and the backward, by the beginning of their names
+# op: what it computes; backends; directions; floor in elements moved per element; the benchmarks that show the forward
+# and the backward, by the beginning of their names
 OPS = [
     ("`normal`, `uniform`", "the noise above", ALL, "forward", "1", ("normal",)),
     ("`sampler_step`", "a whole solver step: guidance, prediction, clipping, history, noise, the next network input",
@@ -51,62 +57,147 @@ OPS = [
 OPS_HEAD = (
     "| op | computes | backends | directions | floor, elements | over eager | over torch.compile |\n|" + "---|" * 7
 )
-ROWS_HEAD = "| work | shape, dtype | fused | the others' time over ours | goals |\n|" + "---|" * 5
+MARKERS = ("ops", *(f"figures {kind}" for kind in registry.KINDS))
+OPENING = re.compile(rf"<!-- ({'|'.join(MARKERS)}): (\S+) -->\n")
 
 
-def ratios(row, wanted):
-    """The smallest ratio among the variants that `wanted` picks: the strongest of them."""
-    found = [entry["ratio"] for name, entry in row["ratios"].items() if wanted(name)]
-    return f"{min(found):.2f}" if found else "-"
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def is_eager(name):
-    return not name.startswith(("torch.compile", "copy_", "fused"))
+def shown(marker: str, report: dict, path: str) -> str:
+    """What stands between a marker and its end. Raises ValueError if the result has nothing to show there."""
+    if marker == "ops":
+        body = "\n".join([OPS_HEAD, *(op_line(report["rows"], *op) for op in OPS)])
+    else:
+        kind = marker.removeprefix("figures ")
+        rows = [row for row in report["rows"] if row["kind"] == kind]
+        if not rows:
+            raise ValueError(f"{path} has no rows of {kind}; it is of the suite {report['suite']!r}")
+        body = table.markdown(report | {"rows": rows})
+    return f"{source(report, path)}\n\n{body}\n"
+
+
+def source(report: dict, path: str) -> str:
+    """The line above a table: command, device, versions and file."""
+    found = report["environment"]
+    where = found["device"] if "gpu" in found else f"one thread of {found['device']} ({found.get('isa', 'CPU')})"
+    commit = f"commit {found['commit']}{' with uncommitted changes' if found['dirty'] else ''}"
+    return (
+        f"`{table.command(report)}`, {where}, torch {found['torch']}, {commit}, {found['time'][:10]}; "
+        f"with intervals and spread: [`{Path(path).name}`]({path})."
+    )
 
 
 def op_line(rows, op, computes, backends, directions, floor, names):
-    shown = [row for name in names if (row := first(rows, name))]
-    eager = " / ".join(ratios(row, is_eager) for row in shown) or "-"
-    compiled = " / ".join(ratios(row, lambda name: name.startswith("torch.compile")) for row in shown) or "-"
+    found = [first(rows, name, op) for name in names]
+    eager, compiled = (
+        " / ".join(ratio(row, wanted) for row in found) for wanted in (table.is_eager, table.is_compiled)
+    )
     return f"| {op} | {computes} | {backends} | {directions} | {floor} | {eager} | {compiled} |"
 
 
-def first(rows, name):
+def first(rows, name, op):
     """The first row of that name, else the first whose name begins so; float32 before the rest."""
-    fits = [row for row in rows if "ratios" in row and row["name"].startswith(name)]
-    return min(fits, key=lambda row: (row["name"] != name, row["dtype"] != "float32"), default=None)
+    fits = [row for row in rows if row["name"].startswith(name)]
+    if not fits:
+        raise ValueError(f"{op} has no row whose name begins with {name!r}; correct OPS in tools/readme_figures.py")
+    return min(fits, key=lambda row: (row["name"] != name, row["dtype"] != "float32"))
 
 
-def row_line(row):
+def ratio(row, wanted):
+    """To the strongest of the variants that `wanted` picks."""
     if "error" in row:
-        return f"| {row['name']} | {row['shape']}, {row['dtype']} | failed | {row['error'].splitlines()[0]} | |"
-    others = ", ".join(f"{name} {entry['ratio']:.2f}" for name, entry in row["ratios"].items())
-    goals = "; ".join(
-        f"{goal['goal']}: {goal['value']:.2f}" + ("" if goal["reached"] else " **missed**") for goal in row["goals"]
-    )
-    fused = duration(row["variants"]["fused"]["median"])
-    return f"| {row['name']} | {row['shape']}, {row['dtype']} | {fused} | {others} | {goals or '-'} |"
+        return "failed"
+    found = table.strongest(row["ratios"], wanted)
+    return f"{found[1]['ratio']:.2f}" if found else "-"
+
+
+# ---- markers -----------------------------------------------------------------------------------------------------
 
 
 def between(text, marker, body):
+    """The text with another body between `<!-- marker -->` and `<!-- /marker -->`."""
     pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
     if not re.search(pattern, text, re.DOTALL):
-        raise SystemExit(f"readme_figures: README.md has no <!-- {marker} --> ... <!-- /{marker} -->")
+        raise SystemExit(f"README.md has no <!-- {marker} --> ... <!-- /{marker} -->")
     return re.sub(pattern, lambda match: f"{match[1]}{body}\n{match[2]}", text, flags=re.DOTALL)
 
 
-def main():
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    report = json.loads(Path(sys.argv[1]).read_text())
-    rows, text = report["rows"], README.read_text()
-    table = "\n".join([ROWS_HEAD, *map(row_line, rows)])
-    if report["suite"] in ("models", "peers"):
-        text = between(text, {"models": "model figures", "peers": "peer figures"}[report["suite"]], table)
-    else:
-        text = between(text, "ops", "\n".join([OPS_HEAD, *(op_line(rows, *op) for op in OPS)]))
-        text = between(text, "figures", table)
-    README.write_text(text)
+def tables_of(text: str) -> list[tuple[str, str, int, int]]:
+    """Marker, file, and where between the two markers begins and ends, of every table in the order of the text."""
+    found = []
+    for opening in OPENING.finditer(text):
+        end = text.find(f"<!-- /{opening[1]} -->", opening.end())
+        if end < 0 or OPENING.search(text, opening.end(), end):
+            raise ValueError(f"<!-- {opening[1]}: {opening[2]} --> has no <!-- /{opening[1]} --> behind it")
+        found.append((opening[1], opening[2], opening.end(), end))
+    if not found:
+        raise ValueError(f"there is no marker; one begins with {' or '.join(f'<!-- {m}:' for m in MARKERS)}")
+    return found
+
+
+def rewritten(text: str, folder: Path) -> tuple[str, list[str]]:
+    """The text with every table as its file has it, and the markers whose tables were otherwise.
+
+    Raises ValueError, naming each marker whose file cannot be shown.
+    """
+    stale, broken = [], []
+    for marker, path, begin, end in reversed(tables_of(text)):
+        name = f"<!-- {marker}: {path} -->"
+        try:
+            body = shown(marker, results.load(folder / path), path)
+        except (ValueError, OSError) as error:
+            broken.insert(0, f"{name}: {error}")
+            continue
+        if text[begin:end] != body:
+            stale.insert(0, name)
+            text = text[:begin] + body + text[end:]
+    if broken:
+        raise ValueError("\n".join(["", *broken]))
+    return text, stale
+
+
+def pointed(text: str, file: Path, folder: Path) -> str:
+    """The text with the fitting markers naming another file. Raises ValueError if none fits."""
+    report = results.load(file)
+    name = file.resolve().relative_to(folder.resolve()).as_posix()
+    fits = [
+        (marker, path)
+        for marker, path, _, _ in tables_of(text)
+        if report["suite"] in ("all", marker.removeprefix("figures ")) and is_gpu(folder / path) in (None, is_gpu(file))
+    ]
+    if not fits:
+        raise ValueError(f"no marker fits {file}, a result of the suite {report['suite']!r}")
+    for marker, path in fits:
+        text = text.replace(f"<!-- {marker}: {path} -->", f"<!-- {marker}: {name} -->")
+    return text
+
+
+def is_gpu(file: Path) -> bool | None:
+    """Whether a result of any version is of a GPU; None if there is no such file."""
+    return "cuda" in json.loads(file.read_text(encoding="utf-8"))["environment"] if file.exists() else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="readme_figures", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", type=Path, default=README)
+    options = parser.parse_args(arguments)
+    before = text = options.readme.read_text(encoding="utf-8")
+    try:
+        for file in options.files:
+            text = pointed(text, file, options.readme.parent)
+        text, stale = rewritten(text, options.readme.parent)
+    except ValueError as error:
+        raise SystemExit(f"readme_figures: {options.readme.name}: {error}") from error
+    if not options.check:
+        options.readme.write_text(text, encoding="utf-8")
+    elif text != before:
+        raise SystemExit(
+            f"readme_figures: {options.readme.name} is not what the results say at {', '.join(stale)}; "
+            "run python tools/readme_figures.py, or measure again"
+        )
 
 
 if __name__ == "__main__":
