@@ -38,7 +38,7 @@ def render(report: dict) -> str:
     title = f"genengine bench {report['suite']}"
     body = [
         _header(report, title), _verdict(report), _environment(report), _ceilings(report), _plots(report),
-        _section("rows", page_table.tables(report)), _reading(report),
+        _section("rows", page_table.tables(report)), _reading(report), _footer(report),
     ]  # fmt: skip
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
@@ -219,6 +219,13 @@ again and again; gains, losses and plots are of cold.</p>"""
 
 
 def _reading(report):
-    page = "<p>The whole story is in <b>docs/reading_the_report.md</b>, the protocol in <b>docs/measuring.md</b>.</p>"
     made = f"<p>Measured by</p>\n<pre>{escape(table.command(report))}</pre>"
-    return _section("reading", f"{READING.format(noise=f'{table.NOISE:.0%}')}\n{page}\n{made}")
+    return _section("reading", f"{READING.format(noise=f'{table.NOISE:.0%}')}\n{made}")
+
+
+def _footer(report):
+    version = report["environment"].get("genengine", "")
+    return (
+        f"<footer>Made by genengine {escape(version)}. docs/reading_the_report.md explains every column and plot, "
+        "docs/measuring.md the protocol.</footer>"
+    )

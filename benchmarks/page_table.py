@@ -74,9 +74,8 @@ def _row(number, row, names, hot, width):
     cells += [_ratio(name, side, row) for name in names for side in sides]
     cells += [_cell(table.rate(row), row.get("GB_per_s")), _share(row), _accuracy(row["accuracy"]), _goals(row)]
     lost = any(table.is_loss(e["ratio"]) for name, e in row["ratios"].items() if table.is_rival(name))
-    return f'<tr id="row-{number}"{" class=lost" if lost else ""}>{head}{"".join(cells)}</tr>'.replace(
-        "class=lost", 'class="lost"'
-    )
+    css = ' class="lost"' if lost else ""
+    return f'<tr id="row-{number}"{css}>{head}{"".join(cells)}</tr>'
 
 
 def _work(row):
