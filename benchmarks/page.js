@@ -56,6 +56,9 @@ function makeFilter(section, tables) {
       const wanted = words.every((word) => text.includes(word));
       row.hidden = !wanted || (lost.checked && !row.matches(".lost, .failed"));
     }
+    for (const table of tables) {
+      table.closest(".scroll").hidden = [...table.tBodies[0].rows].every((row) => row.hidden);
+    }
   };
   for (const input of [search, lost]) input.addEventListener("input", apply);
 }

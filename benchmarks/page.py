@@ -10,7 +10,7 @@ from pathlib import Path
 from genengine.benchmarks import page_table, plots, table
 from genengine.benchmarks.ceilings import Ceilings
 
-LOSSES_SHOWN = 12
+LISTED = 12  # losses, and failed rows, before the rest folds away
 SECTIONS = {
     "environment": "Environment", "ceilings": "Measured ceilings", "plots": "Plots", "rows": "Every row",
     "reading": "How to read it",
@@ -83,7 +83,7 @@ def _verdict(report):
     shown = "".join(f'<li class="{kind}"><b>{value}</b> {text}</li>' for kind, value, text in tiles)
     return (
         f'<section id="verdict">\n<p class="lead">{escape(verdict(report))}</p>\n<ul class="tiles">{shown}</ul>\n'
-        f"{_losses(report)}</section>"
+        f"{_losses(report)}{_failures(report)}</section>"
     )
 
 
@@ -117,16 +117,31 @@ def _losses(report):
         for name, entry in row["ratios"].items()
         if table.is_loss(entry["ratio"]) and table.is_rival(name)
     ]
-    lines = [
-        f'<li><b class="loss">{ratio:.2f}</b> {escape(name)}: <a href="#row-{number}">{escape(row["name"])}</a> '
-        f"{escape(table.work(row))}</li>"
+    return _listed("Losses", [
+        f'<b class="loss">{ratio:.2f}</b> {escape(name)}: {_linked(number, row)}'
         for ratio, name, number, row in sorted(found, key=lambda item: item[:3])
-    ]
+    ])  # fmt: skip
+
+
+def _failures(report):
+    return _listed("Failed", [
+        f"{_linked(number, row)}: {escape(row['error'].strip().splitlines()[0] if row['error'].strip() else '')}"
+        for number, row in enumerate(report["rows"], 1)
+        if "error" in row
+    ])  # fmt: skip
+
+
+def _linked(number, row):
+    return f'<a href="#row-{number}">{escape(row["name"])}</a> {escape(table.work(row))}'
+
+
+def _listed(heading, lines):
     if not lines:
         return ""
-    shown, rest = "".join(lines[:LOSSES_SHOWN]), "".join(lines[LOSSES_SHOWN:])
-    more = f"<details><summary>{len(lines) - LOSSES_SHOWN} more</summary><ul>{rest}</ul></details>" if rest else ""
-    return f'<div class="losses"><h3>Losses</h3><ul>{shown}</ul>{more}</div>\n'
+    lines = [f"<li>{line}</li>" for line in lines]
+    shown, rest = "".join(lines[:LISTED]), "".join(lines[LISTED:])
+    more = f"<details><summary>{len(lines) - LISTED} more</summary><ul>{rest}</ul></details>" if rest else ""
+    return f'<div class="losses"><h3>{heading}</h3><ul>{shown}</ul>{more}</div>\n'
 
 
 # ---- environment and ceilings ------------------------------------------------------------------------------------
@@ -187,9 +202,7 @@ def _size(nbytes):
 
 def _plain_table(head: Iterable[str], rows: Iterable[Iterable[str]]):
     top = "".join(f"<th>{escape(text)}</th>" for text in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
-    )  # fmt: skip
+    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table class="plain"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -26,9 +26,7 @@ STYLE = {
     "axes.edgecolor": COLOURS["grid"], "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "axes.grid": True, "grid.color": COLOURS["grid"], "grid.linewidth": 0.6, "xtick.color": COLOURS["grid"],
     "ytick.color": COLOURS["grid"], "xtick.labelcolor": COLOURS["muted"], "ytick.labelcolor": COLOURS["muted"],
-    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
-    "legend.fontsize": 8, "lines.linewidth": 1.6, "axes.facecolor": "none", "figure.facecolor": "none",
-    "hatch.linewidth": 0.6,
+    "legend.frameon": False, "legend.fontsize": 8, "axes.facecolor": "none", "figure.facecolor": "none",
 }  # fmt: skip
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # else addresses on the web and the time of day
 
@@ -97,24 +95,25 @@ def inline(drawn, name: str, title: str, tips: Mapping[str, str] | None = None) 
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", metadata=NO_METADATA)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<svg [^>]*?viewBox=\"([^\"]*)\"[^>]*>", lambda m: _opening(m[1], title), text, count=1)
-    text = re.sub(r"<style.*?</style>|<metadata.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    opening = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', text)
+    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text[opening.end() :], flags=re.DOTALL)
+    text = re.sub(r"<[^>]+>", lambda tag: _own(tag[0], name), text)  # what stands in them, not the words between
     for gid, tip in (tips or {}).items():
-        text = text.replace(f'<g id="{gid}">', f"<g><title>{escape(tip)}</title>")
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)  # of groups, to which nothing refers
-    text = re.sub(r' id="', f' id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = re.sub(r'xlink:href="#(?!row-)', f'href="#{name}-', text).replace("xlink:href", "href")
-    text = re.sub(r"font: (?:[a-z]+ |\d+ )*([\d.]+)px [^;\"]*", _font, text)
-    text = re.sub(r' (d|x|y|transform|points)="[^"]*"', _rounded, text)
+        text = text.replace(f'<g id="{name}-{gid}">', f"<g><title>{escape(tip)}</title>")
+    text = re.sub(r"\s*\n\s*", "\n", text).strip().replace("<defs>\n</defs>\n", "")
+    return f'<svg viewBox="{opening[1]}" role="group" aria-label="{escape(title)}">\n{text}'
+
+
+def _own(tag, name):
+    """A tag whose names are of this figure, with the page's font and colours, and without digits that no one sees."""
+    tag = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", tag)  # of groups, to which nothing refers
+    tag = tag.replace(' id="', f' id="{name}-').replace("url(#", f"url(#{name}-")
+    tag = re.sub(r'xlink:href="#(?!row-)', f'href="#{name}-', tag).replace("xlink:href", "href")
+    tag = re.sub(r"font: (?:[a-z]+ |\d+ )*([\d.]+)px [^;\"]*", _font, tag)
+    tag = re.sub(r' (d|x|y|transform|points)="[^"]*"', _rounded, tag)
     for colour, value in COLOURS.items():
-        text = text.replace(value, f"var(--{colour})")
-    return re.sub(r"\s*\n\s*", "\n", text).strip().replace("<defs>\n</defs>\n", "")
-
-
-def _opening(box, title):
-    return f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">'
+        tag = tag.replace(value, f"var(--{colour})")
+    return tag
 
 
 def _font(match):

@@ -201,15 +201,19 @@ def markdown(report: dict) -> str:
 
 
 def markdown_row(row: dict) -> str:
-    head = f"| {row['name']} | {work(row)} "
     if "error" in row:
-        return head + f"| failed | | {row['error'].splitlines()[0].replace('|', '/')} | |"
+        return _markdown_line(row["name"], work(row), "failed", "", row["error"].splitlines()[0], "")
     others = ", ".join(f"{name} {_bold_loss(name, entry['ratio'])}" for name, entry in row["ratios"].items())
     goals = "; ".join(
         f"{goal['goal']}: {goal['value']:.2f}" + ("" if goal["reached"] else " **missed**") for goal in row["goals"]
     )
     share = f"{row['ceiling']['percent']:.0f} %" if "ceiling" in row else "-"
-    return head + f"| {duration(row['variants']['fused']['median'])} | {share} | {others or '-'} | {goals or '-'} |"
+    time = duration(row["variants"]["fused"]["median"])
+    return _markdown_line(row["name"], work(row), time, share, others or "-", goals or "-")
+
+
+def _markdown_line(*cells):
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _bold_loss(name, value):

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +10,7 @@ import report_support as made
 from genengine.benchmarks import page, plots, results, table
 
 pytest.importorskip("matplotlib")
-NASTY = """<script>alert("a & b")</script> $x^2$ 'q'"""
+NASTY = """<script>alert("a & b")</script> | $x^2$ ' x="1.23456" id="p_1" url(#p) #d55e00"""
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -83,13 +82,15 @@ def test_a_page_says_everything_in_well_formed_html(tmp_path):
         "2026-01-02 03:04 UTC", "0123456789ab, clean", "MALLOC_MMAP_THRESHOLD_ 1073741824", "matrix product, bfloat16",
         "3.00×", "2.70 – 3.60", "2 ms", "1.8 ms – 2.4 ms", "19 GB/s", "5 TFLOP/s", "50 %", "2.5e-06", "/ 8e-06",
         "liger / fused >= 1: 0.8", "reached", "missed", "ImportError: no <b>peer</b>", "AssertionError: error 3 <b>",
-        "second line third line", "0.70×", "cold", "hot", "genengine bench ops --device cpu", "reading_the_report.md",
+        "second line third line", "broken", "0.70×", "cold", "hot", "genengine bench ops --device cpu",
+        "docs/reading_the_report.md",
     ):  # fmt: skip
         assert parsed.said(said), said
     assert "alert(" not in "".join(re.findall(r"<script>(.*?)</script>", text, re.DOTALL))
     ids = parsed.values("id")
     assert len(ids) == len(set(ids)) and {f"row-{number}" for number in range(1, 7)} <= set(ids)
-    for reference in (*parsed.values("href"), *re.findall(r"url\(([^)]*)\)", text)):
+    drawn = "".join(parsed.values("clip-path")) + "".join(parsed.values("style"))
+    for reference in (*parsed.values("href"), *re.findall(r"url\(([^)]*)\)", drawn)):
         assert reference.startswith("#") and reference[1:] in ids, reference
 
 
@@ -233,5 +234,15 @@ def test_the_commands_write_pages(tmp_path, capsys, monkeypatch):
 
 
 def test_names_survive_as_they_are():
-    text = unescape(page.render(every_kind()))
-    assert text.count(NASTY) > 3
+    (section,) = plots.sections(made.report([made.row("a", label=NASTY[-47:], shape=())], ceilings=None))
+    assert any(NASTY[-47:] in text for text in Parsed(section.drawn[0]).texts)
+    parsed = Parsed(page.render(every_kind()))
+    assert sum(NASTY in text for text in parsed.texts) == 3  # a loss, two rows
+    assert table.markdown(every_kind()).replace("\\|", "").count("|") == 7 * 8  # eight lines of six cells
+
+
+def test_failed_rows_and_losses_are_listed_and_many_fold_away():
+    rows = [made.row(f"slow {n}", others={"eager": 0.5 + 0.01 * n}) for n in range(15)]
+    parsed = Parsed(page.render(made.report([*rows, made.failed("broken", "ValueError: <no>\nmore")], ceilings=None)))
+    assert parsed.said("3 more") and parsed.texts.index("0.50") < parsed.texts.index("0.64")
+    assert parsed.texts[parsed.texts.index("Failed") + 1] == "broken" and parsed.said(": ValueError: <no>")
