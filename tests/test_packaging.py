@@ -31,6 +31,7 @@ def test_the_wheel_serves_every_python_and_holds_everything(wheel):
     assert "-py3-none-" in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = ["genengine/py.typed", "genengine/kernels/normal.py", "genengine/benchmarks/harness.py",
+              "genengine/benchmarks/page.css", "genengine/benchmarks/page.js", "genengine/benchmarks/schema.json",
               "genengine/nets/dit.py", "genengine/models/flow.py", "genengine/assets/digits.npz",
               "genengine/pretrained/flow_digits.safetensors", "genengine/_build.json"]  # fmt: skip
     wanted += [str(path.relative_to(ROOT)) for path in (ROOT / "genengine").rglob("*.py")]
