@@ -78,8 +78,10 @@ def _verdict(report):
     tiles = [
         ("gain" if count.gains else "", count.gains, "gains"), ("loss" if count.losses else "", count.losses, "losses"),
         ("", count.even, f"within {table.NOISE:.0%}"), ("loss" if count.failed else "", count.failed, "failed rows"),
-        ("gain" if count.reached == count.goals else "loss", f"{count.reached} of {count.goals}", "goals reached"),
     ]  # fmt: skip
+    if count.goals:
+        reached = f"{count.reached} of {count.goals}"
+        tiles.append(("gain" if count.reached == count.goals else "loss", reached, "goals reached"))
     shown = "".join(f'<li class="{kind}"><b>{value}</b> {text}</li>' for kind, value, text in tiles)
     return (
         f'<section id="verdict">\n<p class="lead">{escape(verdict(report))}</p>\n<ul class="tiles">{shown}</ul>\n'
@@ -181,12 +183,14 @@ def _ceilings(report):
     sizes = sorted(found.copy)
     streams = _plain_table(
         ["GB/s, by bytes moved", *map(_size, sizes)],
-        [["copy", *(f"{found.copy[n] * 1e-9:.3g}" for n in sizes)],
-         ["triad", *(f"{found.triad[n] * 1e-9:.3g}" for n in sizes)]],
+        [["copy", *(table.figure(found.copy[n] * 1e-9) for n in sizes)],
+         ["triad", *(table.figure(found.triad[n] * 1e-9) for n in sizes)]],
     )  # fmt: skip
-    products = [[f"matrix product, {name}", f"{rate * 1e-12:.3g} TFLOP/s"] for name, rate in found.matmul.items()]
+    products = [
+        [f"matrix product, {name}", f"{table.figure(rate * 1e-12)} TFLOP/s"] for name, rate in found.matmul.items()
+    ]
     single = [
-        ["exponentials", f"{found.exps * 1e-9:.3g} G/s"], ["a launch", table.duration(found.launch)],
+        ["exponentials", f"{table.figure(found.exps * 1e-9)} G/s"], ["a launch", table.duration(found.launch)],
     ]  # fmt: skip
     return _section(
         "ceilings", f'<div class="side">{streams}{_plain_table(["ceiling", "reached"], products + single)}</div>'

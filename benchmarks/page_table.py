@@ -140,7 +140,7 @@ def _accuracy(found):
 def _goals(row):
     lines = [
         f'<span class="{"gain" if goal["reached"] else "loss"}">{"reached" if goal["reached"] else "missed"}</span> '
-        f"<small>{escape(goal['goal'])}: {goal['value']:.3g}</small>"
+        f"<small>{escape(goal['goal'])}: {table.figure(goal['value'])}</small>"
         for goal in row["goals"]
     ]
     return f'<td class="goals">{"<br>".join(lines) or "-"}</td>'

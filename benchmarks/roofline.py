@@ -61,8 +61,8 @@ def _set_axes(axes, dots, found):
 def _amount(value):
     for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g}"
+            return f"{table.figure(value / scale)} {unit}"
+    return f"{table.figure(value)} "
 
 
 def _lines(axes, found: Ceilings, places):
@@ -82,7 +82,7 @@ def _lines(axes, found: Ceilings, places):
         end = min(right, peak / rate)
         axes.plot((left, end), (left * rate, end * rate), dashes, **look)
         spots = [left * (end / left) ** part for part in parts]
-        places.name_line(f"{name}, {rate * 1e-9:.3g} GB/s", [(x, x * rate) for x in spots])
+        places.name_line(f"{name}, {table.figure(rate * 1e-9)} GB/s", [(x, x * rate) for x in spots])
 
 
 def _dots(axes, dots, looks):

@@ -14,12 +14,17 @@ NOISE = 0.03  # a ratio this near to 1 is neither a gain nor a loss
 MARKDOWN_HEAD = "| work | shape, dtype | fused | of the ceiling | the others' time over ours | goals |\n|" + "---|" * 6
 
 
+def figure(value: float) -> str:
+    """Three digits, or all those before the point: 0.0123, 12.3, 4,812."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
 def duration(seconds: float) -> str:
     """A time with a unit that suits it."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+            return f"{figure(seconds / scale)} {unit}"
+    return f"{figure(seconds / 1e-9)} ns"
 
 
 def is_yardstick(name: str) -> bool:
@@ -67,8 +72,8 @@ def rate(row: dict) -> str:
     if "cost" not in row:
         return "-"
     if row.get("ceiling", {}).get("name") == "matrix products":
-        return f"{row['TFLOP_per_s']:.3g} TFLOP/s"
-    return f"{row['GB_per_s']:.3g} GB/s"
+        return f"{figure(row['TFLOP_per_s'])} TFLOP/s"
+    return f"{figure(row['GB_per_s'])} GB/s"
 
 
 def reach(row: dict) -> str:

@@ -142,6 +142,15 @@ def test_a_loss_is_named_in_the_bars():
     assert "var(--red)" in section.drawn[0] and "var(--purple)" in section.drawn[0]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.01234, "0.0123"), (12.34, "12.3"), (999.4, "999"), (999.6, "1,000"), (4812.3, "4,812"), (1e7, "10,000,000")],
+)
+def test_figures_of_a_gpu_have_no_exponents(value, text):
+    assert table.figure(value) == text
+    assert table.duration(value * 1e-6).endswith(" us") == (1 <= value < 1000)
+
+
 def test_rows_that_only_look_like_a_sweep_are_none():
     def found(*rows):
         return plots.sweeps(list(enumerate(rows, 1)))
