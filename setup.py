@@ -127,8 +127,9 @@ class Wheel(bdist_wheel):
 setup(
     packages=[
         "genengine", "genengine.cli", "genengine.data", "genengine.evaluate", "genengine.extensions",
-        "genengine.integrations", "genengine.integrations.diffusers", "genengine.models", "genengine.nets", "genengine.ops", "genengine.paths",
-        "genengine.solvers", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
+        "genengine.integrations", "genengine.integrations.diffusers", "genengine.models",
+        "genengine.nets", "genengine.ops", "genengine.paths", "genengine.solvers", "genengine.testing",
+        "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={

@@ -50,7 +50,7 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
             device, quick=what == "quick", shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
         )
     ]
-    if not found:
+    if not found and what != "ceilings":
         axes = sorted({axis for entry in entries for axis in entry.axes})
         kinds = sorted({dtype for entry in entries for dtype in entry.dtypes})
         raise ValueError(

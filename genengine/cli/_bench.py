@@ -15,11 +15,15 @@ def add_bench(commands):
         "genengine bench adaln --shape 8,1024,1152 --dtype bfloat16 --html adaln.html",
     )  # fmt: skip
     command.add_argument(
-        "what", nargs="?", default="quick", metavar="SUITE|OP|MODEL",
+        "what", nargs="?", default=None, metavar="SUITE|OP|MODEL",
         help="quick, ops, samplers, models, peers, gate, all; an op or model; or one benchmark's name (see --list); "
         "default quick",
     )  # fmt: skip
-    command.add_argument("--list", action="store_true", help="list what can be timed, with shapes and dtypes")
+    command.add_argument(
+        "--list",
+        action="store_true",
+        help="list what can be timed, of all or of the suite named, with shapes and dtypes",
+    )
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
     command.add_argument("--shape", default=None, metavar="N,N,...", help="this shape instead of the registered ones")
     command.add_argument("--dtype", default=None, metavar="NAME,...", help="these dtypes alone, such as bfloat16")
@@ -58,9 +62,9 @@ def _bench(options):
         registry.load_file(path)
     device = chosen_device(options).type
     if options.list:
-        print(_listing(registry.groups(), device))
+        print(_listing(registry.groups(registry.select(options.what or "all")), device))
         return 0
-    wanted = _suite_options(options)
+    wanted, options.what = _suite_options(options), options.what or "quick"
     suite.cases(options.what, device, wanted)  # a bad argument is refused before the process starts anew
     machine.restart_with_malloc_settings()
     old = _old_report(options, device)
