@@ -6,8 +6,10 @@
 # used as it is, else it is compiled, else left out (Triton runs without it).
 #
 # Everything goes to $OUT (default out/gpu): NAME.log of every part, results/, profiles/, verdicts/, and state.txt, a line
-# per part that has ended. Run again after an interruption, parts that succeeded at this commit are not repeated (FORCE=1
-# repeats them; BUDGET= seconds per row, COMPILE= modes of torch.compile, DEVICE=cpu for a rehearsal), so a hang costs one part and one limit. At the end $OUT/gpu.tar.gz holds all of it.
+# per part that has ended. Run again after an interruption, it repeats no part that succeeded at this commit, so a hang
+# costs one part and one limit. At the end $OUT/gpu.tar.gz holds all of it.
+# Settings: FORCE=1 repeats everything; BUDGET= seconds of timing per row; COMPILE= modes of torch.compile; OPS_LIMIT=
+# seconds per op; DEVICE=cpu for a rehearsal.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${1:?usage: tools/gpu.sh PYTHON [STAGE]}") || { echo "no such Python: $1" >&2; exit 2; }
@@ -89,7 +91,7 @@ fi
 wanted verify && part verify 300 "$python" -m genengine verify --device "$device"
 wanted test && part test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
 wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --device "$device" --save "$out/results"
-wanted ops && bench ops 120
+wanted ops && bench ops "${OPS_LIMIT:-120}"
 wanted samplers && bench samplers 120
 wanted models && bench models 180
 wanted profile && profile
