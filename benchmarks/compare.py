@@ -136,21 +136,32 @@ def _confirmed(found, old, new, threshold, again):
     return _change(found.row, found.baseline, old["ratios"][found.baseline], measured)
 
 
-def find_old(path: str, device: str, suite: str) -> tuple[dict, bool]:
-    """The report to compare with, and whether it is of this device.
+def allowed(threshold: float | None, same_machine: bool) -> float:
+    """The loss to allow: what was asked for, or THRESHOLD; against another machine's result at least ELSEWHERE."""
+    threshold = THRESHOLD if threshold is None else threshold
+    return threshold if same_machine else max(threshold, ELSEWHERE)
+
+
+def find_old(path: str, environment: dict, suite: str) -> tuple[dict, bool]:
+    """The report to compare with, and whether it is of such a machine: the same device, and vector instructions.
 
     path: a result file; or a folder of results, of which the newest of the suite on this device is taken, or else the
-    newest of any device.
+    newest of any device. environment: of this machine (`machine.environment`).
     """
     if not Path(path).is_dir():
         report = results.load(path)
-        return report, report["environment"]["device"] == device
+        return report, _same_machine(report["environment"], environment)
     ending = "" if suite == "all" else f"-{suite}"
-    here = results.device_folder(device)
+    here = results.device_folder(environment["device"])
     found = sorted(Path(path).glob(f"*/*{ending}.json"), key=lambda file: (file.parent.name == here, file.name))
     for file in reversed(found):
         try:
-            return results.load(file), file.parent.name == here
+            report = results.load(file)
         except ValueError:  # of an older version
             continue
+        return report, _same_machine(report["environment"], environment)
     raise ValueError(f"bench: no result of the suite {suite!r} under {path}; make one with --save {path}")
+
+
+def _same_machine(one, other):
+    return all(one.get(name) == other.get(name) for name in ("device", "isa"))

@@ -48,7 +48,7 @@ def add_bench(commands):
     )  # fmt: skip
     command.add_argument(
         "--threshold", type=float, default=None,
-        help="loss that --compare allows (default 0.1; 0.5 against a result of another machine)",
+        help="loss that --compare allows (default 0.1; at least 0.5 against a result of another machine)",
     )  # fmt: skip
     command.add_argument("--strict", action="store_true", help="exit status 1 if a row failed")
     with_device(command)
@@ -78,9 +78,11 @@ def _bench(options):
     failed = options.strict and any("error" in row for row in report["rows"])
     if old is None:
         return int(failed)
-    report_then, same_device = old
+    report_then, same_machine = old
+    if not same_machine:
+        print("compare: the old result is of another machine", file=sys.stderr)
     verdict = compare.compare(
-        report_then, report, threshold=options.threshold or (compare.THRESHOLD if same_device else compare.ELSEWHERE),
+        report_then, report, threshold=compare.allowed(options.threshold, same_machine),
         again=lambda key: suite.again(key, device, wanted),
     )  # fmt: skip
     print(verdict.describe(), file=sys.stderr if options.json else sys.stdout)
@@ -109,7 +111,7 @@ def _old_report(options, device):
         return None
     from genengine.benchmarks import compare, machine
 
-    return compare.find_old(options.compare, machine.environment(device)["device"], options.what)
+    return compare.find_old(options.compare, machine.environment(device), options.what)
 
 
 def _write(options, report):

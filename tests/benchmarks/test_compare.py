@@ -80,9 +80,17 @@ def test_a_folder_gives_the_newest_result_of_this_device_and_suite(tmp_path):
     for folder, date in (("made-up-cpu", "2026-01-01"), ("made-up-cpu", "2026-01-03"), ("other", "2026-02-01")):
         results.save(report(row(ratio=float(date[-2:]) + 1)), tmp_path / folder / f"{date}-abc-quick.json")
     (tmp_path / "made-up-cpu" / "2026-03-01-abc-quick.json").write_text('{"schema_version": 1}')
-    found, same = compare.find_old(str(tmp_path), "made-up CPU", "quick")
+    found, same = compare.find_old(str(tmp_path), {"device": "made-up CPU"}, "quick")
     assert same and found["rows"][0]["ratios"]["eager"]["ratio"] == 4
-    found, same = compare.find_old(str(tmp_path), "unheard of", "quick")
+    found, same = compare.find_old(str(tmp_path), {"device": "unheard of"}, "quick")
     assert not same and found["rows"][0]["ratios"]["eager"]["ratio"] in (2, 4)
     with pytest.raises(ValueError, match="no result of the suite 'ops'"):
-        compare.find_old(str(tmp_path), "made-up CPU", "ops")
+        compare.find_old(str(tmp_path), {"device": "made-up CPU"}, "ops")
+
+
+def test_another_machine_or_other_vector_instructions_are_allowed_more(tmp_path):
+    path = results.save(report(row()), tmp_path / "x.json")
+    assert compare.find_old(str(path), {"device": "made-up CPU"}, "quick")[1]
+    assert not compare.find_old(str(path), {"device": "made-up CPU", "isa": "avx2"}, "quick")[1]
+    assert (compare.allowed(None, True), compare.allowed(0.25, True)) == (compare.THRESHOLD, 0.25)
+    assert (compare.allowed(None, False), compare.allowed(0.7, False)) == (compare.ELSEWHERE, 0.7)
