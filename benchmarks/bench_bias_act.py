@@ -100,7 +100,9 @@ for _kind, _activation in (("none", "gelu"), ("tanh", "gelu_tanh")):
     )  # fmt: skip
     _stated = ("DiT-S/2", torch.bfloat16, 2.0) if _kind == "none" else None
     _common = {"dtypes": ("bfloat16", "float32"), "group": "bias_act", "axes": {"tokens": 0, "width": 1}}
-    register(f"bias_gelu, {_kind}", shapes=MLPS, cuda_shapes=WIDE_MLPS, **_common)(partial(forward, *_work, _stated))
+    register(f"bias_gelu, {_kind}", shapes=MLPS, cuda_shapes=WIDE_MLPS, **_common, gate=_kind == "tanh")(
+        partial(forward, *_work, _stated)
+    )
     register(f"bias_gelu, {_kind}, forward and backward", shapes=MLPS, cuda_shapes=WIDE_MLPS, **_common, quick=())(
         partial(forward_and_backward, *_work, None)
     )

@@ -40,7 +40,7 @@ class Work:
         return calls.cost("diffuse", *self.arguments)
 
 
-@register("diffuse", **COMMON)
+@register("diffuse", **COMMON, gate=True)
 def forward(case):
     work = Work(case)
     variants = {"fused": lambda: work.fused(*work.inputs), "eager, as written": lambda: eager(*work.inputs)}

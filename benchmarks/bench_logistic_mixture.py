@@ -148,5 +148,5 @@ for _layout, _format in FORMATS.items():
         _quick = () if _layout or _make is forward_and_backward else None
         register(
             _name + _layout, shapes=SHAPES, dtypes=("float32", "bfloat16"), group="logistic_mixture", quick=_quick,
-            axes={"batch": 0, "components": 2},
+            axes={"batch": 0, "components": 2}, gate=_name == "logistic_mixture_log_prob" and not _layout,
         )(partial(_make, _format, _stated))  # fmt: skip

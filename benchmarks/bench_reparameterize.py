@@ -45,7 +45,7 @@ class Work:
         calls.check("reparameterize_backward", *self.backward)
 
 
-@register("reparameterize + KL", **COMMON)
+@register("reparameterize + KL", **COMMON, gate=True)
 def forward(case):
     work = Work(case)
     return Benchmark(

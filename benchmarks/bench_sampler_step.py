@@ -179,7 +179,8 @@ def by_parts(case):
 _common = {"dtypes": ("float32", "bfloat16"), "group": "sampler_step", "axes": {"batch": 0, "channels": 1}}
 for _name in GUIDED:
     _quick = None if _name in ("CFG + Euler row", "CFG + DDPM row with noise") else ()
-    register(_name, shapes=SHAPES, **_common, quick=_quick)(partial(guided, _name))
+    _gate = _name == "CFG + DDPM row with noise"
+    register(_name, shapes=SHAPES, **_common, quick=_quick, gate=_gate)(partial(guided, _name))
 for _registers, _bound in ((1, 4.0), (3, 6.0)):
     register(f"CFG + multistep row, {_registers} of history", shapes=SDXL | SHAPES, **_common, quick=())(
         partial(multistep, _registers, _bound)
