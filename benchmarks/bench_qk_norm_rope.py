@@ -165,14 +165,12 @@ def _with_tables(function, work, *leaves):
 
 
 _common = {"dtypes": ("float32", "bfloat16"), "group": "qk_norm_rope", "axes": {"batch": 0, "tokens": 1, "heads": 3}}
-for _name, _make, _quick in (
-    ("qk_norm_rope", forward, ("DiT-XL/2",)), ("qk_norm_rope_", forward_in_place, ()),
-    ("qk_norm_rope_backward", backward, ()),
-):  # fmt: skip
-    register(_name, shapes=SHAPES | LARGE, cuda_shapes=CUDA_SHAPES, **_common, quick=_quick)(_make)
-register("qk_norm_rope, forward and backward", shapes=SHAPES, cuda_shapes=LARGE | CUDA_SHAPES, **_common, quick=())(
-    forward_and_backward
-)
+_forward = {"shapes": SHAPES | LARGE, "cuda_shapes": CUDA_SHAPES, **_common}
+_backward = {"shapes": SHAPES, "cuda_shapes": LARGE | CUDA_SHAPES, **_common, "quick": ()}  # eager: half a second
+register("qk_norm_rope", **_forward)(forward)
+register("qk_norm_rope_", **_forward, quick=())(forward_in_place)
+register("qk_norm_rope_backward", **_backward)(backward)
+register("qk_norm_rope, forward and backward", **_backward)(forward_and_backward)
 
 
 @register_baseline("qk_norm_rope", "rms_norm, then flash_attn rotary", requires="flash_attn")
