@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from genengine import testing
+from genengine.benchmarks import machine
 from genengine.benchmarks.registry import Benchmark, Case, Entry, Goal
 from genengine.benchmarks.timers import sampler
 
@@ -95,7 +96,7 @@ def run(entry: Entry, case: Case, *, budget: float = 2.0, compile_modes=("defaul
         benchmark = entry.make(case)
         row |= {"accuracy": _checked(benchmark)}
         sets = [_variants(b, entry, compile_modes) for b in (benchmark, *_further_sets(entry, case, benchmark))]
-        runnable, row["skipped"] = _runnable(sets, benchmark, entry)
+        runnable, row["skipped"], row["first_call"] = _runnable(sets, benchmark, entry)
         row |= _timed(runnable, benchmark, case, budget)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
@@ -149,13 +150,16 @@ def _compiled(function, arguments, mode):
 
 
 def _runnable(sets, benchmark, entry):
-    """The variants that run, each with its functions of all sets; and why the others do not."""
+    """The variants that run, each with its functions of all sets; why the others do not; and how long the first call of
+    each took, compilation included."""
+    first_call = {}
     skipped = {baseline.name: why for baseline in entry.baselines if (why := baseline.missing())}
     runnable = {}
     for name in sets[0]:
-        functions = [variants[name] for variants in sets]
+        functions, start = [variants[name] for variants in sets], time.perf_counter()
         try:
             result = functions[0]()
+            first_call[name] = time.perf_counter() - start
             if name in {baseline.name for baseline in entry.baselines}:
                 _meets_oracle(name, result, benchmark)
         except Exception as error:
@@ -164,7 +168,7 @@ def _runnable(sets, benchmark, entry):
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             runnable[name] = functions
-    return runnable, skipped
+    return runnable, skipped, {name: seconds for name, seconds in first_call.items() if name in runnable}
 
 
 def _meets_oracle(name, result, benchmark):
@@ -182,7 +186,7 @@ def _tuple(result):
 
 
 def _timed(runnable, benchmark, case, budget):
-    before = _load()
+    before = _state(case.device)
     timings = time_variants(runnable, device=case.device, budget=budget)
     row = {
         "variants": {name: timing.summary() for name, timing in timings.items()},
@@ -193,7 +197,7 @@ def _timed(runnable, benchmark, case, budget):
     if case.device == "cuda":
         hot = time_variants({name: functions[:1] for name, functions in runnable.items()}, device="cuda", budget=budget)
         row["hot"] = {"variants": {name: timing.summary() for name, timing in hot.items()}, "ratios": _ratios(hot)}
-    return row | {"load": [before, _load()]}
+    return row | {"state": [before, _state(case.device)]}
 
 
 def _ratios(timings):
@@ -205,8 +209,10 @@ def _ratios(timings):
     }
 
 
-def _load():
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def _state(device):
+    """The load of the machine and, of a GPU, clocks, power and temperature: read before and after every row."""
+    load = {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+    return load | ({"gpu": machine.gpu_state()} if device == "cuda" else {})
 
 
 def _can_judge(goal, timings):

@@ -105,9 +105,19 @@ def _time(side, row):
     fused = side["variants"]["fused"]
     spread = f"{table.duration(fused['p20'])} – {table.duration(fused['p80'])}"
     wall = f", {table.duration(fused['wall'])} on the wall" if "wall" in fused else ""
-    load = ", ".join("-" if value is None else f"{value:.1f}" for value in row["load"])
-    told = f"{fused['clock']}{wall}; least {table.duration(fused['min'])}; {row['samples']} samples; load {load}"
+    told = f"{fused['clock']}{wall}; least {table.duration(fused['min'])}; {row['samples']} samples; {_state(row)}"
     return _cell(table.duration(fused["median"]), fused["median"], note=spread, css="time", title=told)
+
+
+def _state(row):
+    """Load, clocks, power and temperature before and after the row."""
+    told = []
+    for state in row["state"]:
+        facts = {"load": state["load"]} | {
+            name: text for name, text in (state.get("gpu") or {}).items() if name != "name"
+        }
+        told.append(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    return " | ".join(told)
 
 
 def _ratio(name, side, row):
@@ -119,6 +129,8 @@ def _ratio(name, side, row):
     value = entry["ratio"]
     css = "" if not table.is_rival(name) else "gain" if table.is_gain(value) else "loss" if table.is_loss(value) else ""
     title = f"{name}: {table.duration(timing['median'])}" if timing else ""
+    if name in row["first_call"]:
+        title += f"; its first call took {table.duration(row['first_call'][name])}"
     note = f"{entry['low']:.2f} – {entry['high']:.2f}"
     return _cell(f"{value:.2f}×", value, css=css or "even", note=note, title=title)
 

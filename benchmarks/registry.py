@@ -15,7 +15,7 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 
 from genengine.ops._cost import Cost
 
-SUITES = ("quick", "ops", "samplers", "models", "peers", "gate", "all")
+SUITES = ("quick", "ops", "samplers", "models", "peers", "gate", "all", "ceilings")  # ceilings: no rows
 KINDS = ("ops", "samplers", "models", "peers")  # the suite that a registered benchmark belongs to
 SWEEP = (0.125, 0.25, 0.5, 1, 2, 4)  # factors of the shape's own size
 
@@ -133,6 +133,11 @@ class Entry:
     axes: dict[str, int]
     baselines: list[Baseline] = field(default_factory=list)
 
+    @property
+    def ranks(self) -> set[int]:
+        """The numbers of dimensions that its shapes have: pictures and videos may share a row."""
+        return {len(shape) for shape in (self.shapes | self.cuda_shapes).values()}
+
     def cases(self, device: str, *, quick: bool = False, shape=None, dtypes=None, sweep=None) -> Iterator[Case]:
         """Every shape in every dtype; of the quick set, its labels in the first dtype alone."""
         shapes = self.shapes | (self.cuda_shapes if device == "cuda" else {})
@@ -226,10 +231,10 @@ def register_shapes(benchmark: str, shapes: Mapping[str, tuple[int, ...]]) -> No
     Raises ValueError if there is no such benchmark, or a shape has another number of dimensions than its own.
     """
     for entry in select(benchmark):
-        rank = len(next(iter(entry.shapes.values())))
         for label, shape in shapes.items():
-            if len(shape) != rank:
-                raise ValueError(f"register_shapes: {entry.name} takes {rank} dimensions, got {label} {tuple(shape)}")
+            if len(shape) not in entry.ranks:
+                ranks = " or ".join(map(str, sorted(entry.ranks)))
+                raise ValueError(f"register_shapes: {entry.name} takes {ranks} dimensions, got {label} {tuple(shape)}")
             entry.shapes[label] = tuple(shape)
 
 
@@ -269,11 +274,11 @@ def find(name: str) -> Entry:
     return ENTRIES[name]
 
 
-def groups() -> dict[str, list[Entry]]:
-    """Op or model -> its benchmarks."""
+def groups(entries: Iterable[Entry] | None = None) -> dict[str, list[Entry]]:
+    """Op or model -> its benchmarks, of all or of these."""
     load_ours()
     found: dict[str, list[Entry]] = {}
-    for entry in ENTRIES.values():
+    for entry in ENTRIES.values() if entries is None else entries:
         found.setdefault(entry.group, []).append(entry)
     return found
 
@@ -283,6 +288,8 @@ def select(what: str) -> list[Entry]:
     load_ours()
     if what == "all":
         return list(ENTRIES.values())
+    if what == "ceilings":
+        return []
     if what == "quick":
         return [entry for entry in ENTRIES.values() if entry.quick]
     if what == "gate":

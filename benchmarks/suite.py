@@ -47,10 +47,10 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
         (entry, case)
         for entry in entries
         for case in entry.cases(
-            device, quick=what == "quick", shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
+            device, quick=what in ("quick", "gate"), shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
         )
     ]
-    if not found:
+    if not found and what != "ceilings":
         axes = sorted({axis for entry in entries for axis in entry.axes})
         kinds = sorted({dtype for entry in entries for dtype in entry.dtypes})
         raise ValueError(
@@ -61,7 +61,7 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
 
 
 def _of_rank(entries, shape, what):
-    fitting = [entry for entry in entries if len(next(iter(entry.shapes.values()))) == len(shape)]
+    fitting = [entry for entry in entries if len(shape) in entry.ranks]
     if not fitting:
         examples = {str(next(iter(entry.shapes.values()))): entry.name for entry in entries}
         raise ValueError(

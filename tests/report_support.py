@@ -29,7 +29,8 @@ def row(name="adaln", *, others=None, seconds=2e-3, shape=(16, 256, 1152), devic
     others = {"eager": 3.0, "torch.compile": 1.5, "copy_": 0.5} if others is None else others
     return {
         "name": name, "group": "adaln", "kind": "ops", "label": "DiT", "shape": list(shape), "dtype": "float32",
-        "device": device, "samples": 20, "goals": [], "skipped": {}, "accuracy": None, "load": [0.5, 0.75],
+        "device": device, "samples": 20, "goals": [], "skipped": {}, "accuracy": None,
+        "first_call": dict.fromkeys(["fused", *others], 0.25), "state": [{"load": 0.5}, {"load": 0.75}],
     } | timings(seconds, others) | changes  # fmt: skip
 
 

@@ -36,6 +36,13 @@ def tool():
     return module
 
 
+def test_the_table_of_ops_shows_benchmarks_that_there_are(tool):
+    from genengine.benchmarks import registry
+
+    names = {entry.name for entry in registry.select("ops")}
+    assert [name for *_, wanted in tool.OPS for name in wanted if name not in names] == []
+
+
 def op_rows(tool, ratio=3.0):
     """A row for each of those that the table of ops shows."""
     names = [name for *_, names in tool.OPS for name in names]

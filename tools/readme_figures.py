@@ -39,7 +39,7 @@ OPS = [
     ("`gated_adaln`", "gate and residual, then adaln",
      ALL, "both", "4; backward 6", ("gated_adaln", "gated_adaln_backward")),
     ("`attention`", "softmax(q k^T * scale) v, any head dim to 256 (72 in 80 columns, not 128), self, cross, causal",
-     TORCH, "both", "4; backward 8", ("attention,", "attention_backward")),
+     TORCH, "both", "4; backward 8", ("attention", "attention_backward")),
     ("`qk_norm_rope`", "RMSNorm of q and k, then rotary embedding (1-D, 2-D, 3-D), in the packed projection",
      ALL, "both", "2; backward 3", ("qk_norm_rope", "qk_norm_rope_backward")),
     ("`reparameterize`", "z = mean + exp(logvar / 2) eps and its KL, noise drawn in the kernel, also in the backward",
@@ -51,7 +51,7 @@ OPS = [
     ("`geglu`, `swiglu`", "a gated half times the other, of one packed projection",
      ALL, "both", "3; backward 5", ("geglu", "geglu, forward and backward")),
     ("`logistic_mixture`", "discretised-logistic log-likelihood, and sampling with the same bits everywhere",
-     ALL, "both", "parameters once; backward twice", ("logistic_mixture",)),
+     ALL, "both", "parameters once; backward twice", ("logistic_mixture_log_prob",)),
     ("`ema_update`", "the moving average of a whole model, in one launch", ALL, "forward", "3", ("ema_update",)),
 ]  # fmt: skip
 OPS_HEAD = (

@@ -15,11 +15,15 @@ def add_bench(commands):
         "genengine bench adaln --shape 8,1024,1152 --dtype bfloat16 --html adaln.html",
     )  # fmt: skip
     command.add_argument(
-        "what", nargs="?", default="quick", metavar="SUITE|OP|MODEL",
+        "what", nargs="?", default=None, metavar="SUITE|OP|MODEL",
         help="quick, ops, samplers, models, peers, gate, all; an op or model; or one benchmark's name (see --list); "
         "default quick",
     )  # fmt: skip
-    command.add_argument("--list", action="store_true", help="list what can be timed, with shapes and dtypes")
+    command.add_argument(
+        "--list",
+        action="store_true",
+        help="list what can be timed, of all or of the suite named, with shapes and dtypes",
+    )
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
     command.add_argument("--shape", default=None, metavar="N,N,...", help="this shape instead of the registered ones")
     command.add_argument("--dtype", default=None, metavar="NAME,...", help="these dtypes alone, such as bfloat16")
@@ -44,7 +48,7 @@ def add_bench(commands):
     )  # fmt: skip
     command.add_argument(
         "--threshold", type=float, default=None,
-        help="loss that --compare allows (default 0.1; 0.5 against a result of another machine)",
+        help="loss that --compare allows (default 0.1; at least 0.5 against a result of another machine)",
     )  # fmt: skip
     command.add_argument("--strict", action="store_true", help="exit status 1 if a row failed")
     with_device(command)
@@ -66,11 +70,11 @@ def _bench(options):
 
     for path in options.load:
         registry.load_file(path)
-    device = chosen_device(options).type
+    device = _device_kind(options)
     if options.list:
-        print(_listing(registry.groups(), device))
+        print(_listing(registry.groups(registry.select(options.what or "all")), device))
         return 0
-    wanted = _suite_options(options)
+    wanted, options.what = _suite_options(options), options.what or "quick"
     suite.cases(options.what, device, wanted)  # a bad argument is refused before the process starts anew
     if options.html:
         page.check()
@@ -86,9 +90,11 @@ def _bench(options):
     failed = options.strict and any("error" in row for row in report["rows"])
     if old is None:
         return int(failed)
-    report_then, same_device = old
+    report_then, same_machine = old
+    if not same_machine:
+        print("compare: the old result is of another machine", file=sys.stderr)
     verdict = compare.compare(
-        report_then, report, threshold=options.threshold or (compare.THRESHOLD if same_device else compare.ELSEWHERE),
+        report_then, report, threshold=compare.allowed(options.threshold, same_machine),
         again=lambda key: suite.again(key, device, wanted),
     )  # fmt: skip
     print(verdict.describe(), file=sys.stderr if options.json else sys.stdout)
@@ -104,6 +110,16 @@ def _report(options):
         colour = table.colour_wanted()
         print("\n".join([*(table.lines(row, colour=colour) for row in report["rows"]), table.totals(report)]))
     _write_pages(options, report)
+
+
+def _device_kind(options):
+    """ "cpu" or "cuda"; of several GPUs, the one asked for becomes the current one."""
+    device = chosen_device(options)
+    if device.type == "cuda" and device.index is not None:
+        import torch
+
+        torch.cuda.set_device(device)
+    return device.type
 
 
 def _suite_options(options):
@@ -128,7 +144,7 @@ def _old_report(options, device):
         return None
     from genengine.benchmarks import compare, machine
 
-    return compare.find_old(options.compare, machine.environment(device)["device"], options.what)
+    return compare.find_old(options.compare, machine.environment(device), options.what)
 
 
 def _write(options, report):
