@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from genengine.benchmarks import roofline, svg, table
+from genengine.benchmarks import registry, roofline, svg, table
 from genengine.benchmarks.svg import COLOURS, WIDTH
 
 RIVALS = {"eager": table.is_eager, "torch.compile": table.is_compiled, "peer": table.is_peer}
@@ -51,21 +51,34 @@ def _speedup_caption(rows):
 
 
 def speedups(rows: Sequence[tuple[int, dict]]) -> list[str]:
-    """Bars of each row's strongest rivals, an op or a model a figure, several figures where there are many."""
-    groups: dict[str, list] = {}
+    """Bars of each row's strongest rivals: ops or models with few rows share a figure, those with many take several."""
+    groups: dict[tuple[str, str], list] = {}
     for number, row in rows:
         bars = [(kind, *found) for kind, wanted in RIVALS.items() if (found := table.strongest(row["ratios"], wanted))]
         if bars:
-            groups.setdefault(row["group"], []).append((number, row, bars))
+            groups.setdefault((row["kind"], row["group"]), []).append((number, row, bars))
     drawn = []
-    for group, found in groups.items():
+    for names, found in _shared(groups):
         ends = [value for _, _, bars in found for _, _, entry in bars for value in (entry["low"], entry["high"])]
         limits = min(0.7, *ends) / 1.15, max(1.5, *ends) * 1.45  # room for the figures beside the bars
         parts = _parts(found, ROWS_PER_FIGURE)
         for part, chosen in enumerate(parts, 1):
-            title = f"{group}, {part} of {len(parts)}" if len(parts) > 1 else group
-            drawn.append(_bars(svg.line(title, 70), chosen, limits, f"bars{len(drawn)}"))
+            title = ", ".join(names) + (f", {part} of {len(parts)}" if len(parts) > 1 else "")
+            drawn.append(_bars(svg.line(title, 80), chosen, limits, f"bars{len(drawn)}"))
     return drawn
+
+
+def _shared(groups: dict[tuple[str, str], list]) -> list[tuple[list[str], list]]:
+    """The groups by kind, neighbours together as long as they fit one figure: their names and their rows."""
+    found, last = [], None
+    for (kind, group), rows in sorted(groups.items(), key=lambda item: registry.KINDS.index(item[0][0])):
+        if kind == last and len(found[-1][1]) + len(rows) <= ROWS_PER_FIGURE:
+            found[-1][0].append(group)
+            found[-1][1].extend(rows)
+        else:
+            found.append(([group], list(rows)))
+        last = kind
+    return found
 
 
 def _parts(rows: Sequence, most: int) -> list[Sequence]:

@@ -151,6 +151,17 @@ def test_figures_of_a_gpu_have_no_exponents(value, text):
     assert table.duration(value * 1e-6).endswith(" us") == (1 <= value < 1000)
 
 
+def test_groups_with_few_rows_share_a_figure_and_many_rows_take_several():
+    def titles(*groups):
+        rows = [made.row(group=name, kind=kind) for name, kind, count in groups for _ in range(count)]
+        return [re.search('aria-label="speed-up, ([^"]*)"', drawn)[1] for drawn in plots.speedups([*enumerate(rows)])]
+
+    most = plots.ROWS_PER_FIGURE
+    assert titles(("a", "ops", 1), ("b", "ops", most - 1), ("c", "ops", 1)) == ["a, b", "c"]
+    assert titles(("a", "models", 1), ("b", "ops", 1), ("c", "models", 1)) == ["b", "a, c"]
+    assert titles(("a", "ops", 2 * most + 1), ("b", "ops", 1)) == ["a, 1 of 3", "a, 2 of 3", "a, 3 of 3", "b"]
+
+
 def test_rows_that_only_look_like_a_sweep_are_none():
     def found(*rows):
         return plots.sweeps(list(enumerate(rows, 1)))
