@@ -96,7 +96,7 @@ def verdict(report: dict) -> str:
     failed = f"{count.failed} failed" if count.failed else "none failed"
     first = f"{_counted(count.timed, 'row')} timed, {failed}; of {_counted(comparisons, 'comparison')} with others "
     first += f"{count.gains} show a gain and {count.losses} a loss."
-    rivals = (("the strongest eager PyTorch", table.is_eager), ("torch.compile", table.is_compiled),
+    rivals = (("the strongest eager PyTorch", table.is_pytorch), ("torch.compile", table.is_compiled),
               ("the strongest peer", table.is_peer))  # fmt: skip
     parts = [
         f"{found[0]:.2f} times as fast as {name} ({_counted(found[1], 'row')})"

@@ -51,7 +51,7 @@ def _table(rows):
 
 
 def _rank(name):
-    return [table.is_eager(name), table.is_compiled(name), table.is_peer(name), table.is_ours(name), True].index(True)
+    return [table.is_pytorch(name), table.is_compiled(name), table.is_peer(name), table.is_ours(name), True].index(True)
 
 
 def _head(names: Sequence[str], hot: bool):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from genengine.benchmarks import registry, roofline, svg, table
 from genengine.benchmarks.svg import COLOURS, WIDTH
 
-RIVALS = {"eager": table.is_eager, "torch.compile": table.is_compiled, "peer": table.is_peer}
+RIVALS = {"eager": table.is_pytorch, "torch.compile": table.is_compiled, "peer": table.is_peer}
 RIVAL_COLOURS = {"eager": COLOURS["blue"], "torch.compile": COLOURS["green"], "peer": COLOURS["purple"]}
 ROWS_PER_FIGURE = 12
 BAR, HEADING, GAP = 0.16, 0.19, 0.09  # heights in a figure of bars, in inches

@@ -83,7 +83,8 @@ class Benchmark:
     """One piece of work at one case, and the ways to do it.
 
     variants: name -> a function of no arguments. "fused" is the one under test, names that begin with "fused" are other
-    ways to use it, those that begin with "eager" are what people write, others are peers or yardsticks ("copy_").
+    ways to use it, "eager ..." is what people write, "torch..." an op of its own, others are peers or yardsticks
+    ("copy_").
     check: raises AssertionError unless "fused" is right; called before anything is timed.
     inputs: what a registered baseline is called with. oracle: oracle(*inputs as float64) -> the exact result, which a
     registered baseline must meet; without it, baselines are timed unchecked, and the row says so.

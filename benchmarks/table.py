@@ -40,6 +40,11 @@ def is_compiled(name: str) -> bool:
     return name.startswith("torch.compile")
 
 
+def is_pytorch(name: str) -> bool:
+    """Whether a variant is PyTorch without its compiler: eager code, or an op of torch's own that does the work."""
+    return is_eager(name) or (name.startswith("torch") and not is_compiled(name))
+
+
 def is_ours(name: str) -> bool:
     """Whether a variant is another way to use what is under test, as "fused, philox" is: it competes with none."""
     return name.startswith("fused")
@@ -51,8 +56,8 @@ def is_rival(name: str) -> bool:
 
 
 def is_peer(name: str) -> bool:
-    """Whether a variant is someone else's kernel or library: neither eager PyTorch nor its compiler."""
-    return is_rival(name) and not (is_eager(name) or is_compiled(name))
+    """Whether a variant is someone else's kernel or library: neither PyTorch nor its compiler."""
+    return is_rival(name) and not (is_pytorch(name) or is_compiled(name))
 
 
 def strongest(ratios: dict, wanted: Callable[[str], bool]) -> tuple[str, dict] | None:

@@ -26,7 +26,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 ALL = "CPU, Triton, CUDA"
 TORCH = "CPU (torch's), Triton"
 # op: what it computes; backends; directions; floor in elements moved per element; the benchmarks that show the forward
-# and the backward, by the beginning of their names
+# and the backward
 OPS = [
     ("`normal`, `uniform`", "the noise above", ALL, "forward", "1", ("normal",)),
     ("`sampler_step`", "a whole solver step: guidance, prediction, clipping, history, noise, the next network input",
@@ -91,17 +91,17 @@ def source(report: dict, path: str) -> str:
 def op_line(rows, op, computes, backends, directions, floor, names):
     found = [first(rows, name, op) for name in names]
     eager, compiled = (
-        " / ".join(ratio(row, wanted) for row in found) for wanted in (table.is_eager, table.is_compiled)
+        " / ".join(ratio(row, wanted) for row in found) for wanted in (table.is_pytorch, table.is_compiled)
     )
     return f"| {op} | {computes} | {backends} | {directions} | {floor} | {eager} | {compiled} |"
 
 
 def first(rows, name, op):
-    """The first row of that name, else the first whose name begins so; float32 before the rest."""
-    fits = [row for row in rows if row["name"].startswith(name)]
+    """The first row of that name, float32 before the rest."""
+    fits = [row for row in rows if row["name"] == name]
     if not fits:
-        raise ValueError(f"{op} has no row whose name begins with {name!r}; correct OPS in tools/readme_figures.py")
-    return min(fits, key=lambda row: (row["name"] != name, row["dtype"] != "float32"))
+        raise ValueError(f"{op} has no row {name!r}; measure it, or correct OPS in tools/readme_figures.py")
+    return min(fits, key=lambda row: row["dtype"] != "float32")
 
 
 def ratio(row, wanted):

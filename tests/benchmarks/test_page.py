@@ -114,6 +114,11 @@ def test_losses_are_as_visible_as_gains():
 def test_yardsticks_and_our_own_variants_do_not_compete():
     count = table.tally(made.report([made.row(others={"copy_": 0.1, "fused, philox": 0.2, "setup of x": 9.0})]))
     assert (count.gains, count.losses, count.even) == (0, 0, 0)
+    kinds = table.is_pytorch, table.is_compiled, table.is_peer, table.is_ours, table.is_yardstick
+    names = ("eager, in place", "torch, math", "torch.randn", "torch.compile, max-autotune", "liger", "fused, philox",
+             "copy_ of q and k")  # fmt: skip
+    found = [[kind(name) for kind in kinds] for name in names]
+    assert [one.index(True) for one in found] == [0, 0, 0, 1, 2, 3, 4] and all(sum(one) == 1 for one in found)
     count = table.tally(every_kind())
     assert (count.timed, count.failed, count.reached, count.goals) == (5, 1, 1, 2)
     assert (count.gains, count.losses, count.even) == (6, 1, 2)
