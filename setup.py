@@ -128,7 +128,7 @@ setup(
     packages=[
         "genengine", "genengine.data", "genengine.evaluate", "genengine.extensions", "genengine.integrations",
         "genengine.integrations.diffusers", "genengine.models", "genengine.nets", "genengine.ops", "genengine.paths",
-        "genengine.solvers", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
+        "genengine.profiling", "genengine.solvers", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={

@@ -10,7 +10,7 @@ import pytest
 from genengine import cli, images
 from genengine.arguments import parse_labels, settings
 
-COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench", "trace")
+COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench", "trace", "profile")
 
 
 def run(*words, capsys):
