@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 from genengine.ops._cost import Cost
-from genengine.profiling import timeline
+from genengine.profiling import fusions, timeline
+from genengine.profiling._nvtx import nvtx
 from genengine.profiling.record import Recording, Step, record
 from genengine.profiling.report import Fusion, Gap, Kernel, Profile, Sync
 
-__all__ = ["Fusion", "Gap", "Kernel", "Profile", "Sync", "profile"]
+__all__ = ["Fusion", "Gap", "Kernel", "Profile", "Sync", "nvtx", "profile"]
 
 # Passes under the profiler: so many, if they fit into so many seconds and ops (each of which leaves about ten events).
 MAX_REPEATS, PROFILED_SECONDS, PROFILED_OPS = 9, 1.0, 8000
@@ -77,7 +78,7 @@ def _summary(recording: Recording, times, device, repeats, ceilings, name) -> Pr
         name=name, device=str(device), seconds=times.plain, profiled=times.profiled,
         busy=sum(kernel.seconds for kernel in kernels), bytes=total.bytes, flops=_products(steps), repeats=repeats,
         kernels=kernels, gaps=_gaps(steps, times.gaps), syncs=_syncs(steps, times.waits, device),
-        fusions=[], missing=times.missing, notes=_notes(steps, times),
+        fusions=fusions.find(recording, times.durations), missing=times.missing, notes=_notes(steps, times),
         ceilings=ceilings, events=times.events,
     )  # fmt: skip
 
@@ -140,7 +141,7 @@ def _syncs(steps, waits, device):
 
 def _notes(steps: list[Step], times):
     notes = []
-    if times.missing:
+    if times.missing > len(steps) / 50:  # a composite op that calls itself hides what it calls
         notes.append(
             f"{times.missing} of {len(steps)} recorded ops were not seen in the timed passes: the function does not do "
             "the same work every time, or replays a CUDA graph"

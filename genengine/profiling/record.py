@@ -85,7 +85,7 @@ class Step:
     """One op that ran: name as the profiler has it ("aten::mul"); args as the schema orders them, tensors as `Operand`.
 
     reads, writes: the tensors among them and the results. line: "file:line" of the user, or "" where no Python asked.
-    backward: autograd ran it. sync: how a user calls what makes the host wait here, or None.
+    backward: autograd ran it. optimizer: one of torch's did. sync: how a user calls what makes the host wait, or None.
     """
 
     index: int
@@ -97,6 +97,7 @@ class Step:
     cost: Cost
     line: str
     backward: bool
+    optimizer: bool
     sync: str | None = None
 
     @property
@@ -141,7 +142,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "aten":  # under inference_mode composite ops arrive whole
+        if func.namespace == "aten" and not _has_kernel(func, args):  # under inference_mode composite ops arrive whole
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -161,11 +162,13 @@ class _Recorder(TorchDispatchMode):
 
     def _append(self, func, args, reads, writes, cost, sync):
         backward = torch._C._current_graph_task_id() != -1
-        line, innermost = _caller()
-        if sync and innermost.startswith("torch.optim"):  # optimisers keep their counters on the host
+        line, optimizer = _caller()
+        if optimizer:  # which keeps its counters on the host
             sync = None
         name, overload = func._schema.name, func._schema.overload_name
-        step = Step(len(self.steps), name, overload, args, tuple(reads), tuple(writes), cost, line, backward, sync)
+        step = Step(
+            len(self.steps), name, overload, args, tuple(reads), tuple(writes), cost, line, backward, optimizer, sync
+        )
         self.steps.append(step)
 
     def storage(self, tensor: Tensor) -> int:
@@ -212,6 +215,12 @@ class _Recorder(TorchDispatchMode):
                 self._made.add(number)
                 found.append(self._operand(tensor))
         return found
+
+
+def _has_kernel(func, args) -> bool:
+    """Whether the op runs as it is on the device of its first tensor, and is no composite of others there."""
+    device = next((tensor.device.type for tensor in _tensors(args)), "cpu")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), device.upper())
 
 
 # ---- what one call costs and waits for -------------------------------------------------------------------------------
@@ -272,24 +281,24 @@ def _sync(func, arguments, result) -> str | None:
     return None
 
 
-def _caller() -> tuple[str, str]:
-    """("file:line" of the user's innermost frame, the module of the innermost frame of all).
+def _caller() -> tuple[str, bool]:
+    """("file:line" of the user's innermost frame, whether an optimiser of torch's stands between it and the op).
 
     The user's are the frames outside torch and genengine, up to `record`. Where there is none, the work was asked for
     from the command line: then the innermost of ours that is not an op's.
     """
-    frame, ours, innermost = sys._getframe(2), "", ""
+    frame, ours, optimizer = sys._getframe(2), "", False
     while frame is not None and frame.f_code is not record.__code__:
         module = frame.f_globals.get("__name__", "")
         if module != __name__:
-            innermost = innermost or module
+            optimizer = optimizer or module.startswith("torch.optim")
             place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             if module.partition(".")[0] == "genengine":
                 ours = ours or ("" if module.startswith(_BELOW_MODELS) else place)
             elif module.partition(".")[0] not in _MACHINERY and not place.startswith("<"):
-                return place, innermost
+                return place, optimizer
         frame = frame.f_back
-    return ours, innermost
+    return ours, optimizer
 
 
 def _tensors(value):

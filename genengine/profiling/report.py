@@ -71,14 +71,15 @@ class Sync:
 class Fusion:
     """Kernels that one fused op replaces, of all matches of the same kind at the same line.
 
-    kernels: the ops that ran, by name -> how many. bytes: what they moved. saved: what the fused op would not move.
-    seconds: what they took. places: how often the pattern was found.
+    places: how often the form was found. kernels: the ops that ran, by name -> how many. launches: of the fused op in
+    their place. bytes: what they moved. saved: what the fused op would not move. seconds: what they took.
     """
 
     op: str
     line: str
     places: int
     kernels: dict[str, int]
+    launches: int
     bytes: int
     saved: int
     seconds: float
@@ -211,12 +212,12 @@ def _fusion_table(profile, top):
         return "fused ops: nothing found that one would replace"
     lines = ["fused ops that would replace what ran (bytes of the forward pass)"]
     for fusion in profile.fusions[:top]:
-        count = sum(fusion.kernels.values())
+        count, taken = sum(fusion.kernels.values()), fusion.seconds / (profile.profiled or 1.0)
         where = f"{fusion.places} places" if fusion.places > 1 else "1 place"
-        of_time = f", which take {fusion.seconds / (profile.profiled or 1.0):.1%} of the time" if fusion.seconds else ""
         lines.append(
-            f"  {fusion.op}: these {count} kernels in {where}{of_time}: -{fusion.saved / max(fusion.bytes, 1):.0%} of "
-            f"their bytes, -{fusion.saved / max(profile.bytes, 1):.1%} of the whole"
+            f"  {fusion.op}: {count} kernels in {where} become {fusion.launches}: "
+            f"-{fusion.saved / max(fusion.bytes, 1):.0%} of their bytes, "
+            f"-{fusion.saved / max(profile.bytes, 1):.1%} of the whole; they take {taken:.1%} of the time"
         )
         lines.append(f"    {', '.join(f'{n} {short(name)}' for name, n in fusion.kernels.items())}")
         lines.append(f"    {place(fusion.line)}")

@@ -134,7 +134,7 @@ def _sample(model, request):
         return _sample_flow(model, num, options["steps"], request)
     settings = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     text = f"the shipped model, {num} images, {_shape(model)}" + (f", {settings}" if settings else "")
-    if request.eager:
+    if request.eager and "step" in parts(model.family):
         text += "; the sampler's own rows stay fused"
     return lambda: model.sample(num, seed=request.seed, **options), text
 

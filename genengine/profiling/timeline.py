@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from genengine.ops import _ranges
+
 PASS = "genengine::pass"
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
@@ -73,13 +75,24 @@ def measure(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities) as profiler, _rows_named():
         for _ in range(repeats):
             with torch.profiler.record_function(PASS):
                 function()
                 _wait(device)
     events = parse(_export(profiler, trace))
     return read(events, names, plain)
+
+
+def _rows_named():
+    """The rows of a sampling loop as ranges of the profiler."""
+    opened = []
+
+    def push(label):
+        opened.append(torch.profiler.record_function(label))
+        opened[-1].__enter__()
+
+    return _ranges.using(push, lambda: opened.pop().__exit__(None, None, None), around_kernels=False)
 
 
 def _seconds(function, device):
@@ -210,19 +223,21 @@ def _blocks(event, copies) -> bool:
 def _match(events: Iterable[Event], names: list[str]) -> dict[Event, int]:
     """Event -> recorded step: the k-th recorded op of a name is the k-th outermost event of that name.
 
-    Outermost: inside no other event that is matched. What a recorded op calls is part of it.
+    Outermost: inside no other event that is matched. What a recorded op calls is part of it. An op and its in-place
+    form are one name: autograd adds gradients up in place, but not while it is watched.
     """
     waiting = defaultdict(list)
     for step, name in enumerate(names):
-        waiting[name].append(step)
+        waiting[name.rstrip("_")].append(step)
     places, until, found = defaultdict(int), defaultdict(float), {}
     for event in events:
-        if event.kind != "op" or event.start < until[event.lane] or event.name not in waiting:
+        name = event.name.rstrip("_")
+        if event.kind != "op" or event.start < until[event.lane] or name not in waiting:
             continue
-        place = places[event.name]
-        if place < len(waiting[event.name]):
-            found[event] = waiting[event.name][place]
-            places[event.name] += 1
+        place = places[name]
+        if place < len(waiting[name]):
+            found[event] = waiting[name][place]
+            places[name] += 1
             until[event.lane] = event.end
     return found
 
