@@ -312,7 +312,7 @@ def _add_trace(commands):
 def _add_profile(commands):
     command = _command(
         commands, "profile", _profile, "show where the time of an op, a model or your own function goes",
-        "genengine profile flow.sample --num 16 --steps 8 --trace profile.json",
+        "genengine profile flow.sample --num 16 --steps 8 --html profile.html",
     )  # fmt: skip
     command.add_argument(
         "target", metavar="TARGET",
@@ -325,6 +325,7 @@ def _add_profile(commands):
     command.add_argument("--steps", type=int, default=None, help="sampling steps (default: the family's)")
     command.add_argument("--eager", action="store_true", help="the same work in plain PyTorch, without our kernels")
     command.add_argument("--trace", default=None, metavar="FILE", help="also write a Chrome trace (Perfetto reads it)")
+    command.add_argument("--html", default=None, metavar="FILE", help="also write a page: flame view and roofline")
     command.add_argument("--top", type=int, default=12, help="kernels to show (default 12)")
     command.add_argument("--no-ceilings", action="store_true", help="do not measure what this machine can do")
     _with_seed(command)
@@ -545,13 +546,14 @@ def _bench(options):
 def _profile(options):
     import torch
 
-    from genengine.profiling import profile, targets
+    from genengine.profiling import page, profile, targets
 
     shape, dtype = _shape_and_dtype(options)
     for name in ("num", "steps", "top"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     device = _device(options)
+    plotting = page.matplotlib() if options.html else None  # before the work: it may be missing
     request = targets.Request(device, shape, dtype, options.num, options.steps, options.eager, options.seed)
     target = targets.resolve(options.target, request)
     ceilings = None if options.no_ceilings else _ceilings(device)
@@ -560,8 +562,10 @@ def _profile(options):
         report = profile(target.function, device=device, ceilings=ceilings, name=target.name, trace=options.trace)
     report.notes.insert(0, target.description)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.table(options.top))
-    if options.trace:
-        print(f"saved: {options.trace}", file=sys.stderr)
+    if options.html:
+        page.write(report, options.html, plotting)
+    for path in filter(None, (options.trace, options.html)):
+        print(f"saved: {path}", file=sys.stderr)
 
 
 def _shape_and_dtype(options):

@@ -11,6 +11,7 @@ of a sampling loop in Nsight Systems.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from genengine.ops._cost import Cost
-from genengine.profiling import fusions, timeline
+from genengine.profiling import flame, fusions, timeline
 from genengine.profiling._nvtx import nvtx
 from genengine.profiling.record import Recording, Step, record
 from genengine.profiling.report import Fusion, Gap, Kernel, Profile, Sync
@@ -79,7 +80,7 @@ def _summary(recording: Recording, times, device, repeats, ceilings, name) -> Pr
         busy=sum(kernel.seconds for kernel in kernels), bytes=total.bytes, flops=_products(steps), repeats=repeats,
         kernels=kernels, gaps=_gaps(steps, times.gaps), syncs=_syncs(steps, times.waits, device),
         fusions=fusions.find(recording, times.durations), missing=times.missing, notes=_notes(steps, times),
-        ceilings=ceilings, events=times.events,
+        ceilings=ceilings, flame=flame.build(steps, times.durations, times.gaps, times.ranges, name),
     )  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def _kernels(steps, durations, ceilings):
                 cost.flops or None,
                 sum(floor for floor, _ in floors) if floors else None,
                 floors[0][1] if floors else None,
+                sum(math.prod(operand.shape) for step in members for operand in step.writes),
                 dict(Counter(step.line for step in members)),
             )  # fmt: skip
         )

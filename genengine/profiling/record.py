@@ -6,6 +6,9 @@ nothing and are no steps; they show in the operands, which say which part of whi
 
 from __future__ import annotations
 
+import functools
+import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,6 +47,12 @@ _OVERWRITES = frozenset(
     f"aten::{name}_" for name in ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential")
 )
 _GATHERS = frozenset(f"aten::{name}" for name in ("embedding", "index_select", "gather", "index", "take"))
+# Ops that take an exponential, or what costs like one, for every element they write.
+_EXPONENTIALS = frozenset(
+    f"aten::{name}"
+    for name in ("exp", "log", "sin", "cos", "tanh", "sigmoid", "erf", "silu", "gelu", "_softmax", "softplus", "logit",
+                 "silu_backward", "gelu_backward")
+)  # fmt: skip
 _ALLOCATES = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh")
 )
@@ -85,7 +94,8 @@ class Step:
     """One op that ran: name as the profiler has it ("aten::mul"); args as the schema orders them, tensors as `Operand`.
 
     reads, writes: the tensors among them and the results. line: "file:line" of the user, or "" where no Python asked.
-    backward: autograd ran it. optimizer: one of torch's did. sync: how a user calls what makes the host wait, or None.
+    stack: the calls that led here, "Attention.forward (layers.py)", outermost first. backward: autograd ran it.
+    optimizer: one of torch's did. sync: how a user calls what makes the host wait, or None.
     """
 
     index: int
@@ -98,6 +108,7 @@ class Step:
     line: str
     backward: bool
     optimizer: bool
+    stack: tuple[str, ...] = ()
     sync: str | None = None
 
     @property
@@ -162,13 +173,14 @@ class _Recorder(TorchDispatchMode):
 
     def _append(self, func, args, reads, writes, cost, sync):
         backward = torch._C._current_graph_task_id() != -1
-        line, optimizer = _caller()
+        line, optimizer, stack = _caller()
         if optimizer:  # which keeps its counters on the host
             sync = None
         name, overload = func._schema.name, func._schema.overload_name
         step = Step(
-            len(self.steps), name, overload, args, tuple(reads), tuple(writes), cost, line, backward, optimizer, sync
-        )
+            len(self.steps), name, overload, args, tuple(reads), tuple(writes), cost, line, backward, optimizer, stack,
+            sync,
+        )  # fmt: skip
         self.steps.append(step)
 
     def storage(self, tensor: Tensor) -> int:
@@ -249,7 +261,8 @@ def _cost(func, arguments, result, reads, writes) -> Cost:
     written = sum(operand.nbytes for operand in writes)
     if func._schema.name in _GATHERS and reads:
         distinct[reads[0].value] = min(reads[0].nbytes, written)
-    return Cost(sum(distinct.values()) + written, _flops(func, arguments, result))
+    exps = math.prod(writes[0].shape) if func._schema.name.rstrip("_") in _EXPONENTIALS and writes else 0
+    return Cost(sum(distinct.values()) + written, _flops(func, arguments, result), exps)
 
 
 def _flops(func, arguments, result) -> int:
@@ -281,24 +294,34 @@ def _sync(func, arguments, result) -> str | None:
     return None
 
 
-def _caller() -> tuple[str, bool]:
-    """("file:line" of the user's innermost frame, whether an optimiser of torch's stands between it and the op).
+def _caller() -> tuple[str, bool, tuple[str, ...]]:
+    """("file:line" of the user's innermost frame, whether an optimiser of torch's stands below it, the stack of calls).
 
     The user's are the frames outside torch and genengine, up to `record`. Where there is none, the work was asked for
     from the command line: then the innermost of ours that is not an op's.
     """
-    frame, ours, optimizer = sys._getframe(2), "", False
+    frame, users, ours, optimizer, stack = sys._getframe(2), "", "", False, []
     while frame is not None and frame.f_code is not record.__code__:
         module = frame.f_globals.get("__name__", "")
-        if module != __name__:
-            optimizer = optimizer or module.startswith("torch.optim")
+        package = module.partition(".")[0]
+        if package not in _MACHINERY and module != __name__:
             place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            if module.partition(".")[0] == "genengine":
-                ours = ours or ("" if module.startswith(_BELOW_MODELS) else place)
-            elif module.partition(".")[0] not in _MACHINERY and not place.startswith("<"):
-                return place, optimizer
+            below = module.startswith(_BELOW_MODELS)
+            if package == "genengine":
+                ours = ours or ("" if below else place)
+            else:
+                users = users or place
+            if not below:
+                stack.append(_named(frame.f_code))
+        optimizer = optimizer or (module.startswith("torch.optim") and not users)
         frame = frame.f_back
-    return ours, optimizer
+    return users or ours, optimizer, tuple(reversed(stack))
+
+
+@functools.cache
+def _named(code) -> str:
+    name = getattr(code, "co_qualname", code.co_name).replace(".<locals>", "")
+    return f"{name} ({os.path.basename(code.co_filename)})"
 
 
 def _tensors(value):

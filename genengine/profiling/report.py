@@ -7,8 +7,6 @@ import linecache
 import os
 from dataclasses import dataclass, field
 
-from genengine.profiling.timeline import Event
-
 SCHEMA_VERSION = 1
 
 
@@ -18,7 +16,7 @@ class Kernel:
 
     seconds: of all calls of one pass, on the device. bytes, flops: of all calls, None where no formula is known.
     floor: seconds that the ceilings allow at least, bound: the one that binds; None without ceilings.
-    lines: "file:line" of the user -> calls.
+    elements: written, of all calls. lines: "file:line" of the user -> calls.
     """
 
     name: str
@@ -30,7 +28,13 @@ class Kernel:
     flops: int | None = None
     floor: float | None = None
     bound: str | None = None
+    elements: int = 0
     lines: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> int:
+        """flops, or, where these are not known, one for every element written."""
+        return self.flops or self.elements
 
     @property
     def bandwidth(self) -> float | None:
@@ -91,6 +95,7 @@ class Profile:
 
     seconds: of a pass without the profiler, the median. profiled: of one with it. busy: seconds in kernels, of the
     latter. bytes, flops: of a pass, as far as they are known. missing: recorded ops that the timed passes did not show.
+    ceilings: as given to `profile`. flame: a `flame.Box`, the tree of calls.
     """
 
     name: str
@@ -108,7 +113,7 @@ class Profile:
     missing: int = 0
     notes: list[str] = field(default_factory=list)
     ceilings: object = None
-    events: list[Event] = field(default_factory=list, repr=False)
+    flame: object = field(default=None, repr=False)
 
     @property
     def idle(self) -> float:
@@ -116,10 +121,8 @@ class Profile:
         return max(self.profiled - self.busy, 0.0)
 
     def to_json(self) -> dict:
-        """All but events and ceilings as plain dicts, lists, strings and numbers."""
-        plain = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("events", "ceilings")
-        }
+        """All but flame and ceilings as plain dicts, lists, strings and numbers."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("flame", "ceilings")}
         for name in ("kernels", "gaps", "syncs", "fusions"):
             plain[name] = [dataclasses.asdict(row) for row in plain[name]]
         for row, kernel in zip(plain["kernels"], self.kernels, strict=True):

@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ import torch
 from genengine.ops import _ranges
 
 PASS = "genengine::pass"
+_row = re.compile(r"^genengine::row \d+$")
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -50,19 +52,20 @@ class Event:
 class Timeline:
     """The passes of a profiled function.
 
-    plain: seconds of a pass without the profiler; profiled: with it. events: those of the last pass, for the flame.
+    plain: seconds of a pass without the profiler; profiled: with it.
     durations: recorded step -> seconds on the device, medians over the passes. stray: name -> (calls, seconds) of
     kernels that belong to no recorded op (those of a CUDA graph). gaps: (seconds, index of the step that ended it).
     waits: (seconds, CUDA call, index of the step that made it, or -1).
+    ranges: step -> the `record_function` ranges around it, outermost first. missing: steps that were not seen.
     """
 
     plain: float
     profiled: float
-    events: list[Event]
     durations: dict[int, float]
     stray: dict[str, tuple[int, float]] = field(default_factory=dict)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     waits: list[tuple[float, str, int]] = field(default_factory=list)
+    ranges: dict[int, tuple[str, ...]] = field(default_factory=dict)
     missing: int = 0
 
 
@@ -147,9 +150,10 @@ def read(events: list[Event], names: list[str], plain: float) -> Timeline:
             durations[step] = statistics.median(seen) * 1e-6
     last = readings[-1]
     return Timeline(
-        plain, statistics.median(window.duration for window in passes) * 1e-6, last.events, durations,
+        plain, statistics.median(window.duration for window in passes) * 1e-6, durations,
         {name: (calls, micro * 1e-6) for name, (calls, micro) in last.stray.items()},
         [(micro * 1e-6, step) for micro, step in last.gaps], [(m * 1e-6, call, step) for m, call, step in last.waits],
+        {step: last.ranges[event] for event, step in last.steps.items() if last.ranges[event]},
         len(names) - len(durations),
     )  # fmt: skip
 
@@ -171,6 +175,7 @@ class _Pass:
     def __init__(self, events, names, window):
         self.events = events
         self.steps = _match(events, names)  # id of the op's event -> step
+        self.ranges = _ranges_around(events, self.steps)
         self.durations, self.stray, self.gaps, self.waits = {}, {}, [], []
         kernels = [event for event in events if event.kind == "kernel"]
         if kernels:
@@ -240,6 +245,18 @@ def _match(events: Iterable[Event], names: list[str]) -> dict[Event, int]:
             places[name] += 1
             until[event.lane] = event.end
     return found
+
+
+def _ranges_around(events, steps) -> dict[Event, tuple[str, ...]]:
+    """The ranges that are open where each matched op runs; the rows of a loop are one range."""
+    opened, around = defaultdict(list), {}
+    for event in events:
+        inside = opened[event.lane] = [other for other in opened[event.lane] if other.end > event.start]
+        if event.kind == "range" and event.name != PASS:
+            inside.append(event)
+        elif event in steps:
+            around[event] = tuple(_row.sub("genengine::row", other.name) for other in inside)
+    return around
 
 
 def _owners(events, steps) -> dict[int, int]:
