@@ -155,7 +155,7 @@ FORMS: tuple[Form, ...] = (
     Form("swiglu", _glu("silu"), check=_halves),
     Form("reparameterize", op("add", Leaf("mean", (on.full,)), op("mul", _STD, _EPS)), check=_same_shape, grow="kl"),
     Form("diffuse", _NOISED, results=("eps",), also=_TARGETS),
-    Form("guidance_moments", op("std", _GUIDED), also=(op("std", _C),)),
+    Form("guidance_moments", op("std", _GUIDED), also=(op("std", Leaf("c")),)),
     Form("sampler_step", _GUIDED, grow="row"),
     Form("bias_act", _clamped(either(_gain(_BIASED), _BIASED))),
     Form("bias_act", _gain(_BIASED)),

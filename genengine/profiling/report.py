@@ -241,18 +241,23 @@ def columns(head, rows, left=frozenset()) -> str:
 
 def seconds(value: float) -> str:
     """1.234e-3 -> "1.23 ms"."""
-    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}" if value < 1000 * factor else f"{value / factor:.0f} {unit}"
-    return f"{value * 1e6:.3g} us" if value * 1e6 >= 0.1 else f"{value * 1e9:.0f} ns"
+    units = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
+    return _short(value, units)
 
 
 def quantity(value: float, unit: str) -> str:
     """12345678, "B" -> "12.3 MB"."""
-    for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.0f} {unit}"
+    prefixes = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
+    return _short(value, [(prefix + unit, factor) for prefix, factor in prefixes])
+
+
+def _short(value, units):
+    """Three digits in the largest unit that is not below one."""
+    for unit, factor in units:
+        if value >= 0.9995 * factor:
+            break
+    scaled = value / factor
+    return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
 
 
 def _number(value, factor):

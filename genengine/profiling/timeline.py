@@ -211,9 +211,10 @@ class _Pass:
                 self.gaps.append((kernel.start - last, step))
             last = max(last, kernel.end)
         copies = {kernel.correlation: kernel.name for kernel in kernels if kernel.name.startswith("Memcpy")}
-        for event in self.events:
-            if event.kind == "runtime" and _blocks(event, copies):
-                self.waits.append((event.duration, event.name, owner.get(event.external, -1)))
+        blocking = [event for event in self.events if event.kind == "runtime" and _blocks(event, copies)]
+        if blocking and blocking[-1].name == "cudaDeviceSynchronize":
+            blocking.pop()  # the wait for the pass to end, which is not the user's
+        self.waits = [(event.duration, event.name, owner.get(event.external, -1)) for event in blocking]
 
 
 def _blocks(event, copies) -> bool:
