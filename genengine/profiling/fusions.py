@@ -135,7 +135,7 @@ def _measured(graph: Graph, form: Form, steps: tuple[Step, ...]) -> Found:
     by_index = {step.index: step for step in steps}
     written = {(operand.storage, operand.version) for step in steps for operand in step.writes}
     inputs = {
-        operand.value: operand.nbytes
+        operand.region: operand.nbytes
         for step in steps
         for operand in step.reads
         if (operand.storage, operand.version) not in written

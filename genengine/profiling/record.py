@@ -81,6 +81,11 @@ class Operand:
         return self.storage, self.version, self.offset, self.shape, self.stride
 
     @property
+    def region(self) -> tuple:
+        """Equal for two reads of the same memory, in whatever order: of x and its transpose."""
+        return self.storage, self.version, self.offset, self.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements that exist: a broadcast row is one row."""
         count = 1
@@ -257,10 +262,10 @@ def _cost(func, arguments, result, reads, writes) -> Cost:
     op = _registry.OPS.get(func._schema.name.partition("::")[2])
     if op is not None and func.namespace in _registry.NAMESPACES.values():
         return op.cost(tuple(arguments), result)
-    distinct = {operand.value: operand.nbytes for operand in reads}
+    distinct = {operand.region: operand.nbytes for operand in reads}
     written = sum(operand.nbytes for operand in writes)
     if func._schema.name in _GATHERS and reads:
-        distinct[reads[0].value] = min(reads[0].nbytes, written)
+        distinct[reads[0].region] = min(reads[0].nbytes, written)
     exps = math.prod(writes[0].shape) if func._schema.name.rstrip("_") in _EXPONENTIALS and writes else 0
     return Cost(sum(distinct.values()) + written, _flops(func, arguments, result), exps)
 

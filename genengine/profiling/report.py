@@ -253,9 +253,7 @@ def quantity(value: float, unit: str) -> str:
 
 def _short(value, units):
     """Three digits in the largest unit that is not below one."""
-    for unit, factor in units:
-        if value >= 0.9995 * factor:
-            break
+    unit, factor = next((pair for pair in units if value >= 0.9995 * pair[1]), units[-1])
     scaled = value / factor
     return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
 

@@ -79,6 +79,7 @@ def measure(
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler, _rows_named():
+        function()  # the profiler's own first pass is slow
         for _ in range(repeats):
             with torch.profiler.record_function(PASS):
                 function()
