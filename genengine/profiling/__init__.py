@@ -78,7 +78,7 @@ def _summary(recording: Recording, times, device, repeats, ceilings, name) -> Pr
     return Profile(
         name=name, device=str(device), seconds=times.plain, profiled=times.profiled,
         busy=sum(kernel.seconds for kernel in kernels), bytes=total.bytes, flops=_products(steps), repeats=repeats,
-        kernels=kernels, gaps=_gaps(steps, times.gaps), syncs=_syncs(steps, times.waits, device),
+        kernels=kernels, gaps=_gaps(steps, times.gaps, device), syncs=_syncs(steps, times.waits, device),
         fusions=fusions.find(recording, times.durations), missing=times.missing, notes=_notes(steps, times),
         ceilings=ceilings, flame=flame.build(steps, times.durations, times.gaps, times.ranges, name),
     )  # fmt: skip
@@ -116,10 +116,14 @@ def _products(steps):
     return sum(step.cost.flops for step in steps if step.name.startswith("aten::"))
 
 
-def _gaps(steps, gaps):
+def _gaps(steps, gaps, device):
+    nobody = {
+        -1: "(a kernel of a CUDA graph)" if device.type == "cuda" else "(after the last op)",
+        -2: "(compiled code)",
+    }
     spent, counts = defaultdict(float), Counter()
     for length, step in gaps:
-        line = steps[step].line if step >= 0 else ""
+        line = steps[step].line if step >= 0 else nobody[step]
         spent[line] += length
         counts[line] += 1
     return sorted((Gap(line, counts[line], spent[line]) for line in spent), key=lambda gap: -gap.seconds)
@@ -143,11 +147,16 @@ def _syncs(steps, waits, device):
 
 def _notes(steps: list[Step], times):
     notes = []
-    if times.missing > len(steps) / 50:  # a composite op that calls itself hides what it calls
+    compiled = any(name.startswith(timeline.COMPILED) for name in times.stray)
+    if compiled:
+        notes.append(
+            "what torch.compile compiled is one row; its bytes are not known, and it is left out of the fused ops"
+        )
+    elif times.stray:
+        notes.append("kernels without operands belong to no recorded op (a CUDA graph's): their bytes are not known")
+    if times.missing > len(steps) / 50 and not times.stray:  # a composite op that calls itself hides what it calls
         notes.append(
             f"{times.missing} of {len(steps)} recorded ops were not seen in the timed passes: the function does not do "
-            "the same work every time, or replays a CUDA graph"
+            "the same work every time"
         )
-    if times.stray:
-        notes.append("kernels without operands belong to no recorded op (a CUDA graph's): their bytes are not known")
     return notes

@@ -35,9 +35,14 @@ class Found:
 
 
 def find(recording: Recording, durations: dict[int, float]) -> list[Fusion]:
-    """The fusions of a recording, by bytes saved; durations: step -> measured seconds."""
+    """The fusions of a recording, by bytes saved; durations: step -> measured seconds, of all steps that ran.
+
+    A step without one was recorded but did not run as such: torch.compile has fused it already.
+    """
     groups = defaultdict(list)
     for found in search(recording):
+        if any(step.index not in durations for step in found.steps):
+            continue
         groups[found.form.op, found.steps[-1].line].append(found)
     rows = []
     for (name, line), members in groups.items():
@@ -47,7 +52,7 @@ def find(recording: Recording, durations: dict[int, float]) -> list[Fusion]:
         saved = moved - sum(found.fused_bytes for found in members)
         if saved > 0 or launches * 4 <= len(steps):
             kernels = dict(Counter(step.name for step in steps))
-            spent = sum(durations.get(step.index, 0.0) for step in steps)
+            spent = sum(durations[step.index] for step in steps)
             rows.append(Fusion(name, line, len(members), kernels, launches, moved, max(saved, 0), spent))
     return sorted(rows, key=lambda fusion: (-fusion.saved, -fusion.seconds))
 

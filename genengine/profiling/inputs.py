@@ -29,7 +29,7 @@ def build(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype, device: 
     shape = inputs.shape if shape is None else shape
     if len(shape) != len(inputs.shape):
         raise ValueError(
-            f"profile: --shape of {name} must be {inputs.letters}, such as {','.join(map(str, inputs.shape))}, got "
+            f"--shape of {name} must be {inputs.letters}, such as {','.join(map(str, inputs.shape))}, got "
             f"{','.join(map(str, shape))}"
         )
     count = iter(range(1 << 30))

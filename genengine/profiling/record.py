@@ -139,9 +139,12 @@ class Recording:
 
 
 def record(function: Callable[[], object]) -> Recording:
-    """Call `function` once and return what it did. Its result is dropped."""
+    """Call `function` once and return what it did. Its result is dropped.
+
+    What torch.compile compiled runs eagerly this once: it does not go through the dispatcher.
+    """
     recorder = _Recorder()
-    with recorder:
+    with torch.compiler.set_stance("force_eager"), recorder:
         result = function()
     returned = frozenset(recorder.storage(tensor) for tensor in _tensors(result))
     return Recording(recorder.steps, returned)

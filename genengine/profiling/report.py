@@ -145,7 +145,7 @@ def _totals(profile):
         (f"{profile.name} on {profile.device}", f"{seconds(profile.seconds)} per pass (median of {profile.repeats})"),
         ("under the profiler", f"{seconds(profile.profiled)}, {profile.profiled / max(profile.seconds, 1e-9):.2f} x as "
                                "long; all below is of this"),
-        ("in kernels", f"{seconds(profile.busy)} ({profile.busy / of:.0%})"),
+        ("in kernels", f"{seconds(profile.busy)} ({min(profile.busy / of, 1.0):.0%})"),
         ("outside", f"{seconds(profile.idle)} ({profile.idle / of:.0%})"),
         ("moved at least", _moved(profile)),
     ]  # fmt: skip
@@ -274,7 +274,9 @@ def clip(text: str, width: int) -> str:
 def place(line: str) -> str:
     """ "file:line  the line itself", the file relative to the current directory where it is below."""
     if not line:
-        return "(no Python: backward, or before the first op)"
+        return "(autograd's own thread)"
+    if line.startswith("("):  # no line, but what stands for one
+        return line
     path, _, number = line.rpartition(":")
     text = linecache.getline(path, int(number)).strip()
     relative = os.path.relpath(path)

@@ -22,7 +22,7 @@ import torch
 
 from genengine.ops import _ranges
 
-PASS = "genengine::pass"
+PASS, COMPILED = "genengine::pass", "Torch-Compiled Region"
 _row = re.compile(r"^genengine::row \d+$")
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
@@ -54,7 +54,8 @@ class Timeline:
 
     plain: seconds of a pass without the profiler; profiled: with it.
     durations: recorded step -> seconds on the device, medians over the passes. stray: name -> (calls, seconds) of
-    kernels that belong to no recorded op (those of a CUDA graph). gaps: (seconds, index of the step that ended it).
+    kernels that belong to no recorded op: those of a CUDA graph, and compiled code. gaps: (seconds, index of the step
+    that ended it; -1: of none, -2: compiled code).
     waits: (seconds, CUDA call, index of the step that made it, or -1).
     ranges: step -> the `record_function` ranges around it, outermost first. missing: steps that were not seen.
     """
@@ -150,9 +151,13 @@ def read(events: list[Event], names: list[str], plain: float) -> Timeline:
         if seen:
             durations[step] = statistics.median(seen) * 1e-6
     last = readings[-1]
+    stray = {
+        name: (calls, statistics.median(r.stray[name][1] for r in readings if name in r.stray) * 1e-6)
+        for name, (calls, _) in last.stray.items()
+    }
     return Timeline(
         plain, statistics.median(window.duration for window in passes) * 1e-6, durations,
-        {name: (calls, micro * 1e-6) for name, (calls, micro) in last.stray.items()},
+        stray,
         [(micro * 1e-6, step) for micro, step in last.gaps], [(m * 1e-6, call, step) for m, call, step in last.waits],
         {step: last.ranges[event] for event, step in last.steps.items() if last.ranges[event]},
         len(names) - len(durations),
@@ -186,10 +191,18 @@ class _Pass:
 
     def _on_host(self, window):
         """On a CPU an op runs where it is called; a gap is what passes between one and the next."""
-        matched = sorted(self.steps.items(), key=lambda pair: pair[0].start)
+        matched = list(self.steps.items())
+        for region in [event for event in self.events if event.name.startswith(COMPILED)]:
+            inside = [event for event, _ in matched if region.start <= event.start < region.end]
+            calls, total = self.stray.get(region.name, (0, 0.0))
+            own = region.duration - sum(event.duration for event in inside)
+            self.stray[region.name] = calls + 1, total + own
+            matched.append((region, -2))
+        matched.sort(key=lambda pair: pair[0].start)
         last = window.start
         for event, step in matched:
-            self.durations[step] = event.duration
+            if step >= 0:
+                self.durations[step] = event.duration
             if event.start > last:
                 self.gaps.append((event.start - last, step))
             last = max(last, event.end)

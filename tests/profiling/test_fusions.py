@@ -31,6 +31,13 @@ def found(function, *args):
     ]
 
 
+def ran(function):
+    """The one row of the report, had every recorded step run."""
+    recording = record(function)
+    (row,) = fusions.find(recording, {step.index: 1e-6 for step in recording.steps})
+    return row
+
+
 def one(function, *args):
     (match,) = found(function, *args)
     return match
@@ -228,7 +235,7 @@ def test_guidance_moments():
 
 def test_ema_update_is_one_launch_for_all():
     averages, values = [draw(7) for _ in range(6)], [draw(7) for _ in range(6)]
-    (row,) = fusions.find(record(lambda: eager.ema_update(averages, values, 0.9)), {})
+    row = ran(lambda: eager.ema_update(averages, values, 0.9))
     assert row.op == "ema_update" and row.places == 6 and row.launches == 1
     assert row.kernels == {"aten::mul_": 6, "aten::add_": 6} and row.saved == 6 * 7 * 4 * 2
 
@@ -236,7 +243,7 @@ def test_ema_update_is_one_launch_for_all():
         for average, value in zip(averages, values, strict=True):
             average.lerp_(value, 0.1)
 
-    (row,) = fusions.find(record(interpolate), {})
+    row = ran(interpolate)
     assert row.op == "ema_update" and row.saved == 0 and row.launches == 1
 
 
@@ -310,3 +317,10 @@ def test_our_op_in_place_of_a_match_moves_what_was_promised():
     (match,) = fusions.search(record(lambda: eager_adaln(x, scale, shift)))
     (step,) = record(lambda: ops.adaln(x, scale, shift)).steps
     assert step.cost.bytes == match.fused_bytes
+
+
+def test_what_did_not_run_as_recorded_is_not_reported():
+    scale, shift = rows(2)
+    x = draw(B, N, D)
+    recording = record(lambda: eager_adaln(x, scale, shift))
+    assert fusions.find(recording, {step.index: 1e-6 for step in recording.steps[:-1]}) == []

@@ -104,6 +104,18 @@ def test_autograd_is_profiled_too():
     assert sum(kernel.name == "aten::mm" for kernel in found.kernels) >= 1 and found.missing == 0
 
 
+def test_compiled_code_stays_compiled_and_is_one_row():
+    function = torch.compile(lambda: eager_adaln(X, ROWS[:, :64], ROWS[:, 64:]).sin())
+    with torch.no_grad():
+        found = profile(function, device="cpu", repeats=2)
+    (region,) = [kernel for kernel in found.kernels if kernel.name.startswith("Torch-Compiled Region")]
+    assert region.seconds > 0 and region.bytes is None and found.fusions == []
+    assert any("torch.compile" in note for note in found.notes)
+    assert not any(kernel.name == "aten::native_layer_norm" for kernel in found.kernels)
+    assert "Torch-Compiled Region" in found.table() and found.to_json()["kernels"]
+    torch._dynamo.reset()
+
+
 def test_the_trace_is_written(tmp_path):
     path = tmp_path / "folder" / "trace.json"
     profile(lambda: X.sin(), device="cpu", repeats=1, trace=path)
