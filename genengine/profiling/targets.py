@@ -189,12 +189,12 @@ def _users(target, request):
 
 
 def _check_no_arguments(what, function):
-    needed = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some builtins tell no signature
+        return
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in optional]
     if needed:
         raise ValueError(
             f"{what} must take no arguments, but needs {', '.join(needed)}; wrap it in a function that does not"
