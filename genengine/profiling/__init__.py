@@ -153,7 +153,7 @@ def _notes(steps: list[Step], times):
             "what torch.compile compiled is one row; its bytes are not known, and it is left out of the fused ops"
         )
     elif times.stray:
-        notes.append("kernels without operands belong to no recorded op (a CUDA graph's): their bytes are not known")
+        notes.append("kernels without operands are of no recorded op (a CUDA graph's, or compiled): no bytes are known")
     if times.missing > len(steps) / 50 and not times.stray:  # a composite op that calls itself hides what it calls
         notes.append(
             f"{times.missing} of {len(steps)} recorded ops were not seen in the timed passes: the function does not do "

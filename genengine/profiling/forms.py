@@ -54,9 +54,9 @@ _RMS_NORM = either(op("mul", _UNWEIGHTED, Leaf("weight")), _UNWEIGHTED)
 
 
 def _rotated(y: Pattern) -> Pattern:
-    """Rotary embedding of halves (cat of -second and first), of neighbours (stack), or as a complex product."""
+    """Rotary embedding: halves or neighbours turned (cat, stack of -second and first), pairs, a complex product."""
     piece, cos, sin = Part(whole=y), Leaf("cos"), Leaf("sin")
-    turned = op("cat", Items((op("mul", piece, _exactly(-1)), piece)))
+    turned = op("cat|stack", Items((op("mul", piece, _exactly(-1)), piece)))
     pair = Items((op("sub", op("mul", piece, cos), op("mul", piece, sin)),
                   op("add", op("mul", piece, sin), op("mul", piece, cos))))  # fmt: skip
     return either(

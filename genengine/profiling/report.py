@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import os
+import sys
 from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 1
@@ -279,6 +280,13 @@ def place(line: str) -> str:
         return line
     path, _, number = line.rpartition(":")
     text = linecache.getline(path, int(number)).strip()
+    return f"{_known_as(path)}:{number}  {clip(text, 60)}".rstrip()
+
+
+def _known_as(path):
+    """The file relative to the current directory, or to where Python found it."""
     relative = os.path.relpath(path)
-    shown = relative if not relative.startswith("..") else os.path.join(*path.split(os.sep)[-2:])
-    return f"{shown}:{number}  {clip(text, 60)}".rstrip()
+    if not relative.startswith(".."):
+        return relative
+    roots = [entry for entry in sys.path if entry and path.startswith(entry + os.sep)]
+    return os.path.relpath(path, max(roots, key=len)) if roots else os.path.join(*path.split(os.sep)[-2:])

@@ -172,6 +172,18 @@ def test_qk_norm_rope_with_rotated_halves():
     assert name == "qk_norm_rope" and "neg" in kernels and "rsqrt" in kernels
 
 
+def test_qk_norm_rope_with_rotated_neighbours():
+    cos, sin = draw(N, 1, 8), draw(N, 1, 8)
+
+    def write(q):
+        y = F.rms_norm(q, (8,), None, 1e-6)
+        first, second = y.unflatten(-1, (-1, 2)).unbind(-1)
+        return (y.float() * cos + torch.stack((-second, first), dim=-1).flatten(-2).float() * sin).to(q.dtype)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert one(write, draw(B, N, 2, 8).to(dtype))[0] == "qk_norm_rope"
+
+
 # ---- noise, guidance, updates ----------------------------------------------------------------------------------------
 
 
