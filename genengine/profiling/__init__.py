@@ -138,7 +138,7 @@ def _syncs(steps, waits, device):
             counts[step.line, step.sync] += 1
     for length, call, index in waits:
         known = index >= 0 and steps[index].sync
-        key = (steps[index].line if index >= 0 else "", steps[index].sync if known else call)
+        key = (steps[index].line if index >= 0 else "(outside any op)", steps[index].sync if known else call)
         spent[key] += length
         counts[key] += not known
     rows = [Sync(*key, count, spent[key] if on_gpu else None) for key, count in counts.items() if count]

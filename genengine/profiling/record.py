@@ -30,6 +30,7 @@ _BELOW_MODELS = (
     "genengine.benchmarks.eager",
     "genengine.benchmarks.bench_adaln",
 )
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 # op -> how a user calls it: its result, or the shape of it, is needed on the host.
 SYNCS = {
     "aten::_local_scalar_dense": ".item(), bool(), int() or float()",
@@ -161,11 +162,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == "aten" and not _has_kernel(func, args):  # under inference_mode composite ops arrive whole
+        if _is_composite(func, args):  # as they arrive under inference_mode; not torch's Python decompositions
             with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         if func.namespace in ("profiler", "prim"):
             return func(*args, **kwargs)
         arguments = _complete(func._schema, args, kwargs)
@@ -237,10 +236,12 @@ class _Recorder(TorchDispatchMode):
         return found
 
 
-def _has_kernel(func, args) -> bool:
-    """Whether the op runs as it is on the device of its first tensor, and is no composite of others there."""
+def _is_composite(func, args) -> bool:
+    """Whether the op is made of others on the device of its first tensor, and has no kernel of its own there."""
+    if not func.has_kernel_for_dispatch_key(_COMPOSITE):
+        return False
     device = next((tensor.device.type for tensor in _tensors(args)), "cpu")
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), device.upper())
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), device.upper())
 
 
 # ---- what one call costs and waits for -------------------------------------------------------------------------------

@@ -210,12 +210,12 @@ class _Pass:
 
     def _on_device(self, kernels):
         """On a GPU kernels name the op that launched them, and a gap is when no stream works."""
-        owner = _owners(self.events, self.steps)
+        owner = _Owners(self.events, self.steps)
         last = kernels[0].start
         for step in self.steps.values():
             self.durations[step] = 0.0  # an op that launched nothing
         for kernel in kernels:
-            step = owner.get(kernel.external, -1)
+            step = owner.of(kernel)
             if step < 0:
                 calls, total = self.stray.get(kernel.name, (0, 0.0))
                 self.stray[kernel.name] = calls + 1, total + kernel.duration
@@ -228,7 +228,7 @@ class _Pass:
         blocking = [event for event in self.events if event.kind == "runtime" and _blocks(event, copies)]
         if blocking and blocking[-1].name == "cudaDeviceSynchronize":
             blocking.pop()  # the wait for the pass to end, which is not the user's
-        self.waits = [(event.duration, event.name, owner.get(event.external, -1)) for event in blocking]
+        self.waits = [(event.duration, event.name, owner.of(event)) for event in blocking]
 
 
 def _blocks(event, copies) -> bool:
@@ -274,15 +274,23 @@ def _ranges_around(events, steps) -> dict[Event, tuple[str, ...]]:
     return around
 
 
-def _owners(events, steps) -> dict[int, int]:
-    """External id of an op's event -> the recorded step that it is, or that it ran inside of."""
-    inside, owner = {}, {}
-    for event in events:
-        if event.kind != "op":
-            continue
-        if event in steps:
-            inside[event.lane] = (event.end, steps[event])
-        end, step = inside.get(event.lane, (float("-inf"), -1))
-        if event.start < end:
-            owner[event.external] = step
-    return owner
+class _Owners:
+    """Which recorded step a kernel or a CUDA call belongs to: that whose op, or an op within it, made the call."""
+
+    def __init__(self, events, steps):
+        inside, self._by_op, self._by_call = {}, {}, {}
+        for event in events:
+            if event.kind not in ("op", "runtime"):
+                continue
+            if event in steps:
+                inside[event.lane] = (event.end, steps[event])
+            end, step = inside.get(event.lane, (float("-inf"), -1))
+            if event.start < end and event.kind == "op":
+                self._by_op[event.external] = step
+            elif event.start < end:
+                self._by_call[event.correlation] = step
+
+    def of(self, event: Event) -> int:
+        """The step; -1 for none. By the op that the event names, else by the call that it is, or was launched by."""
+        step = self._by_op.get(event.external, -1)
+        return step if step >= 0 else self._by_call.get(event.correlation, -1)

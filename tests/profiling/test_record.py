@@ -11,7 +11,7 @@ from genengine.ops import _registry
 from genengine.profiling import graph
 from genengine.profiling.record import record
 
-X, INDEX = torch.randn(2, 3), torch.tensor([1, 4])
+X, INDEX, PICTURE = torch.randn(2, 3), torch.tensor([1, 4]), torch.randn(1, 2, 4, 4)
 
 
 def steps(function):
@@ -46,6 +46,12 @@ def test_composite_ops_are_recorded_as_what_runs(mode):
     with mode():
         names = [step.name for step in steps(lambda: F.linear(x, weight).relu())]
     assert names in (["aten::mm", "aten::relu"], ["aten::addmm", "aten::relu"])
+
+
+def test_composite_ops_are_taken_apart_as_torch_does_it_and_not_in_python():
+    with torch.inference_mode():
+        (step,) = steps(lambda: F.interpolate(PICTURE, scale_factor=2.0))
+    assert step.name == "aten::upsample_nearest2d"
 
 
 def test_costs_count_every_tensor_once_and_views_not_at_all():

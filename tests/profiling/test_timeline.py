@@ -98,6 +98,17 @@ def test_on_a_gpu_waits_are_the_calls_that_block():
     assert [length for length, *_ in waits] == pytest.approx([135e-6, 8e-6])
 
 
+def test_on_a_gpu_a_kernel_that_names_no_op_belongs_to_the_call_that_launched_it():
+    events = [
+        whole(0, 100), op("aten::mul", 5, 20, external=1), runtime("cudaLaunchKernel", 6, 8, 0, correlation=3),
+        runtime("cudaGraphLaunch", 30, 32, 0, correlation=4), runtime("cudaStreamSynchronize", 15, 19, 0, correlation=5),
+        kernel("mul_kernel", 10, 12, 0, correlation=3), kernel("in_a_graph", 40, 45, 0, correlation=4),
+    ]  # fmt: skip
+    found = read(events, ["aten::mul"])
+    assert found.durations == pytest.approx({0: 2e-6}) and set(found.stray) == {"in_a_graph"}
+    assert [(call, step) for _, call, step in found.waits] == [("cudaStreamSynchronize", 0)]
+
+
 def test_a_copy_to_pinned_memory_does_not_block():
     events = [
         whole(0, 100), op("aten::copy_", 5, 20, external=1), runtime("cudaMemcpyAsync", 6, 8, 1, correlation=3),
