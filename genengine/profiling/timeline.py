@@ -287,7 +287,7 @@ class _Owners:
             end, step = inside.get(event.lane, (float("-inf"), -1))
             if event.start < end and event.kind == "op":
                 self._by_op[event.external] = step
-            elif event.start < end:
+            elif event.start < end and event.correlation > 0:
                 self._by_call[event.correlation] = step
 
     def of(self, event: Event) -> int:

@@ -101,7 +101,8 @@ def test_on_a_gpu_waits_are_the_calls_that_block():
 def test_on_a_gpu_a_kernel_that_names_no_op_belongs_to_the_call_that_launched_it():
     events = [
         whole(0, 100), op("aten::mul", 5, 20, external=1), runtime("cudaLaunchKernel", 6, 8, 0, correlation=3),
-        runtime("cudaGraphLaunch", 30, 32, 0, correlation=4), runtime("cudaStreamSynchronize", 15, 19, 0, correlation=5),
+        runtime("cudaStreamSynchronize", 15, 19, 0, correlation=5),
+        runtime("cudaGraphLaunch", 30, 32, 0, correlation=4),
         kernel("mul_kernel", 10, 12, 0, correlation=3), kernel("in_a_graph", 40, 45, 0, correlation=4),
     ]  # fmt: skip
     found = read(events, ["aten::mul"])
