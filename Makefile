@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 STAGE ?= all
 export MAX_JOBS ?= 2
 
-.PHONY: setup demo test fuzz sanitize inspect bench gpu lint clean
+.PHONY: setup demo test fuzz sanitize inspect bench gate gpu lint clean
 
 setup: $(STAMP)
 
@@ -42,10 +42,17 @@ inspect: setup
 	mkdir -p build
 	$(PY) tools/inspect_gpu.py --table build/machine_code.md
 
+# The quick suite, with a page of plots; ARGS="--compare FILE" and others are passed on. `pytest benchmarks/` runs the same
+# rows under pytest-benchmark.
 bench: setup
-	$(PY) -m genengine bench quick --save benchmarks/results
+	$(PY) -m genengine bench quick --budget 0.5 --save out/bench --html out/bench/quick.html $(ARGS)
 
-# Tests and benchmarks on a CUDA machine. With PYTHON= given, no .venv and no registry are needed.
+# Fails if a ratio to eager got worse: a short, robust subset, against the stored result of this machine or another's.
+gate: setup
+	$(PY) -m genengine bench gate --budget 1 --compile none --compare benchmarks/results --threshold 0.25 --strict
+
+# Verifies, tests, benchmarks and profiles on a CUDA machine, in stages that can be resumed (tools/gpu.sh). With PYTHON=
+# given, no .venv and no registry are needed.
 gpu: $(if $(PYTHON),,setup)
 	bash tools/gpu.sh $(or $(PYTHON),$(PY)) $(STAGE)
 

@@ -126,14 +126,15 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[
-        "genengine", "genengine.data", "genengine.evaluate", "genengine.extensions", "genengine.integrations",
-        "genengine.integrations.diffusers", "genengine.models", "genengine.nets", "genengine.ops", "genengine.paths",
-        "genengine.profiling", "genengine.solvers", "genengine.testing", "genengine.kernels", "genengine.benchmarks",
+        "genengine", "genengine.cli", "genengine.data", "genengine.evaluate", "genengine.extensions",
+        "genengine.integrations", "genengine.integrations.diffusers", "genengine.models",
+        "genengine.nets", "genengine.ops", "genengine.paths", "genengine.profiling", "genengine.solvers",
+        "genengine.testing", "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={
         "genengine": ["py.typed", "assets/*", "pretrained/*", "ops/*.json"],
-        "genengine.benchmarks": ["results/*/*.json"],
+        "genengine.benchmarks": ["schema.json", "results/*/*.json"],
     },
     ext_modules=[Extension("genengine._C", [], optional=False)],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},

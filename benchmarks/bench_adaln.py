@@ -1,17 +1,23 @@
-"""adaln and gated_adaln at DiT-XL/2's shape against copy_, eager as written and in place, and torch.compile.
+"""adaln and gated_adaln at the token shapes of DiT, SD3, Flux and a video model, forward and backward.
 
-adaln moves one read and one write per element, gated_adaln two and two; the backwards are timed beside them.
+Against copy_, eager as written and in place, torch.compile, and autograd through eager.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from genengine import testing
-from genengine.benchmarks.harness import Benchmark, faster, within
+from genengine.benchmarks.registry import Benchmark, faster, register, within
 from genengine.ops import _registry
 
-SHAPE = (16, 256, 1152)
-EPS = 1e-6
+SHAPES = {
+    "DiT-XL/2": (16, 256, 1152), "DiT-S/2": (16, 256, 384), "DiT-B/2": (16, 256, 768), "DiT-L/2": (16, 256, 1024),
+    "SD3": (2, 4096, 1536), "Flux": (1, 4608, 3072),
+}  # fmt: skip
+CUDA_SHAPES = {"CogVideoX-5B": (2, 17_776, 3072)}
+DTYPES, AXES, EPS = ("float32", "bfloat16"), {"batch": 0, "tokens": 1}, 1e-6
 
 
 def eager_adaln(x, scale, shift, eps=EPS):
@@ -23,14 +29,16 @@ def eager_gated_adaln(x, branch, gate, scale, shift, eps=EPS):
     return x, eager_adaln(x, scale, shift, eps)
 
 
-class Work:
-    """Inputs and preallocated outputs of one dtype; the modulations are views into one table."""
+EAGER = {"adaln": eager_adaln, "gated_adaln": eager_gated_adaln}
 
-    def __init__(self, dtype, device):
-        batch, _, dim = SHAPE
-        draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
-        self.x, self.branch, self.grad_x, self.grad_h = (draw(*SHAPE) for _ in range(4))
-        self.gate, self.scale, self.shift = draw(batch, 6 * dim).chunk(6, dim=1)[:3]
+
+class Work:
+    """Inputs and preallocated outputs of one case; the modulations are views into one table."""
+
+    def __init__(self, case):
+        batch, _, dim = case.shape
+        self.x, self.branch, self.grad_x, self.grad_h = (case.randn() for _ in range(4))
+        self.gate, self.scale, self.shift = case.randn(batch, 6 * dim).chunk(6, dim=1)[:3]
         self.out = torch.empty_like(self.x)
         self.args = {
             "adaln": (self.x, self.scale, self.shift),
@@ -51,15 +59,14 @@ class Work:
         x = self.x
         if name == "gated_adaln":
             x = torch.addcmul(self.x, self.gate[:, None], self.branch, out=self.out)
-        return F.layer_norm(x, SHAPE[-1:], eps=EPS).mul_(1 + self.scale[:, None]).add_(self.shift[:, None])
+        return F.layer_norm(x, x.shape[-1:], eps=EPS).mul_(1 + self.scale[:, None]).add_(self.shift[:, None])
 
     def eager_backward(self, name):
         """autograd through eager as written, its forward outside the timing."""
-        function = eager_gated_adaln if name.startswith("gated") else eager_adaln
-        leaves = [t.detach().requires_grad_() for t in self.args[name.removesuffix("_backward")]]
+        leaves = [t.detach().requires_grad_() for t in self.args[name]]
         with torch.enable_grad():
-            out = function(*leaves)
-        grads = (self.grad_x, self.grad_h) if name.startswith("gated") else (self.grad_h,)
+            out = EAGER[name](*leaves)
+        grads = (self.grad_x, self.grad_h) if name == "gated_adaln" else (self.grad_h,)
         return lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)
 
     def check(self, name):
@@ -71,6 +78,10 @@ class Work:
         for got, plain, oracle in zip(*found, strict=True):
             testing.assert_as_good_as_eager(got, plain, oracle, name)
 
+    def cost(self, name):
+        args = self.args[name]
+        return _registry.OPS[name].cost((*args, EPS), self.fused(name)())
+
 
 GOALS = {
     ("adaln", torch.float32): (within(1.5, "copy_"),),
@@ -80,27 +91,31 @@ GOALS = {
 }
 
 
-def benchmarks(device):
-    for dtype in (torch.float32, torch.bfloat16):
-        work = Work(dtype, device)
-        n, size, label = work.x.numel(), work.x.element_size(), str(dtype).removeprefix("torch.")
-        for name, eager, moved in (("adaln", eager_adaln, 2), ("gated_adaln", eager_gated_adaln, 4)):
-            compiled = torch.compile(eager)
-            variants = {
-                "fused": work.fused(name),
-                "copy_": work.copy,
-                "eager, as written": lambda w=work, f=eager, key=name: f(*w.args[key]),
-                "eager, in place": lambda w=work, key=name: w.in_place(key),
-                "torch.compile": lambda w=work, f=compiled, key=name: f(*w.args[key]),
-            }
-            check = lambda w=work, key=name: w.check(key)  # noqa: E731
-            yield Benchmark(
-                name, str(SHAPE), label, variants, check, n, moved * size * n, GOALS[name, dtype], device=device
-            )
-        for name, moved in (("adaln_backward", 3), ("gated_adaln_backward", 6)):
-            variants = {"fused": work.fused(name), "copy_": work.copy, "eager, autograd": work.eager_backward(name)}
-            check = lambda w=work, key=name: w.check(key)  # noqa: E731
-            goals = (faster("eager, autograd", 1.0),)
-            yield Benchmark(
-                name, str(SHAPE), label, variants, check, n, moved * size * n, goals, quick=False, device=device
-            )
+def forward(name, case):
+    work = Work(case)
+    variants = {
+        "fused": work.fused(name),
+        "copy_": work.copy,
+        "eager, as written": lambda: EAGER[name](*work.args[name]),
+        "eager, in place": lambda: work.in_place(name),
+    }
+    return Benchmark(
+        variants, lambda: work.check(name), inputs=work.args[name], oracle=EAGER[name],
+        compiles=(EAGER[name], work.args[name]), cost=work.cost(name), elements=work.x.numel(),
+        goals=GOALS[name, case.dtype] if case.label == "DiT-XL/2" else (),
+    )  # fmt: skip
+
+
+def backward(name, case):
+    work, op = Work(case), f"{name}_backward"
+    variants = {"fused": work.fused(op), "copy_": work.copy, "eager, autograd": work.eager_backward(name)}
+    return Benchmark(
+        variants, lambda: work.check(op), cost=work.cost(op), elements=work.x.numel(),
+        goals=(faster("eager, autograd", 1.0),),
+    )  # fmt: skip
+
+
+for _name in EAGER:
+    _common = {"shapes": SHAPES, "cuda_shapes": CUDA_SHAPES, "dtypes": DTYPES, "group": "adaln", "axes": AXES}
+    register(_name, **_common, gate=True)(partial(forward, _name))
+    register(f"{_name}_backward", **_common, quick=())(partial(backward, _name))

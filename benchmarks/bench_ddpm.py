@@ -4,13 +4,13 @@ The eager twin is the same network and weights under `eager.ops`; its loss, opti
 as in a PyTorch tutorial: noise from torch's generator, the DDIM update by hand, every embedding computed in every step.
 """
 
-import functools
+from functools import partial
 
 import torch
 
 from genengine import paths
 from genengine.benchmarks import eager
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.benchmarks.training import TrainingStep
 from genengine.models.ddpm import DDPM
 from genengine.nets.unet import UNet
@@ -86,19 +86,29 @@ def plain_loss(net, model, x0, y, draw=None):
     return torch.nn.functional.mse_loss(out, alpha * eps - sigma * x0)
 
 
-def benchmarks(device):
-    goals = (faster("eager", 1.0), faster("torch.compile", 1.0))
-    for batch in (4, 100):
-        work = Sampling(batch, device)
-        yield Benchmark(
-            "ddpm sampler, tiny U-Net", f"{batch} images, {STEPS} steps", "float32",
-            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}, work.check, STEPS * batch,
-            None, goals, quick=batch == 4, device=device,
-        )  # fmt: skip
-    for name, config, batch, overrides in (("tiny", "tiny", 32, {}), ("32x32, 32 channels", "cifar", 4, MIDDLE)):
-        work = TrainingStep(functools.partial(build, config, device, **overrides), plain_loss, batch)
-        yield Benchmark(
-            "ddpm training step, U-Net", f"{name}, {batch} images", "float32",
-            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}, work.check, batch,
-            None, goals, quick=name == "tiny", device=device,
-        )  # fmt: skip
+GOALS = (faster("eager", 1.0), faster("torch.compile", 1.0))
+
+
+def variants(work):
+    return {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}
+
+
+@register(
+    "ddpm sampler, tiny U-Net", group="ddpm", kind="models", axes={"batch": 0},
+    shapes={f"4 images, {STEPS} steps": (4, 1, 8, 8), f"100 images, {STEPS} steps": (100, 1, 8, 8)},
+)  # fmt: skip
+def sampling(case):
+    work = Sampling(case.batch_of((1, 8, 8)), case.device)
+    return Benchmark(variants(work), work.check, elements=STEPS * case.shape[0], goals=GOALS)
+
+
+@register(
+    "ddpm training step, U-Net", group="ddpm", kind="models", axes={"batch": 0},
+    shapes={"tiny": (32, 1, 8, 8), "32 channels": (4, 3, 32, 32)},
+)  # fmt: skip
+def training(case):
+    tiny = case.shape[1] == 1
+    batch = case.batch_of((1, 8, 8) if tiny else (3, 32, 32))
+    config, overrides = ("tiny", {}) if tiny else ("cifar", MIDDLE)
+    work = TrainingStep(partial(build, config, case.device, **overrides), plain_loss, batch)
+    return Benchmark(variants(work), work.check, elements=case.shape[0], goals=GOALS)

@@ -7,18 +7,18 @@ table, which also writes the model's next input, as "diffusers with model input"
 noise that diffusers draws. `set_timesteps` is outside the timing.
 """
 
-import sys
+from functools import partial
 
 import torch
 
 import genengine
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.integrations.diffusers import fused_class
 from genengine.integrations.diffusers._guidance import Branches
 from genengine.trace import trace
 
 STEPS, GUIDANCE = 20, 5.0
-SHAPES = ((1, 4, 64, 64), (16, 4, 128, 128))
+SHAPES = {"SD": (1, 4, 64, 64), "SDXL, batch 16": (16, 4, 128, 128)}
 SCHEDULERS = ("FlowMatchEulerDiscrete", "DPMSolverMultistep", "DDPM", "DDIM", "EulerDiscrete", "UniPCMultistep")
 GOALS = {
     ("FlowMatchEulerDiscrete", 1): (faster("diffusers", 3.0), faster("diffusers with model input", 5.0, "own loop")),
@@ -111,25 +111,25 @@ class Work:
             assert error <= 2e-6 * largest, f"differs from diffusers by {error}, of {largest}"
 
 
-def scheduler_classes(bench, names, device):
-    """name -> class; none, with the reason, where diffusers is missing, or for a GPU: the figures are of the host."""
+def scheduler_class(name, case):
+    """The class of diffusers. Raises where it is missing, or for a GPU: these figures are of the host."""
+    if case.device != "cpu":
+        raise RuntimeError("its figures are of the host; run it with --device cpu")
     try:
         import diffusers
     except ImportError as error:
-        print(f"bench {bench}: skipped, {error}; pip install genengine[interop]", file=sys.stderr)
-        return {}
-    if device != "cpu":
-        print(f"bench {bench}: skipped, its figures are of the host", file=sys.stderr)
-        return {}
-    return {name: getattr(diffusers, f"{name}Scheduler") for name in names}
+        raise RuntimeError(f"{error}; pip install 'genengine[interop]'") from None
+    return getattr(diffusers, f"{name}Scheduler")
 
 
-def benchmarks(device):
-    classes = scheduler_classes("diffusers", SCHEDULERS, device)
-    for shape in SHAPES:
-        for name, cls in classes.items():
-            work = Work(cls, shape)
-            yield Benchmark(
-                f"diffusers {name}, CFG + step", str(shape), "float32", work.variants(), work.check,
-                STEPS * work.x.numel(), None, GOALS.get((name, shape[0]), ()), name == "DPMSolverMultistep", device,
-            )  # fmt: skip
+def build(name, case):
+    work = Work(scheduler_class(name, case), case.shape)
+    goals = GOALS.get((name, case.shape[0]), ())
+    return Benchmark(work.variants(), work.check, elements=STEPS * work.x.numel(), goals=goals)
+
+
+for _name in SCHEDULERS:
+    register(
+        f"diffusers {_name}, CFG + step", shapes=SHAPES, group="diffusers", kind="peers", axes={"batch": 0},
+        quick=None if _name == "DPMSolverMultistep" else (),
+    )(partial(build, _name))  # fmt: skip

@@ -4,14 +4,16 @@ The model costs nothing (its output is there already), so that what is timed is 
 update, and the next input of both branches.
 """
 
+from functools import partial
+
 import torch
 
 import genengine
 from genengine import extensions, paths, schedules, solvers
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.ops import normal
 
-SHAPE, STEPS, GUIDANCE, PATH = (16, 4, 64, 64), 10, 4.0, paths.VPLinear()
+STEPS, GUIDANCE, PATH = 10, 4.0, paths.VPLinear()
 GRID = schedules.uniform(STEPS, t_max=0.99, t_min=0.01)
 DIMS = (1, 2, 3)
 
@@ -29,21 +31,21 @@ def thresholded(m, c, x0, quantile=0.995):
 class Work:
     """One extension: our run, and the loop by hand with its formula; a DDIM step on eps."""
 
-    def __init__(self, device, extension, clip):
-        self.device, self.extension = device, extension
-        self.output = torch.randn(2 * SHAPE[0], *SHAPE[1:], device=device)
+    def __init__(self, case, extension, clip):
+        self.shape, self.device, self.extension = case.shape, case.device, extension
+        self.output = case.randn(2 * case.shape[0], *case.shape[1:])
         self.table = solvers.ddim(PATH, GRID, prediction="eps", clip=clip)
-        self.y = torch.zeros(SHAPE[0], device=device)
+        self.y = torch.zeros(case.shape[0], device=case.device)
 
     def fused(self):
         return genengine.sample(
-            lambda x, t, y: self.output, self.table, SHAPE, cond={"y": self.y}, uncond={"y": self.y},
+            lambda x, t, y: self.output, self.table, self.shape, cond={"y": self.y}, uncond={"y": self.y},
             guidance=GUIDANCE, seed=0, device=self.device, extensions=(self.extension,),
         )  # fmt: skip
 
     def by_hand(self, step):
         def run():
-            x = normal(SHAPE, seed=0, device=self.device)
+            x = normal(self.shape, seed=0, device=self.device)
             for t, t_next in zip(GRID[:-1], GRID[1:], strict=True):
                 coefficients = (*PATH.coefficients(t)[:2], *PATH.coefficients(t_next)[:2])
                 x, model_in = step(x, *self.output.chunk(2), *(torch.tensor(c, dtype=x.dtype) for c in coefficients))
@@ -73,16 +75,20 @@ def eager_step(modify, clipped):
     return step
 
 
-def benchmarks(device):
-    for name, extension, modify, clip in (
-        ("rescaled guidance", extensions.Rescale(0.7), rescaled, None),
-        ("dynamic threshold", extensions.DynamicThreshold(0.995), thresholded, 1.0),
-    ):
-        work, step = Work(device, extension, clip), eager_step(modify, clip is not None)
-        eager, compiled = work.by_hand(step), work.by_hand(torch.compile(step))
-        yield Benchmark(
-            f"{name}, {STEPS} steps", str(SHAPE), "float32",
-            {"fused": work.fused, "eager": eager, "torch.compile": compiled},
-            lambda work=work, eager=eager: work.check(eager), STEPS * work.output.numel() // 2, None,
-            (faster("eager", 3.0), faster("torch.compile", 1.0)), quick=False, device=device,
-        )  # fmt: skip
+def build(extension, modify, clip, case):
+    work, step = Work(case, extension, clip), eager_step(modify, clip is not None)
+    eager, compiled = work.by_hand(step), work.by_hand(torch.compile(step))
+    return Benchmark(
+        {"fused": work.fused, "eager": eager, "torch.compile": compiled}, lambda: work.check(eager),
+        elements=STEPS * work.output.numel() // 2, goals=(faster("eager", 3.0), faster("torch.compile", 1.0)),
+    )  # fmt: skip
+
+
+for _name, _extension, _modify, _clip in (
+    ("rescaled guidance", extensions.Rescale(0.7), rescaled, None),
+    ("dynamic threshold", extensions.DynamicThreshold(0.995), thresholded, 1.0),
+):
+    register(
+        f"{_name}, {STEPS} steps", shapes={"SD": (16, 4, 64, 64)}, group="extensions", kind="samplers", quick=(),
+        axes={"batch": 0},
+    )(partial(build, _extension, _modify, _clip))  # fmt: skip

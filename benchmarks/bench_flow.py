@@ -3,19 +3,20 @@
 The eager pipeline has the same network and weights, its ops in plain PyTorch (`eager.ops`): layer norm, modulation and
 gates as separate operations, every modulation computed in every step, guidance and the Euler update by hand.
 
-    python -m genengine.benchmarks.bench_flow        # where our own time goes, operation by operation, one thread
+`genengine profile flow.sample` shows where our own time goes.
 """
 
-import functools
+import copy
+from functools import partial
 
 import torch
 
-from genengine import ops, paths, schedules, solvers
+from genengine import ops, paths, schedules, solvers, testing
 from genengine.benchmarks import eager
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.benchmarks.training import TrainingStep
 from genengine.models.flow import FlowMatching
-from genengine.nets.dit import DiT
+from genengine.nets.dit import DiT, DiTConfig
 from genengine.sampler import sample
 
 STEPS, GUIDANCE = 50, 2.0
@@ -34,12 +35,15 @@ def eager_pipeline(model, x, y, null, steps=STEPS, guidance=GUIDANCE):
 
 def build(device):
     """Flow matching with a tiny DiT, whose every weight has something to do: a fresh DiT is the zero function."""
-    net = DiT.from_config("tiny").to(device)
-    with torch.no_grad():
-        for index, parameter in enumerate(net.parameters()):
-            noise = ops.normal((1, parameter.numel()), seed=index, device=device).view(parameter.shape)
-            parameter.add_(noise, alpha=0.02)
-    return FlowMatching(net)
+    return FlowMatching(filled(DiT.from_config("tiny")).to(device))
+
+
+@torch.no_grad()
+def filled(net):
+    for index, parameter in enumerate(net.parameters()):
+        noise = ops.normal((1, parameter.numel()), seed=index).view(parameter.shape)
+        parameter.add_(noise, alpha=0.02)
+    return net
 
 
 def plain_loss(net, model, x0, y, draw=None):
@@ -85,39 +89,57 @@ class Work:
         assert difference < 1e-4 * self.eager().abs().max().item(), f"pipelines differ by {difference}"
 
 
-def benchmarks(device):
-    for batch in (4, 100):
-        work = Work(batch, device)
-        yield Benchmark(
-            "flow sampler, tiny DiT, CFG", f"{batch} images, {STEPS} steps", "float32",
-            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
-            work.check, STEPS * batch, None, (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=batch == 4,
-            device=device,
-        )  # fmt: skip
-    work = TrainingStep(functools.partial(build, device), plain_loss, 128)
-    yield Benchmark(
-        "flow training step, tiny DiT", "128 images", "float32",
-        {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
-        work.check, 128, None, (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=False, device=device,
+GOALS = (faster("eager", 1.0), faster("torch.compile", 1.0))
+
+
+def variants(work):
+    return {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}
+
+
+@register(
+    "flow sampler, tiny DiT, CFG", group="flow", kind="models", axes={"batch": 0},
+    shapes={f"4 images, {STEPS} steps": (4, 1, 8, 8), f"100 images, {STEPS} steps": (100, 1, 8, 8)},
+)  # fmt: skip
+def sampling(case):
+    work = Work(case.batch_of((1, 8, 8)), case.device)
+    return Benchmark(variants(work), work.check, elements=STEPS * case.shape[0], goals=GOALS)
+
+
+@register(
+    "flow training step, tiny DiT", group="flow", kind="models", shapes={"128 images": (128, 1, 8, 8)}, quick=(),
+    axes={"batch": 0},
+)  # fmt: skip
+def training(case):
+    work = TrainingStep(partial(build, case.device), plain_loss, case.batch_of((1, 8, 8)))
+    return Benchmark(variants(work), work.check, elements=case.shape[0], goals=GOALS)
+
+
+# label -> (dim, depth, heads); Peebles & Xie 2023, table 1
+SIZES = {"DiT-S/2": (384, 12, 6), "DiT-B/2": (768, 12, 12), "DiT-L/2": (1024, 24, 16), "DiT-XL/2": (1152, 28, 16)}
+
+
+@register(
+    "DiT evaluation", group="flow", kind="models", shapes={"DiT-S/2": (2, 4, 32, 32)}, quick=(), axes={"batch": 0},
+    cuda_shapes={size: (64, 4, 32, 32) for size in SIZES}, dtypes=("float32", "bfloat16"),
+)  # fmt: skip
+def evaluation(case):
+    """One forward of a full-size DiT on 256 tokens, ours and its eager twin."""
+    dim, depth, heads = SIZES.get(case.label, SIZES["DiT-S/2"])
+    config = DiTConfig(
+        image_size=case.shape[2], patch_size=2, in_channels=case.shape[1], dim=dim, depth=depth, num_heads=heads,
+        num_classes=1000,
     )  # fmt: skip
+    net = filled(DiT(config)).to(case.device, case.dtype).eval()
+    arguments = (case.randn(), torch.full((case.shape[0],), 0.5, device=case.device), torch.zeros(case.shape[0]).long())
+    arguments = (*arguments[:2], arguments[2].to(case.device))
+    plain = eager.calling(net.forward)
 
+    def check():
+        oracle = eager.calling(copy.deepcopy(net).double().forward)(arguments[0].double(), *arguments[1:])
+        limit = 2 * testing.error(plain(*arguments), oracle) + torch.finfo(case.dtype).eps * oracle.abs().max().item()
+        testing.assert_within(testing.error(net(*arguments), oracle), limit, "DiT")
 
-def breakdown(batch: int, rows: int = 8) -> str:
-    """The shares of the CPU time of our sampler, by operation, largest first."""
-    work = Work(batch, "cpu")
-    with torch.no_grad():
-        work.fused()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            work.fused()
-    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    lines = [f"{batch} images, {total * 1e-3:.0f} ms under the profiler"]
-    for event in events[:rows]:
-        lines.append(f"  {event.self_cpu_time_total / total:6.1%}  {event.key} ({event.count} calls)")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for size in (4, 100):
-        print(breakdown(size))
+    return Benchmark(
+        {"fused": lambda: net(*arguments), "eager": lambda: plain(*arguments)}, check, compiles=(plain, arguments),
+        elements=case.shape[0], goals=GOALS,
+    )  # fmt: skip

@@ -2,11 +2,13 @@
 PyTorch. R1 differentiates twice, which torch.compile cannot: that row has no such variant.
 """
 
+from functools import partial
+
 import torch
 
 from genengine import data
 from genengine.benchmarks import eager
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.models import GAN
 
 
@@ -75,19 +77,28 @@ class Training:
             assert abs(ours - plain) < 1e-4 * (1 + abs(plain)), f"losses are {ours} and {plain}"
 
 
-def benchmarks(device):
-    for batch in (4, 256):
-        work = Sampling(batch, device)
-        yield Benchmark(
-            "gan sampler, digits", f"{batch} images", "float32",
-            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}, work.check, 64 * batch, None,
-            (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=batch == 4, device=device,
-        )  # fmt: skip
-    for penalise in (False, True):
-        work = Training(64, device, penalise)
-        names = ["fused", "eager"] + ["torch.compile"] * (not penalise)
-        yield Benchmark(
-            f"gan training iteration, digits{', R1' * penalise}", "64 images", "float32",
-            {name: lambda name=name, work=work: work.run(name) for name in names}, work.check, 64 * 64, None,
-            tuple(faster(name, 1.0) for name in names[1:]), quick=False, device=device,
-        )  # fmt: skip
+@register(
+    "gan sampler, digits", group="gan", kind="models", axes={"batch": 0},
+    shapes={"4 images": (4, 1, 8, 8), "256 images": (256, 1, 8, 8)},
+)  # fmt: skip
+def sampling(case):
+    work = Sampling(case.batch_of((1, 8, 8)), case.device)
+    variants = {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}
+    goals = (faster("eager", 1.0), faster("torch.compile", 1.0))
+    return Benchmark(variants, work.check, elements=64 * case.shape[0], goals=goals)
+
+
+def training(penalise, case):
+    work = Training(case.batch_of((1, 8, 8)), case.device, penalise)
+    names = ["fused", "eager"] + ["torch.compile"] * (not penalise)
+    return Benchmark(
+        {name: partial(work.run, name) for name in names}, work.check, elements=64 * case.shape[0],
+        goals=tuple(faster(name, 1.0) for name in names[1:]),
+    )  # fmt: skip
+
+
+for _penalise in (False, True):
+    register(
+        f"gan training iteration, digits{', R1' * _penalise}", group="gan", kind="models", quick=(), axes={"batch": 0},
+        shapes={"64 images": (64, 1, 8, 8)},
+    )(partial(training, _penalise))  # fmt: skip

@@ -4,16 +4,16 @@ The model returns one fixed tensor, so that what is timed is the sampler: its ar
 draw the same noise from torch's generator; "philox" draws in the kernel instead, and "copy_" is one copy of x per step.
 """
 
-import sys
+from functools import partial
 
 import torch
 
 from genengine.benchmarks import k_diffusion_package
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.integrations import k_diffusion
 
 STEPS = 20
-SHAPES = ((1, 4, 64, 64), (16, 4, 64, 64))
+SHAPES = {"SD": (1, 4, 64, 64), "SD, batch 16": (16, 4, 64, 64)}
 SAMPLERS = ("euler", "heun", "euler_ancestral", "dpmpp_2m", "lms", "dpmpp_2s_ancestral", "dpm_fast")
 DRAWS_NOTHING = ("dpmpp_2m", "lms")
 
@@ -53,19 +53,16 @@ class Work:
         assert error <= 2e-6 * largest, f"differs from the package by {error}, of {largest}"
 
 
-def benchmarks(device):
-    try:
-        sampling = k_diffusion_package.load().sampling
-    except k_diffusion_package.Unavailable as error:
-        print(f"bench k_diffusion: skipped, {error}", file=sys.stderr)
-        return
-    for shape in SHAPES:
-        for name in SAMPLERS:
-            work = Work(sampling, name, shape, device)
-            variants = {"fused": work.fused, "package": work.package, "copy_": work.copies}
-            if name not in DRAWS_NOTHING:
-                variants["philox"] = lambda work=work: work.fused(noise_sampler="philox")
-            yield Benchmark(
-                f"k-diffusion {name}, {STEPS} steps", str(shape), "float32", variants, work.check,
-                STEPS * work.x.numel(), None, (faster("package", 1.0),), name == "dpmpp_2m", device,
-            )  # fmt: skip
+def build(name, case):
+    work = Work(k_diffusion_package.load().sampling, name, case.shape, case.device)
+    variants = {"fused": work.fused, "package": work.package, "copy_": work.copies}
+    if name not in DRAWS_NOTHING:
+        variants["philox"] = lambda: work.fused(noise_sampler="philox")
+    return Benchmark(variants, work.check, elements=STEPS * work.x.numel(), goals=(faster("package", 1.0),))
+
+
+for _name in SAMPLERS:
+    register(
+        f"k-diffusion {_name}, {STEPS} steps", shapes=SHAPES, group="k_diffusion", kind="peers", axes={"batch": 0},
+        quick=None if _name == "dpmpp_2m" else (),
+    )(partial(build, _name))  # fmt: skip

@@ -1,15 +1,17 @@
 """The tiny PixelCNN: samples as a fixed point, and a training step, against the same network in plain PyTorch.
 
-Sampling has two baselines. "eager" and "torch.compile" are the same fixed-point iteration over the whole image; "naive"
-is the loop that people write, a pass for every pixel. The network is the shipped one, as it is its images that decide
-how many passes are needed; without it, filled at random.
+Sampling has two baselines. "eager" and "torch.compile" are the same fixed-point iteration over the whole image; "eager,
+naive" is the loop that people write, a pass for every pixel. The network is the shipped one, as it is its images that
+decide how many passes are needed; without it, filled at random.
 """
+
+from functools import partial
 
 import torch
 
 from genengine import data, ops
 from genengine.benchmarks import eager
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.models import PixelCNN
 
 
@@ -103,17 +105,23 @@ class Training:
         assert abs(float(ours) - float(plain)) < 1e-5 * abs(float(plain)), f"losses are {ours} and {plain}"
 
 
-def benchmarks(device):
-    for batch in (4, 100):
-        work = Sampling(batch, device)
-        variants = {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled, "naive": work.naive}
-        yield Benchmark(
-            "pixelcnn sampler, digits", f"{batch} images", "float32", variants, work.check, 64 * batch, None,
-            (faster("eager", 1.0), faster("torch.compile", 1.0), faster("naive", 3.0)), quick=batch == 4, device=device,
-        )  # fmt: skip
-    train = Training(64, device)
-    variants = {name: lambda name=name: train.run(name) for name in ("fused", "eager", "torch.compile")}
-    yield Benchmark(
-        "pixelcnn training step, digits", "64 images", "float32", variants, train.check, 64 * 64, None,
-        (faster("eager", 1.0), faster("torch.compile", 1.0)), quick=False, device=device,
-    )  # fmt: skip
+@register(
+    "pixelcnn sampler, digits", group="pixelcnn", kind="models", axes={"batch": 0},
+    shapes={"4 images": (4, 1, 8, 8), "100 images": (100, 1, 8, 8)},
+)  # fmt: skip
+def sampling(case):
+    work = Sampling(case.batch_of((1, 8, 8)), case.device)
+    variants = {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled, "eager, naive": work.naive}
+    goals = (faster("eager", 1.0), faster("torch.compile", 1.0), faster("eager, naive", 3.0))
+    return Benchmark(variants, work.check, elements=64 * case.shape[0], goals=goals)
+
+
+@register(
+    "pixelcnn training step, digits", group="pixelcnn", kind="models", quick=(), axes={"batch": 0},
+    shapes={"64 images": (64, 1, 8, 8)},
+)  # fmt: skip
+def training(case):
+    train = Training(case.batch_of((1, 8, 8)), case.device)
+    variants = {name: partial(train.run, name) for name in ("fused", "eager", "torch.compile")}
+    goals = (faster("eager", 1.0), faster("torch.compile", 1.0))
+    return Benchmark(variants, train.check, elements=64 * case.shape[0], goals=goals)

@@ -3,11 +3,13 @@
 "eager" has every op in its plain form (`eager.ops`) and the sampling loop by hand; "torch.compile" compiles that.
 """
 
+from functools import partial
+
 import torch
 
 from genengine import ops
 from genengine.benchmarks import eager
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.models import VAE
 
 DIGITS = {"net": {"name": "vae", "config": "tiny", "widths": (512, 512)}, "num_levels": 17}
@@ -18,8 +20,10 @@ SEED = 3
 class Work:
     """One model and batch size."""
 
-    def __init__(self, config, batch, device):
+    def __init__(self, config, case):
+        device = case.device
         self.vae = VAE.from_config({"family": "vae", "prior_components": 0, **config}).to(device).train()
+        batch = case.batch_of(self.vae.image_shape)
         levels = ops.uniform((batch, *self.vae.image_shape), seed=1, device=device) * self.vae.num_levels
         self.x0 = levels.floor() * (2 / (self.vae.num_levels - 1)) - 1
         self.batch, self.device, self.compiled = batch, device, {}
@@ -78,19 +82,25 @@ class Work:
         assert gap < 1e-4, f"samples differ by {gap}"
 
 
-def benchmarks(device):
-    goals = (faster("eager", 1.0), faster("torch.compile", 1.0))
-    for name, config, batches in (("mlp VAE, digits", DIGITS, (128,)), ("conv VAE, 32x32 colour", COLOUR, (8, 64))):
-        for batch in batches:
-            work = Work(config, batch, device)
-            quick = config is DIGITS
-            yield Benchmark(
-                f"{name}, training step", f"{batch} images", "float32",
-                {"fused": work.train_fused, "eager": work.train_eager, "torch.compile": work.train_compiled},
-                work.check_training, batch, None, goals, quick=quick, device=device,
-            )  # fmt: skip
-            yield Benchmark(
-                f"{name}, sampling", f"{batch} images", "float32",
-                {"fused": work.sample_fused, "eager": work.sample_eager, "torch.compile": work.sample_compiled},
-                work.check_sampling, batch, None, goals, quick=quick, device=device,
-            )  # fmt: skip
+GOALS = (faster("eager", 1.0), faster("torch.compile", 1.0))
+
+
+def training(config, case):
+    work = Work(config, case)
+    variants = {"fused": work.train_fused, "eager": work.train_eager, "torch.compile": work.train_compiled}
+    return Benchmark(variants, work.check_training, elements=case.shape[0], goals=GOALS)
+
+
+def sampling(config, case):
+    work = Work(config, case)
+    variants = {"fused": work.sample_fused, "eager": work.sample_eager, "torch.compile": work.sample_compiled}
+    return Benchmark(variants, work.check_sampling, elements=case.shape[0], goals=GOALS)
+
+
+for _name, _config, _shapes, _quick in (
+    ("mlp VAE, digits", DIGITS, {"128 images": (128, 1, 8, 8)}, None),
+    ("conv VAE, 32x32 colour", COLOUR, {"8 images": (8, 3, 32, 32), "64 images": (64, 3, 32, 32)}, ()),
+):
+    _common = {"group": "vae", "kind": "models", "shapes": _shapes, "quick": _quick, "axes": {"batch": 0}}
+    register(f"{_name}, training step", **_common)(partial(training, _config))
+    register(f"{_name}, sampling", **_common)(partial(sampling, _config))

@@ -4,14 +4,17 @@
 the common implementations; "torch.compile" compiles that.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from genengine import ops
 from genengine.benchmarks import eager
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.models import VQVAE
 from genengine.nets import vq
+from genengine.ops._cost import Cost, traffic
 
 SEED = 3
 
@@ -29,18 +32,12 @@ class Search:
     def __init__(self, n, k, d, device):
         self.z = ops.normal((n, d), seed=1, device=device)
         self.codebook = ops.normal((k, d), seed=2, device=device)
-        self.compiled_codes = None
 
     def fused(self):
         return self.codebook[vq.nearest_code(self.z, self.codebook)]
 
     def eager(self):
         return one_hot_codes(self.z, self.codebook)[0]
-
-    def compiled(self):
-        if self.compiled_codes is None:
-            self.compiled_codes = torch.compile(one_hot_codes)
-        return self.compiled_codes(self.z, self.codebook)[0]
 
     def check(self):
         ours, theirs = (
@@ -56,8 +53,10 @@ class Training:
     Ours also counts perplexity and restarts dead codes in every step, which the eager one does without.
     """
 
-    def __init__(self, config, batch, device):
+    def __init__(self, config, case):
+        device = case.device
         self.vae = VQVAE.from_config({"family": "vqvae", "net": {"name": "vq", "config": config}}).to(device).train()
+        batch = case.batch_of(self.vae.image_shape)
         self.x0 = ops.uniform((batch, *self.vae.image_shape), seed=1, device=device) * 2 - 1
         self.vae.terms(self.x0, seed=SEED)  # puts the codes on the data
         self.compiled_loss = None
@@ -111,19 +110,31 @@ class Training:
             assert gap <= 5e-3 * theirs.abs().max().item() + 1e-5, f"losses or gradients differ by {gap}"
 
 
-def benchmarks(device):
-    goals = (faster("eager", 1.0), faster("torch.compile", 1.0))
-    for n, k, d, quick in ((2048, 128, 16, True), (16384, 1024, 64, False), (16384, 8192, 64, False)):
-        work = Search(n, k, d, device)
-        yield Benchmark(
-            "nearest codes", f"{n} x {d}, {k} codes", "float32",
-            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
-            work.check, n * d, 4 * (2 * n * d + k * d), goals, quick=quick, device=device,
-        )  # fmt: skip
-    for config, batch, quick in (("tiny", 32, True), ("vq_32", 16, False)):
-        work = Training(config, batch, device)
-        yield Benchmark(
-            f"VQ-VAE {config}, training step", f"{batch} images", "float32",
-            {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled},
-            work.check, batch, None, goals, quick=quick, device=device,
-        )  # fmt: skip
+GOALS = (faster("eager", 1.0), faster("torch.compile", 1.0))
+
+
+@register(
+    "nearest codes", group="vqvae", kind="models",
+    shapes={"128 codes": (2048, 128, 16), "1,024 codes": (16384, 1024, 64), "8,192 codes": (16384, 8192, 64)},
+)  # fmt: skip
+def search(case):
+    """Shape: rows, codes, entries of each."""
+    work = Search(*case.shape, case.device)
+    return Benchmark(
+        {"fused": work.fused, "eager": work.eager}, work.check, inputs=(work.z, work.codebook),
+        compiles=(one_hot_codes, (work.z, work.codebook)), elements=work.z.numel(), goals=GOALS,
+        cost=Cost(traffic(work.z, work.codebook, work.z), flops=2 * case.shape[0] * case.shape[1] * case.shape[2]),
+    )  # fmt: skip
+
+
+def training(config, case):
+    work = Training(config, case)
+    variants = {"fused": work.fused, "eager": work.eager, "torch.compile": work.compiled}
+    return Benchmark(variants, work.check, elements=case.shape[0], goals=GOALS)
+
+
+for _config, _shape, _quick in (("tiny", (32, 1, 8, 8), None), ("vq_32", (16, 3, 32, 32), ())):
+    register(
+        f"VQ-VAE {_config}, training step", group="vqvae", kind="models", quick=_quick, axes={"batch": 0},
+        shapes={f"{_shape[0]} images": _shape},
+    )(partial(training, _config))  # fmt: skip

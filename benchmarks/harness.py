@@ -1,128 +1,76 @@
 """The one timing protocol: variants of one piece of work, interleaved in one process, accuracy asserted first.
 
 On a CPU: one thread, process CPU time (the machine may be shared: a ratio is worth more than a time), wall time beside
-it. On a GPU: CUDA events around batches of launches. Every sample repeats a variant often enough to last MIN_SAMPLE
-seconds; variants take turns; the reported ratio is the median of paired ratios with a bootstrap confidence interval.
+it. On a GPU: CUDA events around replays of a captured graph, or around plain launches where capture fails; "cold" with
+inputs rotated over at least three times the second-level cache, "hot" with the same inputs again and again. Every
+sample repeats a variant often enough to last MIN_SAMPLE seconds; variants take turns; the reported ratio is the median
+of paired ratios with a bootstrap confidence interval. docs/measuring.md says why.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-SCHEMA_VERSION = 1
+from genengine import testing
+from genengine.benchmarks import machine
+from genengine.benchmarks.registry import Benchmark, Case, Entry, Goal
+from genengine.benchmarks.timers import sampler
+
 MIN_SAMPLE = 2e-3
-# Without these, eager PyTorch at tens of MB mostly times page faults: set before the process starts, for every variant.
-MALLOC_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure to reach: quantity "ratio" is time(over) / time(under), "ns" is nanoseconds per element of `over`."""
-
-    quantity: str
-    over: str
-    under: str
-    bound: float
-    at_least: bool
-
-    def describe(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        what = f"{self.over} / {self.under}" if self.quantity == "ratio" else f"ns per element, {self.over}"
-        return f"{what} {sign} {self.bound:g}"
-
-
-def faster(than: str, by: float, ours: str = "fused") -> Goal:
-    """`ours` is at least `by` times faster than `than`."""
-    return Goal("ratio", than, ours, by, True)
-
-
-def within(factor: float, of: str, ours: str = "fused") -> Goal:
-    """`ours` takes at most `factor` times as long as `of`."""
-    return Goal("ratio", ours, of, factor, False)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One piece of work and its variants.
-
-    variants: name -> a function of no arguments; "fused" is ours. check: raises AssertionError unless ours is right.
-    elements: for nanoseconds per element. bytes_moved: the floor of the op's documentation, for GB/s. goals: figures to
-    reach, reported as reached or not, never enforced.
-    """
-
-    name: str
-    shape: str
-    dtype: str
-    variants: dict[str, Callable[[], object]]
-    check: Callable[[], None]
-    elements: int
-    bytes_moved: int | None = None
-    goals: tuple[Goal, ...] = ()
-    quick: bool = True
-    device: str = "cpu"
+MAX_ROUNDS, MIN_ROUNDS = 400, 9
+COLD_FACTOR, MAX_SETS = 3, 16  # how many times the second-level cache the rotated inputs take, in how many sets at most
+COMPILE_MODES = {"default": "torch.compile", "max-autotune": "torch.compile, max-autotune"}
 
 
 @dataclass
 class Timing:
-    """Seconds per call over the samples of one variant."""
+    """Seconds per call over the samples of one variant: of the protocol's clock, and of the clock on the wall."""
 
     samples: list[float] = field(repr=False)
+    wall: list[float] = field(repr=False, default_factory=list)
+    clock: str = "process time"
 
     @property
     def median(self) -> float:
         return float(np.median(self.samples))
 
-    def summary(self) -> dict[str, float]:
-        low, p20, median, p80 = np.quantile(self.samples, [0, 0.2, 0.5, 0.8])
-        return {"min": float(low), "p20": float(p20), "median": float(median), "p80": float(p80)}
+    def summary(self) -> dict:
+        low, p20, median, p80 = (float(q) for q in np.quantile(self.samples, [0, 0.2, 0.5, 0.8]))
+        summary = {"min": low, "p20": p20, "median": median, "p80": p80, "clock": self.clock}
+        return summary | ({"wall": float(np.median(self.wall))} if self.wall else {})
 
 
-def time_variants(variants: dict[str, Callable], *, device: str = "cpu", budget: float = 2.0) -> dict[str, Timing]:
-    """Time all variants in turn for about `budget` seconds; CPU seconds of this process, or GPU seconds."""
-    run = _gpu_sample if device == "cuda" else _cpu_sample
+def time_variants(
+    variants: Mapping[str, list[Callable]], *, device: str = "cpu", budget: float = 2.0
+) -> dict[str, Timing]:
+    """Time all variants in turn for about `budget` seconds.
+
+    variants: name -> functions that do the same work on different inputs, taken in rotation. Returns seconds per call.
+    """
+    samplers = {name: sampler(functions, device) for name, functions in variants.items()}
     counts = {}
-    for name, function in variants.items():
-        function()
-        function()
-        once = max(run(function, 1), 1e-7)
+    for name, sample in samplers.items():
+        once = max(sample(1)[0], 1e-7) * sample.calls
         counts[name] = max(1, min(10_000, round(MIN_SAMPLE / once)))
-    round_time = sum(run(function, counts[name]) * counts[name] for name, function in variants.items())
-    rounds = int(min(400, max(9, budget / max(round_time, 1e-6))))
-    samples = {name: [] for name in variants}
+    start = time.perf_counter()
+    for name, sample in samplers.items():
+        sample(counts[name])
+    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, budget / max(time.perf_counter() - start, 1e-6))))
+    timings = {name: Timing([], [], sample.clock) for name, sample in samplers.items()}
     names = list(variants)
     for index in range(rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:  # no variant always follows the same one
-            samples[name].append(run(variants[name], counts[name]))
-    return {name: Timing(values) for name, values in samples.items()}
-
-
-def _cpu_sample(function, count):
-    start = time.process_time()
-    for _ in range(count):
-        function()
-    return (time.process_time() - start) / count
-
-
-def _gpu_sample(function, count):
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(count):
-        function()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) * 1e-3 / count
+        start = index % len(names)  # no variant always follows the same one
+        for name in names[start:] + names[:start]:
+            seconds, wall = samplers[name](counts[name])
+            timings[name].samples.append(seconds)
+            timings[name].wall.append(wall)
+    return timings
 
 
 def ratio(over: Timing, under: Timing, *, resamples: int = 500) -> tuple[float, float, float]:
@@ -133,28 +81,142 @@ def ratio(over: Timing, under: Timing, *, resamples: int = 500) -> tuple[float, 
     return float(np.median(paired)), *(float(q) for q in np.quantile(medians, [0.025, 0.975]))
 
 
-def run(benchmark: Benchmark, *, budget: float = 2.0) -> dict:
-    """Check, then time one benchmark; returns a row of the result file. A failing check is a row too."""
-    row = {"name": benchmark.name, "shape": benchmark.shape, "dtype": benchmark.dtype, "device": benchmark.device}
+# ---- one row of a report -----------------------------------------------------------------------------------------
+
+
+def run(entry: Entry, case: Case, *, budget: float = 2.0, compile_modes=("default",), ceilings=None) -> dict:
+    """Check, then time one benchmark at one case; returns a row of the result file.
+
+    A benchmark that cannot be built, fails its check or raises is a row with an `error`; a variant that cannot run is
+    named in `skipped` with the reason. compile_modes: of torch.compile, "default" and "max-autotune". ceilings: what
+    the device can do (`ceilings.measure`), for the percentage of the one that binds.
+    """
+    row = describe(entry, case)
     try:
-        benchmark.check()
+        benchmark = entry.make(case)
+        row |= {"accuracy": _checked(benchmark)}
+        sets = [_variants(b, entry, compile_modes) for b in (benchmark, *_further_sets(entry, case, benchmark))]
+        runnable, row["skipped"], row["first_call"] = _runnable(sets, benchmark, entry)
+        row |= _timed(runnable, benchmark, case, budget)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
-    timings = time_variants(benchmark.variants, device=benchmark.device, budget=budget)
-    row["variants"] = {name: timing.summary() for name, timing in timings.items()}
-    row["samples"] = len(next(iter(timings.values())).samples)
-    fused = timings.get("fused")
-    if fused is not None:
-        row["ratios"] = {
-            name: dict(zip(("ratio", "low", "high"), ratio(timing, fused), strict=True))
-            for name, timing in timings.items()
-            if name != "fused"
-        }
-        row["ns_per_element"] = fused.median * 1e9 / benchmark.elements
-        if benchmark.bytes_moved:
-            row["GB_per_s"] = benchmark.bytes_moved / fused.median * 1e-9
-    row["goals"] = [_judge(goal, timings, benchmark.elements) for goal in benchmark.goals]
-    return row
+    return row | _throughput(row, benchmark, case, ceilings)
+
+
+def describe(entry: Entry, case: Case) -> dict:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {
+        "name": entry.name, "group": entry.group, "kind": entry.kind, "label": case.label, "shape": list(case.shape),
+        "dtype": dtype, "device": case.device,
+    }  # fmt: skip
+
+
+def _checked(benchmark):
+    """Runs the check; the largest error it met against the float64 reference, and what was allowed."""
+    with testing.recorded_errors() as errors:
+        benchmark.check()
+    if not errors:
+        return None
+    worst = max(errors, key=lambda entry: entry.error / entry.allowed if entry.allowed else entry.error)
+    return {"error": worst.error, "allowed": worst.allowed, "of": worst.label}
+
+
+def _further_sets(entry, case, benchmark):
+    """More sets of inputs, so that on a GPU no call finds its own in the cache."""
+    if case.device != "cuda" or benchmark.cost is None:
+        return []
+    cache = torch.cuda.get_device_properties(case.device).L2_cache_size
+    wanted = min(MAX_SETS, -(-COLD_FACTOR * cache // max(benchmark.cost.bytes, 1)))
+    return [entry.make(case) for _ in range(wanted - 1)]
+
+
+def _variants(benchmark, entry, compile_modes):
+    found = dict(benchmark.variants)
+    if "default" not in compile_modes:
+        found.pop("torch.compile", None)
+    if benchmark.compiles is not None:
+        function, arguments = benchmark.compiles
+        for mode in compile_modes:
+            found[COMPILE_MODES[mode]] = _compiled(function, arguments, mode)
+    for baseline in entry.baselines:
+        if not baseline.missing():
+            found[baseline.name] = lambda f=baseline.function: f(*benchmark.inputs)
+    return found
+
+
+def _compiled(function, arguments, mode):
+    compiled = torch.compile(function, mode=None if mode == "default" else "max-autotune-no-cudagraphs")
+    return lambda: compiled(*arguments)
+
+
+def _runnable(sets, benchmark, entry):
+    """The variants that run, each with its functions of all sets; why the others do not; and how long the first call of
+    each took, compilation included."""
+    first_call = {}
+    skipped = {baseline.name: why for baseline in entry.baselines if (why := baseline.missing())}
+    runnable = {}
+    for name in sets[0]:
+        functions, start = [variants[name] for variants in sets], time.perf_counter()
+        try:
+            result = functions[0]()
+            first_call[name] = time.perf_counter() - start
+            if name in {baseline.name for baseline in entry.baselines}:
+                _meets_oracle(name, result, benchmark)
+        except Exception as error:
+            if name == "fused":
+                raise
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            runnable[name] = functions
+    return runnable, skipped, {name: seconds for name, seconds in first_call.items() if name in runnable}
+
+
+def _meets_oracle(name, result, benchmark):
+    """A registered baseline is held to the rule that ours is held to."""
+    if benchmark.oracle is None:
+        return
+    wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in benchmark.inputs]
+    expected, plain = _tuple(benchmark.oracle(*wide)), _tuple(benchmark.oracle(*benchmark.inputs))
+    for got, eager, oracle in zip(_tuple(result), plain, expected, strict=True):
+        testing.assert_as_good_as_eager(got, eager, oracle, name)
+
+
+def _tuple(result):
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def _timed(runnable, benchmark, case, budget):
+    before = _state(case.device)
+    timings = time_variants(runnable, device=case.device, budget=budget)
+    row = {
+        "variants": {name: timing.summary() for name, timing in timings.items()},
+        "samples": len(timings["fused"].samples),
+        "ratios": _ratios(timings),
+        "goals": [_judge(goal, timings, benchmark.elements) for goal in benchmark.goals if _can_judge(goal, timings)],
+    }
+    if case.device == "cuda":
+        hot = time_variants({name: functions[:1] for name, functions in runnable.items()}, device="cuda", budget=budget)
+        row["hot"] = {"variants": {name: timing.summary() for name, timing in hot.items()}, "ratios": _ratios(hot)}
+    return row | {"state": [before, _state(case.device)]}
+
+
+def _ratios(timings):
+    ours = timings["fused"]
+    return {
+        name: dict(zip(("ratio", "low", "high"), ratio(timing, ours), strict=True))
+        for name, timing in timings.items()
+        if name != "fused"
+    }
+
+
+def _state(device):
+    """The load of the machine and, of a GPU, clocks, power and temperature: read before and after every row."""
+    load = {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+    return load | ({"gpu": machine.gpu_state()} if device == "cuda" else {})
+
+
+def _can_judge(goal, timings):
+    return goal.over in timings and (goal.quantity != "ratio" or goal.under in timings)
 
 
 def _judge(goal, timings, elements):
@@ -166,75 +228,19 @@ def _judge(goal, timings, elements):
     return {"goal": goal.describe(), "value": value, "reached": bool(reached)}
 
 
-# ---- where it ran ------------------------------------------------------------------------------------------------
+def _throughput(row, benchmark, case, ceilings):
+    """Work per second of "fused", and its share of the ceiling that binds it."""
+    seconds, found = row["variants"]["fused"]["median"], {}
+    if benchmark.elements:
+        found["ns_per_element"] = seconds * 1e9 / benchmark.elements
+    if (cost := benchmark.cost) is None:
+        return found
+    found["cost"] = {"bytes": cost.bytes, "flops": cost.flops, "exps": cost.exps}
+    found |= {"GB_per_s": cost.bytes / seconds * 1e-9, "TFLOP_per_s": cost.flops / seconds * 1e-12}
+    if ceilings is not None:
+        floor, name = ceilings.floor(cost, case.dtype)
+        found["ceiling"] = {"name": name, "seconds": floor, "percent": 100 * floor / seconds}
+    return found
 
 
-def environment(device: str) -> dict:
-    """Device, versions, commit and load: what a figure means nothing without."""
-    import genengine
-
-    info = {
-        "schema_version": SCHEMA_VERSION,
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": os.environ.get("GENENGINE_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "genengine": genengine.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "malloc": {name: os.environ.get(name) for name in MALLOC_SETTINGS},
-    }
-    if device == "cuda":
-        info |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "gpu": _nvidia_smi()}
-    else:
-        from genengine import testing
-        from genengine.ops import EXTENSION
-
-        isa = testing.current_isa() if EXTENSION.loaded else "no extension"
-        info |= {"device": _cpu_name(), "cores": os.cpu_count(), "isa": isa}
-    return info
-
-
-def _git(*arguments):
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def _nvidia_smi():
-    fields = "name,driver_version,clocks.sm,clocks.mem,power.limit,power.draw,temperature.gpu"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(fields.split(","), (part.strip() for part in done.stdout.split("\n")[0].split(",")), strict=False))
-
-
-def _cpu_name():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def save(report: dict, folder: Path) -> Path:
-    """Write a report as <folder>/<device>/<date>-<commit>-<suite>.json, or without the suite if it is "all"."""
-    device = "-".join(report["environment"]["device"].lower().replace("(r)", "").split())
-    stamp = report["environment"]["time"][:10]
-    suite = "" if report["suite"] == "all" else f"-{report['suite']}"
-    path = folder / device / f"{stamp}-{report['environment']['commit'] or 'uncommitted'}{suite}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path
-
-
-__all__ = [
-    "Benchmark", "Goal", "MALLOC_SETTINGS", "Timing", "environment", "faster", "ratio", "replace", "run", "save",
-    "time_variants", "within",
-]  # fmt: skip
+__all__ = ["Benchmark", "Goal", "Timing", "describe", "ratio", "replace", "run", "time_variants"]

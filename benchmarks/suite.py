@@ -1,96 +1,128 @@
-"""Finds, selects and runs benchmarks, and turns a report into a table."""
+"""Runs what is registered, one row after the other, and gathers a report."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import pkgutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from genengine import benchmarks
-from genengine.benchmarks import harness
-from genengine.models import FAMILIES
-
-SUITES = ("quick", "models", "peers", "all")
-PEERS = ("diffusers", "k_diffusion", "trace")
-TABLE_HEAD = "| work | shape | dtype | fused | others / fused (95 % interval) | goals |\n|---|---|---|---|---|---|"
+from genengine.benchmarks import ceilings, harness, machine, registry, results
 
 
-def discover(device: str = "cpu", suite: str = "all") -> Iterator[harness.Benchmark]:
-    """The benchmarks of a suite, built when it is their turn: inputs are big.
+@dataclass(frozen=True)
+class Options:
+    """How to run a suite.
 
-    "all" is every benchmark of every bench_<name>.py, "models" those of the families, "peers" the drop-ins for other
-    libraries against these, "quick" the short ones of all.
+    budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
+    benchmark has are run. compile_modes: of torch.compile. sweep: an axis to scale, such as "batch".
     """
-    members = {"models": FAMILIES, "peers": PEERS}.get(suite, names())
-    for name in names():
-        if name not in members:
-            continue
-        for benchmark in module_benchmarks(name, device):
-            if suite != "quick" or benchmark.quick:
-                yield benchmark
+
+    budget: float = 2.0
+    shape: tuple[int, ...] | None = None
+    dtypes: tuple[str, ...] = ()
+    compile_modes: tuple[str, ...] = ("default",)
+    sweep: str | None = None
+
+    def check(self) -> None:
+        if not 0 < self.budget < math.inf:
+            raise ValueError(f"bench: budget must be a finite number of seconds > 0, got {self.budget}; default 2")
+        for name in self.dtypes:
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                raise ValueError(f"bench: dtype must be a name of torch's, such as bfloat16, got {name!r}")
+        for mode in self.compile_modes:
+            if mode not in harness.COMPILE_MODES:
+                raise ValueError(f"bench: compile mode must be among {', '.join(harness.COMPILE_MODES)}, got {mode!r}")
+        if self.shape is not None and self.sweep is None and any(size < 0 for size in self.shape):
+            raise ValueError(f"bench: shape must have sizes >= 0, got {self.shape}")
 
 
-def names() -> list[str]:
-    """What bench_<name>.py files there are."""
-    found = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-    return sorted(name.removeprefix("bench_") for name in found if name.startswith("bench_"))
+def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry, registry.Case]]:
+    """What will be run, without building any input. Raises ValueError if that is nothing."""
+    entries = registry.select(what)
+    if options.shape is not None:
+        entries = _of_rank(entries, options.shape, what)
+    found = [
+        (entry, case)
+        for entry in entries
+        for case in entry.cases(
+            device, quick=what == "quick", shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
+        )
+    ]
+    if not found and what != "ceilings":
+        axes = sorted({axis for entry in entries for axis in entry.axes})
+        kinds = sorted({dtype for entry in entries for dtype in entry.dtypes})
+        raise ValueError(
+            f"bench: nothing of {what!r} fits the options; its dtypes are {', '.join(kinds)}, its axes to sweep "
+            f"{', '.join(axes) or '(none)'}"
+        )
+    return found
 
 
-def run(what: str = "quick", device: str = "cpu", *, budget: float = 2.0, report_row: Callable | None = None) -> dict:
-    """Run a suite ("quick", "models", "peers", "all") or the benchmarks of one op or model; returns the report."""
-    if what not in SUITES and what not in names():
-        raise ValueError(f"bench: expected one of {', '.join((*SUITES, *names()))}, got {what!r}")
-    if not 0 < budget < math.inf:
-        raise ValueError(f"bench: budget must be a finite number of seconds > 0, got {budget}; the default is 2")
+def _of_rank(entries, shape, what):
+    fitting = [entry for entry in entries if len(next(iter(entry.shapes.values()))) == len(shape)]
+    if not fitting:
+        examples = {str(next(iter(entry.shapes.values()))): entry.name for entry in entries}
+        raise ValueError(
+            f"bench: --shape {','.join(map(str, shape))} has {len(shape)} dimensions, but {what!r} takes shapes like "
+            + ", ".join(f"{text} ({name})" for text, name in examples.items())
+        )
+    return fitting
+
+
+def run(
+    what: str = "quick",
+    device: str = "cpu",
+    options: Options = Options(),  # noqa: B008
+    *,
+    report_row: Callable[[dict], None] | None = None,
+    report_ceilings: Callable[[str], None] | None = None,
+    keep: Callable[[dict], None] | None = None,
+) -> dict:
+    """Run a suite, the benchmarks of one op or model, or one benchmark; returns the report.
+
+    A benchmark that fails is a row that says so; the rest goes on. keep: called with the report so far after every row.
+    report_row, report_ceilings: for showing progress.
+    """
+    options.check()
+    work = cases(what, device, options)
     torch.set_num_threads(1)
-    rows = []
+    dtypes = list(dict.fromkeys(case.dtype for _, case in work if case.dtype.is_floating_point))
+    found = ceilings.measure(device, dtypes or [torch.float32], report=report_ceilings)
+    report = {
+        "schema_version": results.SCHEMA_VERSION, "suite": what, "options": vars(options) | {"device": device},
+        "environment": machine.environment(device), "ceilings": found.to_json(), "rows": [],
+    }  # fmt: skip
+    for entry, case in work:
+        row = time_one(entry, case, options, found)
+        report["rows"].append(row)
+        if report_row is not None:
+            report_row(row)
+        if keep is not None:
+            keep(_plain(report))
+    return _plain(report)
+
+
+def time_one(entry, case, options: Options, found: ceilings.Ceilings | None = None) -> dict:
+    """One row, under no_grad; what torch.compile has cached for it is dropped afterwards."""
     with torch.no_grad():
-        for benchmark in discover(device, what) if what in SUITES else module_benchmarks(what, device):
-            row = harness.run(benchmark, budget=budget)
-            rows.append(row)
-            if report_row is not None:
-                report_row(row)
-    return {"environment": harness.environment(device), "suite": what, "rows": rows}
+        row = harness.run(entry, case, budget=options.budget, compile_modes=options.compile_modes, ceilings=found)
+    torch.compiler.reset()
+    return _plain(row)
 
 
-def module_benchmarks(name: str, device: str):
-    return importlib.import_module(f"genengine.benchmarks.bench_{name}").benchmarks(device)
+def again(key: tuple, device: str, options: Options) -> dict:
+    """Measure one row anew, by its `results.key`."""
+    name, shape, dtype, _ = key
+    case = registry.Case(shape, getattr(torch, dtype), device)
+    return time_one(registry.find(name), case, options)
 
 
-def restart_with_malloc_settings() -> None:
-    """Start this process again with the allocator settings of the protocol, unless they are set."""
-    if sys.platform != "linux" or all(os.environ.get(name) for name in harness.MALLOC_SETTINGS):
-        return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | harness.MALLOC_SETTINGS)
-
-
-def table(report: dict) -> str:
-    """The report as Markdown: each row's time, ratios to the other variants, and goals."""
-    return "\n".join([TABLE_HEAD, *map(table_row, report["rows"])])
-
-
-def table_row(row) -> str:
-    head = f"| {row['name']} | {row['shape']} | {row['dtype']} "
-    if "error" in row:
-        return head + f"| failed | {row['error'].splitlines()[0]} | |"
-    fused = row["variants"]["fused"]["median"]
-    others = ", ".join(
-        f"{name} {entry['ratio']:.2f} ({entry['low']:.2f}-{entry['high']:.2f})" for name, entry in row["ratios"].items()
-    )
-    goals = "; ".join(
-        f"{goal['goal']}: {goal['value']:.2f} {'reached' if goal['reached'] else 'MISSED'}" for goal in row["goals"]
-    )
-    return head + f"| {duration(fused)} | {others} | {goals} |"
-
-
-def duration(seconds: float) -> str:
-    """A time with a unit that suits it."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+def _plain(value):
+    """As JSON gives it back: lists for tuples, text for keys."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

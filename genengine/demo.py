@@ -14,6 +14,7 @@ from genengine.models.flow import FlowMatching
 
 TRAIN_STEPS = 150
 SAMPLER = {"solver": "euler", "steps": 50, "guidance": 1.5}
+GAINS = ("CFG + Euler row", "CFG + Euler row with x_in", "CFG + DDPM row with noise", "flow sampler, tiny DiT, CFG")
 
 
 def run(out: Path, *, seed: int = 0) -> None:
@@ -56,16 +57,13 @@ def train_briefly(seed: int) -> None:
 
 
 def show_gain() -> None:
-    from genengine.benchmarks import bench_flow, bench_sampler_step, harness
+    from genengine.benchmarks import registry, suite
 
     print("3. What fusion gains here: one thread, CPU time, interleaved (median ratio, 95 % interval)")
-    with torch.no_grad():
-        for benchmark in (*bench_sampler_step.benchmarks("cpu"), *bench_flow.benchmarks("cpu")):
-            if not benchmark.quick or "256" in benchmark.shape:
-                continue
-            benchmark.variants.pop("torch.compile", None)  # its compilation takes longer than this whole demo
-            row = harness.run(harness.replace(benchmark, goals=()), budget=1.5)
-            print(gain_line(row), flush=True)
+    options = suite.Options(budget=1.5, compile_modes=())  # to compile takes longer than this whole demo
+    for name in GAINS:
+        entry = registry.find(name)
+        print(gain_line(suite.time_one(entry, next(entry.cases("cpu", quick=True)), options)), flush=True)
     print("   the whole suite, torch.compile included: genengine bench all")
 
 
@@ -83,9 +81,11 @@ def gain_line(row: dict) -> str:
     """One row of the table: the work, and how many times longer each eager variant takes."""
     if "error" in row:
         return f"   {row['name']}: {row['error']}"
+    from genengine.benchmarks import table
+
     eager = {name: entry for name, entry in row["ratios"].items() if name.startswith("eager")}
     ratios = ", ".join(
         f"{entry['ratio']:.2f}x ({entry['low']:.2f}-{entry['high']:.2f}) faster than {name}"
         for name, entry in eager.items()
     )
-    return f"   {row['name']:28} {row['shape']:22} {ratios}"
+    return f"   {row['name']:28} {table.work(row):38} {ratios}"

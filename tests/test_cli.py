@@ -167,7 +167,7 @@ def test_the_recorded_commands_are_ones_that_the_parser_knows():
 
     from genengine.models import FAMILIES
 
-    folder = Path(cli.__file__).parent / "pretrained"
+    folder = Path(cli.__file__).parents[1] / "pretrained"
     page = (folder / "README.md").read_text(encoding="utf-8")
     for family in FAMILIES:
         command = json.loads((folder / f"{family}_digits.json").read_text(encoding="utf-8"))["command"]

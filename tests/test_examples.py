@@ -52,6 +52,29 @@ def test_complete_digits():
     assert (distance(known) < distance(known.roll(1, 0))).float().mean() > 0.8
 
 
+def test_bench_your_kernel():
+    """The registered benchmark runs; the registered baseline is checked, timed with ours, at the registered shape."""
+    from genengine.benchmarks import registry, suite
+
+    adaln = registry.find("adaln")
+    shapes, baselines = dict(adaln.shapes), list(adaln.baselines)
+    try:
+        report = load("bench_your_kernel").main(budget=0.02)
+        assert [row["label"] for row in report["rows"]] == ["Llama 8B", "Llama 1B"]
+        for row in report["rows"]:
+            assert row["accuracy"]["error"] <= row["accuracy"]["allowed"] and set(row["ratios"]) == {"eager"}
+        assert adaln.shapes["PixArt"] == (4, 1024, 1152)
+        case = next(adaln.cases("cpu", shape=(2, 8, 16), dtypes=("float32",)))
+        row = suite.time_one(adaln, case, suite.Options(budget=0.02, compile_modes=()))
+        assert "affine layer_norm, per sample" in row["ratios"], row
+    finally:
+        del registry.ENTRIES["rms_norm"]
+        for entry in registry.select("adaln"):
+            entry.shapes.pop("PixArt", None)
+        adaln.baselines[:] = baselines
+        assert adaln.shapes == shapes
+
+
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in tested] == []

@@ -12,11 +12,21 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Activation:
-    """act, act' and act'' of (u, alpha), act'' None where it is zero; at a kink the derivative from below."""
+    """act, act' and act'' of (u, alpha), act'' None where it is zero; at a kink the derivative from below.
+
+    flops, exps: of act, act' and act'' at one u, counted as in `_cost.Cost`; a sigmoid is 3 with 1 exponential.
+    """
 
     value: Callable
     slope: Callable
     curvature: Callable | None = None
+    flops: tuple[int, int, int] = (0, 0, 0)
+    exps: tuple[int, int, int] = (0, 0, 0)
+
+    def work(self, *orders: int) -> tuple[int, int]:
+        """(flops, exps) of the derivatives of these orders at one u, which share exponentials and nothing else."""
+        shared = max(self.exps[order] for order in orders)
+        return sum(self.flops[order] - self.exps[order] for order in orders) + shared, shared
 
 
 def _step(u, below):
@@ -67,19 +77,29 @@ def _gelu_tanh_curvature(u, alpha):
 ACTIVATIONS = {
     "linear": Activation(lambda u, alpha: u, lambda u, alpha: torch.ones_like(u)),
     "relu": Activation(lambda u, alpha: F.relu(u), lambda u, alpha: _step(u, 0.0)),
-    "lrelu": Activation(lambda u, alpha: F.leaky_relu(u, alpha), lambda u, alpha: _step(u, alpha)),
-    "silu": Activation(lambda u, alpha: F.silu(u), _silu_slope, _silu_curvature),
-    "gelu": Activation(lambda u, alpha: F.gelu(u), _gelu_slope, _gelu_curvature),
-    "gelu_tanh": Activation(lambda u, alpha: F.gelu(u, approximate="tanh"), _gelu_tanh_slope, _gelu_tanh_curvature),
+    "lrelu": Activation(lambda u, alpha: F.leaky_relu(u, alpha), lambda u, alpha: _step(u, alpha), flops=(1, 0, 0)),
+    "silu": Activation(lambda u, alpha: F.silu(u), _silu_slope, _silu_curvature, flops=(4, 7, 10), exps=(1, 1, 1)),
+    "gelu": Activation(lambda u, alpha: F.gelu(u), _gelu_slope, _gelu_curvature, flops=(5, 10, 7), exps=(1, 2, 1)),
+    "gelu_tanh": Activation(
+        lambda u, alpha: F.gelu(u, approximate="tanh"),
+        _gelu_tanh_slope,
+        _gelu_tanh_curvature,
+        flops=(9, 17, 19),
+        exps=(1, 1, 1),
+    ),
     "tanh": Activation(
         lambda u, alpha: torch.tanh(u),
         lambda u, alpha: 1 - torch.tanh(u) ** 2,
         lambda u, alpha: -2 * torch.tanh(u) * (1 - torch.tanh(u) ** 2),
+        flops=(1, 3, 5),
+        exps=(1, 1, 1),
     ),
     "sigmoid": Activation(
         lambda u, alpha: torch.sigmoid(u),
         lambda u, alpha: torch.sigmoid(u) * (1 - torch.sigmoid(u)),
         lambda u, alpha: torch.sigmoid(u) * (1 - torch.sigmoid(u)) * (1 - 2 * torch.sigmoid(u)),
+        flops=(3, 5, 8),
+        exps=(1, 1, 1),
     ),
 }
 

@@ -6,7 +6,8 @@ Benchmarks divide it by a measured time, and compare with ceilings that were mea
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,9 +17,16 @@ from torch import Tensor
 class Cost:
     """The least work of one call.
 
-    bytes: every input that is needed read once, every result written once. flops: floating-point operations, a
-    multiply-add counts two, a comparison none; also the transcendental ones, at one each. exps: of those, the
-    exponentials and what costs like them (logarithm, tanh, erf, sine). Integer arithmetic (the noise) is not counted.
+    bytes: every input that is needed read once, every result written once; a tensor that is updated counts twice, one
+    that is only written, though an argument, once. flops: floating-point operations, a multiply-add counts two, a
+    comparison, a choice, a sign or a cast none; also the transcendental ones, at one each. exps: of those, the
+    exponentials and what costs like them (logarithm, tanh, erf, sine, cosine). Integer arithmetic (the noise) is not
+    counted.
+
+    Counted are the operations of the op's formula at every element where they stand, also those on rows that are
+    broadcast (1 + scale); sums take one addition per term, and what a formula says twice is done once. What is done
+    once per row, sample or launch (a mean's division, a standard deviation) is left out. Of attention flops are those
+    of its products alone, as is the custom.
     """
 
     bytes: int
@@ -27,6 +35,21 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.bytes + other.bytes, self.flops + other.flops, self.exps + other.exps)
+
+
+def bytes_alone(arguments: tuple, results: object) -> Cost:
+    """The formula of an op that states none: every tensor of the call once."""
+    return Cost(traffic(arguments, results))
+
+
+def each(flops: float, exps: float = 0) -> Callable[[tuple, object], Cost]:
+    """The formula of an op that moves every tensor once and does as much at every element of its first argument."""
+    return lambda arguments, results: per_element(traffic(arguments, results), arguments[0].numel(), flops, exps)
+
+
+def per_element(moved: int, count: int, flops: float, exps: float = 0) -> Cost:
+    """`moved` bytes, and `count` elements with flops and exps operations each; parts of an operation round up."""
+    return Cost(moved, math.ceil(count * flops), math.ceil(count * exps))
 
 
 def traffic(*arguments: object) -> int:

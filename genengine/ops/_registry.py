@@ -26,7 +26,7 @@ import torch
 from torch.autograd import forward_ad
 
 from genengine.ops import _ranges
-from genengine.ops._cost import Cost, traffic
+from genengine.ops._cost import Cost, bytes_alone
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 NAMESPACES = {
@@ -73,7 +73,7 @@ def define(
     module: str,
     kernels: tuple[str, ...] = ("cpu", "triton", "cuda"),
     cpu: Callable | None = None,
-    cost: Callable[[tuple, object], Cost] | None = None,
+    cost: Callable[[tuple, object], Cost] = bytes_alone,
 ) -> Op:
     """Define one op in all three namespaces.
 
@@ -81,7 +81,7 @@ def define(
     backward(ops, ctx, *grads): gradients, calling other ops through `ops`, the namespace the forward ran in.
     module: the op file this belongs to; its Triton kernels are looked up in `genengine.kernels.<module>`.
     kernels: the backends it is to have kernels for. cpu: the CPU kernel, where that is torch's own and not C++ of ours.
-    cost: cost(arguments, results) of a call, both as the schema orders them; None: bytes alone, every tensor once.
+    cost: cost(arguments, results) of a call, both as the schema orders them.
     """
     name = schema[: schema.index("(")]
     for namespace, library in _LIBRARIES.items():
@@ -97,7 +97,7 @@ def define(
             )
     if cpu is not None:
         _LIBRARIES["genengine"].impl(name, cpu, "CPU")
-    op = Op(name, module, kernels, cost or (lambda arguments, results: Cost(traffic(arguments, results))))
+    op = Op(name, module, kernels, cost)
     for backend, namespace in NAMESPACES.items():
         op.overloads[backend] = getattr(getattr(torch.ops, namespace), name).default
     OPS[name] = op

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from genengine.ops import _check, _registry
+from genengine.ops._cost import each
 
 MAX_DIM = 8192  # the longest row that the kernels keep in registers or in the first-level cache
 _HALVES = (torch.float16, torch.bfloat16)
@@ -23,6 +24,8 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6, *, backend
     dtypes: all float32, float16, bfloat16 or float64 (reference only); or x float32 and scale, shift both 16-bit.
     Nothing is cast, under autocast neither. Differentiable once, in x, scale and shift, in reverse mode.
     Returns h, like x in shape and like scale in dtype, contiguous.
+    Cost: reads x, scale, shift, writes h; 8 flops, no exponential per element of x. Backward: reads grad_h, x, scale,
+    writes dx, dscale, dshift; 17 flops.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
     Ba et al. 2016, "Layer normalization"; Peebles & Xie 2023, "Scalable diffusion models with transformers" (adaLN).
     """
@@ -50,6 +53,8 @@ def gated_adaln(
     dtypes: as in `adaln`; in the mix x is float32 and branch, gate, scale, shift are 16-bit, all alike.
     eps, backend: as in `adaln`. Differentiable once, in all five tensors, in reverse mode.
     Returns x' in x's dtype and h in scale's, both like x in shape, contiguous. h is the norm of x' as it was rounded.
+    Cost: reads x, branch, gate, scale, shift, writes x', h; 10 flops, no exponential per element of x. Backward: reads
+    grad_x, grad_h, x', branch, gate, scale, writes dx, dbranch, dgate, dscale, dshift; 21 flops.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
     Peebles & Xie 2023, "Scalable diffusion models with transformers" (adaLN-Zero).
     """
@@ -223,6 +228,7 @@ _registry.define(
     reference_adaln_backward,
     fake=_fake_adaln_backward,
     module="adaln",
+    cost=each(flops=17),
 )
 _registry.define(
     "adaln(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
@@ -231,6 +237,7 @@ _registry.define(
     backward=_adaln_grads,
     setup_context=_save_adaln,
     module="adaln",
+    cost=each(flops=8),
 )
 _registry.define(
     "gated_adaln_backward(Tensor grad_x, Tensor grad_h, Tensor x_out, Tensor branch, Tensor gate, Tensor scale, "
@@ -238,6 +245,7 @@ _registry.define(
     reference_gated_adaln_backward,
     fake=_fake_gated_adaln_backward,
     module="adaln",
+    cost=each(flops=21),
 )
 _registry.define(
     "gated_adaln(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)",
@@ -246,4 +254,5 @@ _registry.define(
     backward=_gated_adaln_grads,
     setup_context=_save_gated_adaln,
     module="adaln",
+    cost=each(flops=10),
 )

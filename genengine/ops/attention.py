@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genengine.ops import _check, _ranges, _registry
+from genengine.ops._cost import per_element, traffic
 
 MAX_HEAD_DIM = 256
 _SCALES = (1e-30, 1e30)  # positive in float32: a masked score, -inf, must stay -inf
@@ -44,6 +45,9 @@ def attention(
 
     Returns o (B, N, H, D) in q's dtype, contiguous; with return_lse, (o, lse): lse (B, H, N) float32 (float64 of
     float64), in nats. Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
+    Cost: reads q, k, v, writes o, lse; the products' 4 D flops and 1 exponential per head and pair of query and key,
+    B H N M of them, causal B H N (N + 1) / 2. Backward: reads grad_o, q, k, v, o, lse, writes dq, dk, dv; 10 D flops
+    (the scores are formed again), 1 exponential.
     Vaswani et al. 2017, "Attention is all you need"; computed in blocks as in Dao et al. 2022, "FlashAttention".
     """
     op = "attention"
@@ -195,12 +199,31 @@ def _grads(ops, ctx, grad_o, _):
     return (*ops.attention_backward(*tensors, ctx.causal, ctx.scale), None, None)
 
 
+def _cost(arguments, results):
+    q, k, v, causal, _ = arguments
+    return _cost_of_products(2, q, k, causal, traffic(q, k, v, results))
+
+
+def _cost_backward(arguments, results):
+    *tensors, causal, _ = arguments
+    _, q, k, *_ = tensors
+    return _cost_of_products(5, q, k, causal, traffic(tensors, results))
+
+
+def _cost_of_products(count, q, k, causal, moved):
+    """Of what is between the products only the exponentials: their flops alone are compared, everywhere."""
+    batch, queries, heads, dim = q.shape
+    seen = queries * (queries + 1) // 2 if causal else queries * k.shape[1]
+    return per_element(moved, batch * heads * seen, flops=2 * count * dim, exps=1)
+
+
 _registry.define(
     "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, float scale) "
     "-> (Tensor, Tensor, Tensor)",
     reference_attention_backward,
     fake=_fake_attention_backward,
     module="attention",
+    cost=_cost_backward,
     kernels=("cpu", "triton"),
     cpu=_cpu_attention_backward,
 )
@@ -211,6 +234,7 @@ _OP = _registry.define(
     backward=_grads,
     setup_context=_save,
     module="attention",
+    cost=_cost,
     kernels=("cpu", "triton"),
     cpu=_cpu_attention,
 )

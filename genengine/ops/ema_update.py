@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genengine.ops import _check, _registry
+from genengine.ops._cost import per_element, traffic
 
 
 def ema_update(
@@ -26,6 +27,7 @@ def ema_update(
 
     No backward: call it under torch.no_grad(), as after an optimiser's step.
     Raises TypeError or ValueError on bad arguments, RuntimeError where autograd would need a gradient.
+    Cost: reads averages, values, writes averages; 3 flops, no exponential per element of averages.
     Polyak & Juditsky 1992.
     """
     op = "ema_update"
@@ -79,9 +81,16 @@ def _fake(averages, values, weight):
     return None
 
 
+def _cost(arguments, results):
+    averages, values, _ = arguments
+    count = sum(average.numel() for average in averages)
+    return per_element(traffic(averages, values, averages), count, flops=3)
+
+
 EMA_UPDATE = _registry.define(
     "ema_update(Tensor(a!)[] averages, Tensor[] values, float weight) -> ()",
     reference,
     fake=_fake,
     module="ema_update",
+    cost=_cost,
 )

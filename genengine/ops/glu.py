@@ -7,6 +7,7 @@ from torch import Tensor
 
 from genengine.ops import _check, _registry
 from genengine.ops._activations import ACTIVATIONS, gelu_name
+from genengine.ops._cost import per_element, traffic
 from genengine.ops.bias_act import check_bias
 
 
@@ -29,6 +30,8 @@ def geglu(
 
     Returns y (..., D) in x's dtype, contiguous.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
+    Cost: reads x, bias, writes y; 6 flops ("tanh": 10), 1 exponential per element of y, 2 flops for a bias. Backward:
+    reads grad, x, bias, writes dx, dbias; 17 flops, 2 exponentials ("tanh": 28 and 1), 4 flops for a bias.
     Shazeer 2020, "GLU variants improve Transformer".
     """
     _check.dtype("geglu", "x", x)
@@ -40,7 +43,10 @@ def swiglu(x: Tensor, bias: Tensor | None = None, *, gate_first: bool = True, ba
 
         y = silu(gate) * value,    [gate | value] = x + bias along the last dimension
 
-    Arguments, dtypes and errors as in `geglu`. Shazeer 2020, "GLU variants improve Transformer".
+    Arguments, dtypes and errors as in `geglu`.
+    Cost: reads x, bias, writes y; 5 flops, 1 exponential per element of y, 2 flops for a bias. Backward: reads grad, x,
+    bias, writes dx, dbias; 13 flops, 1 exponential, 4 flops for a bias.
+    Shazeer 2020, "GLU variants improve Transformer".
     """
     _check.dtype("swiglu", "x", x)
     return _run("swiglu", x, bias, "silu", gate_first, backend)
@@ -122,11 +128,25 @@ def _grads(ops, ctx, grad):
     return dx, None if bias is None else dbias, None, None
 
 
+def _cost(arguments, results):
+    x, bias, activation, _ = arguments
+    flops, exps = ACTIVATIONS[activation].work(0)
+    return per_element(traffic(x, bias, results), x.numel() // 2, flops + 1 + 2 * (bias is not None), exps)
+
+
+def _cost_backward(arguments, results):
+    grad, x, bias, activation, _ = arguments
+    flops, exps = ACTIVATIONS[activation].work(0, 1)
+    flops += 3 + 4 * (bias is not None)  # d_gate, d_value; the bias added and its gradient's sum, for either half
+    return per_element(traffic(grad, x, bias, results), grad.numel(), flops, exps)
+
+
 _registry.define(
     "glu_backward(Tensor grad, Tensor x, Tensor? bias, str activation, bool gate_first) -> (Tensor, Tensor)",
     reference_glu_backward,
     fake=_fake_backward,
     module="glu",
+    cost=_cost_backward,
 )
 GLU = _registry.define(
     "glu(Tensor x, Tensor? bias, str activation, bool gate_first) -> Tensor",
@@ -135,4 +155,5 @@ GLU = _registry.define(
     backward=_grads,
     setup_context=_save,
     module="glu",
+    cost=_cost,
 )

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genengine.ops import _check, _registry
+from genengine.ops._activations import ACTIVATIONS
+from genengine.ops._cost import per_element, traffic
 
 
 def group_norm_silu(
@@ -37,6 +39,10 @@ def group_norm_silu(
     or float32. Nothing is cast, under autocast neither. Differentiable once, in reverse mode.
     Returns y, like x in shape, dtype and memory format.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
+    Cost: reads x, weight, bias, scale, shift, writes y, mean, rstd; 9 flops, 1 exponential per element of x, 2 flops
+    for weight and bias, 3 for scale and shift; silu=False: 5, no exponential. Backward: reads grad, x, weight, bias,
+    scale, shift, mean, rstd, writes dx, dweight, dbias, dscale, dshift; 17 flops, 1 exponential, 6 flops for weight and
+    bias, 7 for scale and shift; silu=False: 9, no exponential, 4 (6 beside a scale) and 5.
     Wu & He 2018, "Group normalization"; Dhariwal & Nichol 2021, "Diffusion models beat GANs" (scale and shift: AdaGN).
     """
     _check_all(x, weight, bias, num_groups, scale, shift, eps, silu)
@@ -216,6 +222,24 @@ def _grads(ops, ctx, grad_y, grad_mean, grad_rstd):
     return dx, *given, None, None, None, None
 
 
+def _cost(arguments, results):
+    x, weight, _, scale, _, _, _, silu, _ = arguments
+    flops, exps = ACTIVATIONS["silu"].work(0) if silu else (0, 0)
+    flops += 5 + 2 * (weight is not None) + 3 * (scale is not None)
+    return per_element(traffic(arguments, results), x.numel(), flops, exps)
+
+
+def _cost_backward(arguments, results):
+    grad, _, weight, _, scale, *_, silu, _ = arguments
+    flops, exps = ACTIVATIONS["silu"].work(1) if silu else (0, 0)
+    flops += 9 + silu  # x^, the two means, dx; grad silu'(v)
+    if weight is not None:
+        flops += 4 + 2 * (silu or scale is not None)  # g, dweight, dbias; x^ weight + bias, in v and in dscale
+    if scale is not None:
+        flops += 5 + 2 * silu  # 1 + scale, dv (1 + scale), dscale, dshift; v
+    return per_element(traffic(arguments, results), grad.numel(), flops, exps)
+
+
 _ROWS = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
 _registry.define(
     f"group_norm_silu_backward(Tensor grad, Tensor x, {_ROWS}, Tensor mean, Tensor rstd, int num_groups, bool silu, "
@@ -223,6 +247,7 @@ _registry.define(
     reference_group_norm_silu_backward,
     fake=_fake_backward,
     module="group_norm_silu",
+    cost=_cost_backward,
 )
 _registry.define(
     f"group_norm_silu(Tensor x, {_ROWS}, int num_groups, float eps, bool silu, bool channels_last) "
@@ -232,4 +257,5 @@ _registry.define(
     backward=_grads,
     setup_context=_save,
     module="group_norm_silu",
+    cost=_cost,
 )

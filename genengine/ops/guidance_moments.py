@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from genengine.ops import _check, _layout, _registry
+from genengine.ops._cost import each
 
 MOMENTS = ("u", "c", "u^2", "u c", "c^2", "(c - u)^2")
 
@@ -25,6 +26,7 @@ def guidance_moments(outputs: Tensor | Sequence[Tensor], *, backend: str | None 
     Returns (B, 6) float32 (float64 of float64), columns as `MOMENTS`. From a kernel, a sample's sums have the same bits
     in any batch. Inference only. Raises TypeError or ValueError on bad arguments, RuntimeError where a gradient would
     be needed.
+    Cost: reads u, c, writes (B, 6) sums; 11 flops, no exponential per element of u.
     """
     u, c = _branches(outputs)
     _check.no_grad_needed("guidance_moments", (u, c))
@@ -69,5 +71,9 @@ def _fake(u, c):
 
 
 GUIDANCE_MOMENTS = _registry.define(
-    "guidance_moments(Tensor u, Tensor c) -> Tensor", reference, fake=_fake, module="guidance_moments"
+    "guidance_moments(Tensor u, Tensor c) -> Tensor",
+    reference,
+    fake=_fake,
+    module="guidance_moments",
+    cost=each(flops=11),
 )

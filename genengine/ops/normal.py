@@ -9,9 +9,13 @@ from torch import Tensor
 
 from genengine import random
 from genengine.ops import _check, _registry
+from genengine.ops._cost import each
 
 _SCHEMA = "{}_out(Tensor(a!) out, Tensor seed, Tensor? sample_ids, SymInt step, SymInt stream) -> ()"
 _KINDS = ("normal", "uniform")
+# A uniform takes 2 flops of its word. Two normals take two of them, 2 pi u, -2 log u, its root, sine, cosine and two
+# products; log, sine and cosine stand for what they are, not for the polynomials that compute them.
+UNIFORM_FLOPS, NORMAL_FLOPS, NORMAL_EXPS = 2, 6, 1.5
 
 
 def normal(
@@ -36,6 +40,8 @@ def normal(
     iteration when training, in [0, 2^32). stream: a name of `genengine.random.STREAMS` or its number.
     dtype: float32, or float16 / bfloat16 / float64 (the float32 normal, converted). out: written instead of a new
     tensor; any strides (elements are counted in logical order). Returns (B, ...).
+    Cost: reads seed, sample_ids, writes the float32 normals; 6 flops per element, of them 1.5 exponentials (a logarithm
+    for two, a sine or cosine each); integer work is not counted. A conversion, or other strides, cost a copy more.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
     Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; Box & Muller 1958.
     """
@@ -54,7 +60,10 @@ def uniform(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Uniforms u = (w >> 9) * 2^-23 + 2^-24 strictly inside (0, 1) in float32. Arguments as `normal`."""
+    """Uniforms u = (w >> 9) * 2^-23 + 2^-24 strictly inside (0, 1) in float32. Arguments as `normal`.
+
+    Cost: reads seed, sample_ids, writes the float32 uniforms; 2 flops, no exponential per element.
+    """
     return _draw("uniform", shape, seed, sample_ids, step, stream, dtype, device, out, backend)
 
 
@@ -187,5 +196,6 @@ def _fake(out, seed, sample_ids, step, stream):
     return None
 
 
-for _kind, _reference in zip(_KINDS, (reference_normal, reference_uniform), strict=True):
-    _registry.define(_SCHEMA.format(_kind), _reference, fake=_fake, module="normal")
+_COSTS = (each(NORMAL_FLOPS, NORMAL_EXPS), each(UNIFORM_FLOPS))
+for _kind, _reference, _cost in zip(_KINDS, (reference_normal, reference_uniform), _COSTS, strict=True):
+    _registry.define(_SCHEMA.format(_kind), _reference, fake=_fake, module="normal", cost=_cost)

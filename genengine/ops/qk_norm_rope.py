@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from genengine.ops import _check, _registry
+from genengine.ops._cost import per_element, traffic
 
 MAX_DIM = 256  # the longest head that the kernels keep in registers
 
@@ -42,6 +43,9 @@ def qk_norm_rope(
     Returns (B, N, 3, H, D) in qkv's dtype, contiguous; or qkv. Differentiable once, in qkv and the weights.
     Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run or a gradient would
     be lost.
+    Cost: reads qkv, weights, cos, sin, writes out (in place: of qkv and out q and k alone); 3 flops per element of q
+    and k for the norm, 1 for a weight, 3 for the rotation if it is rotated, no exponential. Backward: reads grad,
+    weights, cos, sin, with the norm q and k, writes dqkv, dweights; 8 flops, 3 and 3.
     Zhang & Sennrich 2019, "Root mean square layer normalization"; Su et al. 2021, "RoFormer"; norms of q and k:
     Dehghani et al. 2023, "Scaling vision transformers to 22 billion parameters"; Esser et al. 2024.
     """
@@ -220,12 +224,38 @@ def _grads(ops, ctx, grad):
     return (dqkv, *dweights, None, None, None, None, None)
 
 
+def _cost(arguments, results):
+    return _cost_per_head(traffic(arguments, results), arguments, norm_flops=3, weight_flops=1)
+
+
+def _cost_(arguments, results):
+    qkv, *options = arguments
+    q_and_k = qkv[:, :, :2]
+    return _cost_per_head(traffic(q_and_k, options, q_and_k), arguments, norm_flops=3, weight_flops=1)
+
+
+def _cost_backward(arguments, results):
+    grad, qkv, *options = arguments
+    norm = options[5]
+    moved = traffic(grad, qkv[:, :, :2] if norm else None, options, results)
+    return _cost_per_head(moved, arguments[1:], norm_flops=8, weight_flops=3)
+
+
+def _cost_per_head(moved, arguments, norm_flops, weight_flops):
+    qkv, q_weight, _, cos, _, _, norm, _ = arguments
+    batch, tokens, _, heads, dim = qkv.shape
+    rotated = 0 if cos is None else 2 * cos.shape[-1]
+    flops = dim * (norm_flops * norm + weight_flops * (q_weight is not None)) + 3 * rotated
+    return per_element(moved, 2 * batch * tokens * heads, flops)
+
+
 _OPTIONS = "Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, bool norm, bool interleaved"
 _registry.define(
     f"qk_norm_rope_backward(Tensor grad, Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference_backward,
     fake=_fake_backward,
     module="qk_norm_rope",
+    cost=_cost_backward,
 )
 _registry.define(
     f"qk_norm_rope(Tensor qkv, {_OPTIONS}) -> Tensor",
@@ -234,5 +264,8 @@ _registry.define(
     setup_context=_setup_context,
     backward=_grads,
     module="qk_norm_rope",
+    cost=_cost,
 )
-_registry.define(f"qk_norm_rope_(Tensor(a!) qkv, {_OPTIONS}) -> ()", reference_, fake=_fake_, module="qk_norm_rope")
+_registry.define(
+    f"qk_norm_rope_(Tensor(a!) qkv, {_OPTIONS}) -> ()", reference_, fake=_fake_, module="qk_norm_rope", cost=_cost_
+)

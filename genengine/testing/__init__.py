@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,11 +59,40 @@ def error(value: Tensor, oracle: Tensor) -> float:
     return deviation.nan_to_num(nan=float("inf")).max().item()
 
 
+@dataclass(frozen=True)
+class Error:
+    """What one comparison found: the largest deviation from the float64 oracle, and what was allowed."""
+
+    label: str
+    error: float
+    allowed: float
+
+
+_recorders: list[list[Error]] = []
+
+
+@contextlib.contextmanager
+def recorded_errors() -> Iterator[list[Error]]:
+    """The list that fills with the `Error` of every `assert_as_good_as_eager` made inside the block."""
+    errors: list[Error] = []
+    _recorders.append(errors)
+    try:
+        yield errors
+    finally:
+        _recorders.pop()
+
+
 def assert_as_good_as_eager(value: Tensor, eager: Tensor, oracle: Tensor, label: str = "result") -> None:
     """Fail unless `value` meets the rule of this module against the float64 `oracle`."""
     assert value.dtype == eager.dtype, f"{label}: dtype {value.dtype}, eager gives {eager.dtype}"
     assert value.shape == eager.shape, f"{label}: shape {tuple(value.shape)}, eager gives {tuple(eager.shape)}"
-    allowed, found = tolerance(eager, oracle.double()), error(value, oracle.double())
+    assert_within(error(value, oracle.double()), tolerance(eager, oracle.double()), label)
+
+
+def assert_within(found: float, allowed: float, label: str = "result") -> None:
+    """Fail unless the deviation from the float64 oracle is allowed; inside `recorded_errors`, note both."""
+    for errors in _recorders:
+        errors.append(Error(label, found, allowed))
     assert found <= allowed, f"{label}: error {found:.3g} against float64, allowed {allowed:.3g}"
 
 

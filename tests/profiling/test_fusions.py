@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from genengine import ops
-from genengine.benchmarks import bench_guidance_moments, bench_qk_norm_rope, bench_reparameterize, eager
+from genengine.benchmarks import eager
 from genengine.benchmarks.bench_adaln import eager_adaln, eager_gated_adaln
 from genengine.nets.dit import DiT
 from genengine.profiling import fusions
@@ -151,13 +151,28 @@ def test_attention_takes_in_the_copies_of_its_heads():
     assert name == "attention" and kernels.count("clone") == 3
 
 
+def in_pairs(y, cos, sin):
+    a, b = y.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(y.dtype)
+
+
+def as_complex(y, cos, sin):
+    pairs = torch.view_as_complex(y.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(y.dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_qk_norm_rope_in_pairs_and_as_a_complex_product(dtype):
-    work = bench_qk_norm_rope.Work((2, N, 3, 2, 8), dtype, "cpu")
-    matches = found(bench_qk_norm_rope.eager, work.qkv, *work.weights, *work.tables)
-    assert [name for name, _ in matches] == ["qk_norm_rope", "qk_norm_rope"]
-    matches = found(bench_qk_norm_rope.eager_complex, work.qkv, *work.weights, work.turn)
-    assert [name for name, _ in matches] == ["qk_norm_rope", "qk_norm_rope"]
+@pytest.mark.parametrize("rotate", [in_pairs, as_complex])
+def test_qk_norm_rope_of_both_queries_and_keys(rotate, dtype):
+    qkv, weight = draw(2, N, 3, 2, 8).to(dtype), draw(8).to(dtype)
+    cos, sin = draw(N, 1, 4), draw(N, 1, 4)
+
+    def write():
+        q, k, v = qkv.unbind(2)
+        rotated = (rotate(F.rms_norm(part, (8,), weight, 1e-6), cos, sin) for part in (q, k))
+        return torch.stack((*rotated, v), 2)
+
+    assert [name for name, _ in found(write)] == ["qk_norm_rope", "qk_norm_rope"]
 
 
 def test_qk_norm_rope_with_rotated_halves():
@@ -188,7 +203,12 @@ def test_qk_norm_rope_with_rotated_neighbours():
 
 
 def test_reparameterize_with_its_divergence():
-    name, kernels = one(bench_reparameterize.eager, draw(B, 4), draw(B, 4))
+    def write(mean, logvar):
+        std = torch.exp(0.5 * logvar)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        return mean + std * torch.randn_like(std), kl.flatten(1).sum(1)
+
+    name, kernels = one(write, draw(B, 4), draw(B, 4))
     assert name == "reparameterize" and "sum" in kernels and "randn_like" in kernels and kernels.count("exp") == 2
 
 
@@ -241,7 +261,11 @@ def test_sampler_step_of_ddim_with_noise():
 
 
 def test_guidance_moments():
-    name, kernels = one(bench_guidance_moments.eager, draw(B, 4, 4), draw(B, 4, 4))
+    def write(u, c):
+        guided = u + 7.5 * (c - u)
+        return c.std((1, 2)), guided.std((1, 2))
+
+    name, kernels = one(write, draw(B, 4, 4), draw(B, 4, 4))
     assert name == "guidance_moments" and kernels == ["add", "mul", "std", "std", "sub"]
 
 

@@ -1,0 +1,82 @@
+"""Result files: written row by row, read back, checked against `schema.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+SCHEMA_VERSION = 2
+SCHEMA = Path(__file__).with_name("schema.json")
+
+
+def key(row: dict) -> tuple:
+    """What makes two rows the same piece of work."""
+    return row["name"], tuple(row["shape"]), row["dtype"], row["device"]
+
+
+def path_of(report: dict, folder: Path) -> Path:
+    """<folder>/<device>/<date>-<commit>-<suite>.json, or without the suite if it is "all"."""
+    device = device_folder(report["environment"]["device"])
+    stamp, commit = report["environment"]["time"][:10], report["environment"]["commit"] or "uncommitted"
+    suite = "" if report["suite"] == "all" else f"-{report['suite'].replace(' ', '_').replace(',', '')}"
+    return folder / device / f"{stamp}-{commit}{suite}.json"
+
+
+def device_folder(device: str) -> str:
+    return "-".join(device.lower().replace("(r)", "").replace("(tm)", "").split())
+
+
+def save(report: dict, path: Path) -> Path:
+    """Check a finished report, then write it. Raises ValueError if it is malformed."""
+    validate(report, str(path))
+    return write(report, path)
+
+
+def write(report: dict, path: Path) -> Path:
+    """Write a report, finished or not, whole or not at all: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".json.partial")
+    with partial.open("w") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def load(path: str | Path) -> dict:
+    """Read a result file. Raises ValueError, naming the file, if it is none or of another version."""
+    try:
+        report = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"bench: {path} is not a result file: {error}") from None
+    version = report.get("schema_version") if isinstance(report, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"bench: {path} has schema version {version}, this reads {SCHEMA_VERSION}; measure again with "
+            "`genengine bench ... --save benchmarks/results`"
+        )
+    validate(report, str(path))
+    return report
+
+
+def validate(report: dict, name: str = "the report") -> None:
+    """Raise ValueError, naming the place, unless the report fits the schema; without jsonschema say so, once."""
+    if find_spec("jsonschema") is None:
+        if not _told:
+            _told.append(True)
+            print("bench: result files are not validated, jsonschema is missing: pip install 'genengine[bench]'",
+                  file=sys.stderr)  # fmt: skip
+        return
+    import jsonschema
+
+    try:
+        jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    except jsonschema.ValidationError as error:
+        raise ValueError(f"bench: {name} is malformed at {error.json_path}: {error.message[:200]}") from None
+
+
+_told: list[bool] = []
