@@ -27,7 +27,7 @@ from genengine.profiling.report import Fusion, Gap, Kernel, Profile, Sync
 __all__ = ["Fusion", "Gap", "Kernel", "Profile", "Sync", "nvtx", "profile"]
 
 # Passes under the profiler: so many, if they fit into so many seconds and ops (each of which leaves about ten events).
-MAX_REPEATS, PROFILED_SECONDS, PROFILED_OPS = 9, 1.0, 8000
+MAX_REPEATS, PROFILED_SECONDS, PROFILED_OPS = 25, 1.0, 8000
 
 
 def profile(
@@ -49,7 +49,7 @@ def profile(
 
     function: takes no arguments, does the same work at every call. device: that its kernels run on; default CUDA if
     there is one, else the CPU. warmup: passes before anything is looked at, >= 0. repeats: >= 1; default as many as fit
-    into a second, 9 at most. ceilings: what `genengine.benchmarks.ceilings.measure` returns; None leaves out the
+    into a second, 25 at most. ceilings: what `genengine.benchmarks.ceilings.measure` returns; None leaves out the
     percentages. name: how the report calls the function. trace: file to write the Chrome trace to.
 
     Returns a `Profile`. On a CPU a gap is time outside any op, and a host sync is what would wait on a GPU. Raises

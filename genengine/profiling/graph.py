@@ -85,8 +85,8 @@ def build(recording: Recording) -> Graph:
         node = None if step.backward or step.optimizer else _canonical(step, writers)
         for operand in step.writes:
             graph.last[operand.storage] = operand.version
-            if node is not None:
-                writers[operand.storage, operand.version] = operand, node
+        if node is not None and step.writes:  # a second result, such as a norm's mean, is not what the node stands for
+            writers[step.writes[0].storage, step.writes[0].version] = step.writes[0], node
         if node is not None:
             graph.nodes.append(node)
             graph.roots[node.op].append(node)
@@ -145,9 +145,9 @@ class _Maker:
     def last(self, op, *args):
         return Node(op, args, self.step, self.shape)
 
-    def inner(self, op, *args):
-        shapes = [argument.shape for argument in args if isinstance(argument, Value)]
-        shape = tuple(torch.broadcast_shapes(*shapes))
+    def inner(self, op, *args, shape=None):
+        if shape is None:
+            shape = tuple(torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, Value))))
         return Value(None, Node(op, args, self.step, shape, final=False), shape)
 
     def scaled(self, value, factor):
@@ -187,12 +187,14 @@ def _pow(make, a, exponent):
 
 
 def _baddbmm(make, a, b, c, beta=1, alpha=1):
-    return make.last("mul", make.inner_product(b, c), alpha) if beta == 0 else make.last("baddbmm", a, b, c)
+    if beta != 0:
+        return make.last("baddbmm", a, b, c)
+    return make.last("mul", make.inner("bmm", b, c, shape=make.shape), alpha)
 
 
 _REWRITES = {
     "add": _add, "sub": _sub, "rsub": _rsub, "div": _div, "addcmul": _addcmul, "lerp": _lerp, "pow": _pow,
-    "neg": lambda make, a: make.last("mul", a, -1), "multiply": lambda make, a, b: make.last("mul", a, b),
+    "baddbmm": _baddbmm, "neg": lambda make, a: make.last("mul", a, -1),
 }  # fmt: skip
 
 

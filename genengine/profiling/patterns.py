@@ -241,10 +241,6 @@ def is_complex(value, reader):
     return value.operand.dtype.is_complex
 
 
-def _last_dimension(node):
-    return len(node.args) > 1 and node.args[1] in (-1, len(node.shape) - 1)
-
-
 def over_last_dimension(node):
     """Of a softmax: over the keys."""
     return len(node.args) > 1 and node.args[1] in (-1, len(node.shape) - 1)

@@ -97,7 +97,8 @@ class Operand:
 
 @dataclass
 class Step:
-    """One op that ran: name as the profiler has it ("aten::mul"); args as the schema orders them, tensors as `Operand`.
+    """One op that ran: name as the profiler has it ("aten::mul"); args as the schema orders them, tensors as `Operand`,
+    without `out=`.
 
     reads, writes: the tensors among them and the results. line: "file:line" of the user, or "" where no Python asked.
     stack: the calls that led here, "Attention.forward (layers.py)", outermost first. backward: autograd ran it.
@@ -169,7 +170,11 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         arguments = _complete(func._schema, args, kwargs)
         reads = [self._operand(tensor) for tensor in _read(func._schema, arguments)]
-        shown = tuple(self._describe(argument) for argument in arguments)
+        shown = tuple(
+            self._describe(value)
+            for argument, value in zip(func._schema.arguments, arguments, strict=True)
+            if not argument.is_out
+        )
         known = set(map(self.storage, _tensors(arguments)))
         result = func(*args, **kwargs)
         writes = self._written(func._schema, arguments, result, known)

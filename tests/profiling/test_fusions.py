@@ -283,6 +283,27 @@ def test_ema_update_is_one_launch_for_all():
     assert row.op == "ema_update" and row.saved == 0 and row.launches == 1
 
 
+def test_outputs_given_make_no_difference():
+    u, c, x, out = (draw(B, 4) for _ in range(4))
+
+    def write():
+        torch.sub(c, u, out=out)
+        out.mul_(2.0).add_(u)
+        return torch.add(x, out, alpha=-0.1, out=out)
+
+    name, kernels = one(write)
+    assert name == "sampler_step" and kernels == ["add", "add_", "mul_", "sub"]
+
+
+def test_attention_with_its_scale_in_the_product():
+    q, k, v = (draw(B, N, D) for _ in range(3))
+
+    def write():
+        return torch.softmax(torch.baddbmm(torch.empty(B, N, N), q, k.mT, beta=0, alpha=0.25), dim=-1) @ v
+
+    assert one(write) == ("attention", ["_softmax", "baddbmm", "bmm"])
+
+
 # ---- what is none ----------------------------------------------------------------------------------------------------
 
 X, Y, SMALL = draw(B, N, D), draw(B, N, D), draw(B, N, 2 * D)
@@ -312,6 +333,8 @@ NEAR_MISSES = {
     "a mixture of two data": lambda: (lambda t: (1 - t) * X + t * Y)(torch.rand(B, 1, 1)),
     "guidance without an update": lambda: X + 2.0 * (Y - X),
     "a residual after an interpolation by weights": lambda: draw(B, N, D) + (X + draw(D) * (Y - X)),
+    "a norm's second result": lambda: torch.native_layer_norm(X, (D,), None, None, 1e-6)[1] * (1 + SCALE) + SHIFT,
+    "sums of lists": lambda: torch._foreach_add([X, Y], [Y, X], alpha=2.0),
     "sums of three": lambda: X + Y + draw(B, N, D),
     "weights that do not add up": lambda: STATE.mul_(0.9).add_(Y, alpha=0.2),
     "an average that is no state": lambda: X * 0.9 + Y * 0.1,
