@@ -126,6 +126,10 @@ _STRETCHED = op("mul", op("sub", _C, _U), either(Number(), Leaf(None, (on.scalar
 _GUIDED = either(op("add", _U, _STRETCHED, name="guided"), op("add", _C, _STRETCHED, name="guided"))
 
 
+def _deviation(inner):
+    return op("std", inner, where=on.of_a_sample)
+
+
 def _same_shape(found: Match) -> bool:
     return found.names["logvar"].shape == found.names["mean"].shape
 
@@ -155,7 +159,7 @@ FORMS: tuple[Form, ...] = (
     Form("swiglu", _glu("silu"), check=_halves),
     Form("reparameterize", op("add", Leaf("mean", (on.full,)), op("mul", _STD, _EPS)), check=_same_shape, grow="kl"),
     Form("diffuse", _NOISED, results=("eps",), also=_TARGETS),
-    Form("guidance_moments", op("std", _GUIDED), also=(op("std", Leaf("c")),)),
+    Form("guidance_moments", _deviation(_GUIDED), also=(_deviation(Leaf("c")),)),
     Form("sampler_step", _GUIDED, grow="row"),
     Form("bias_act", _clamped(either(_gain(_BIASED), _BIASED))),
     Form("bias_act", _gain(_BIASED)),

@@ -101,6 +101,8 @@ def _match(graph, form, root, used) -> tuple[Step, ...]:
 
 def _further(graph, form, match):
     """Matches of the form's further results, among what reads what is bound."""
+    if not form.also:
+        return
     bound = [thing for thing in match.names.values() if isinstance(thing, (Node, Value))]
     operands = [thing.operand for thing in bound if isinstance(thing, Value)]
     operands += [operand for thing in bound if isinstance(thing, Node) for operand in thing.step.writes]

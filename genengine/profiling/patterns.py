@@ -244,3 +244,8 @@ def is_complex(value, reader):
 def over_last_dimension(node):
     """Of a softmax: over the keys."""
     return len(node.args) > 1 and node.args[1] in (-1, len(node.shape) - 1)
+
+
+def of_a_sample(node):
+    """Of a reduction: over all but the batch."""
+    return len(node.shape) > 0 and math.prod(node.shape) == node.shape[0]

@@ -334,6 +334,7 @@ NEAR_MISSES = {
     "guidance without an update": lambda: X + 2.0 * (Y - X),
     "a residual after an interpolation by weights": lambda: draw(B, N, D) + (X + draw(D) * (Y - X)),
     "a norm's second result": lambda: torch.native_layer_norm(X, (D,), None, None, 1e-6)[1] * (1 + SCALE) + SHIFT,
+    "standard deviations of channels": lambda: (lambda m: (Y.std(2), m.std(2)))(X + 2.0 * (Y - X)),
     "sums of lists": lambda: torch._foreach_add([X, Y], [Y, X], alpha=2.0),
     "sums of three": lambda: X + Y + draw(B, N, D),
     "weights that do not add up": lambda: STATE.mul_(0.9).add_(Y, alpha=0.2),
