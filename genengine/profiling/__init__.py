@@ -43,7 +43,7 @@ def profile(
     """Run `function` and say where its time goes.
 
     After the warm-up: one untimed pass that records every op (its cost, operands, and the line that called it), then
-    `repeats` passes timed as they are, then as many under torch.profiler. Times are medians over the passes:
+    `repeats` passes timed as they are, then as many under torch.profiler. Reported is the pass of median length:
 
         bandwidth = bytes / seconds;    of_ceiling = floor(cost) / seconds
 

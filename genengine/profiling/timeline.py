@@ -50,10 +50,10 @@ class Event:
 
 @dataclass
 class Timeline:
-    """The passes of a profiled function.
+    """The pass of median length of a profiled function.
 
-    plain: seconds of a pass without the profiler; profiled: with it.
-    durations: recorded step -> seconds on the device, medians over the passes. stray: name -> (calls, seconds) of
+    plain: seconds of a pass without the profiler, the median; profiled: with it.
+    durations: recorded step -> seconds on the device. stray: name -> (calls, seconds) of
     kernels that belong to no recorded op: those of a CUDA graph, and compiled code. gaps: (seconds, index of the step
     that ended it; -1: of none, -2: compiled code).
     waits: (seconds, CUDA call, index of the step that made it, or -1).
@@ -140,28 +140,23 @@ def parse(trace: dict) -> list[Event]:
 
 
 def read(events: list[Event], names: list[str], plain: float) -> Timeline:
-    """The timeline of parsed events; names: of the recorded ops, in order."""
+    """The timeline of parsed events: that of the pass of median length, whose parts add up. names: of the recorded ops,
+    in order."""
     passes = [event for event in events if event.kind == "range" and event.name == PASS]
-    readings = [_Pass(_within(events, window), names, window) for window in passes]
-    if not readings:
+    if not passes:
         raise RuntimeError("profile: torch.profiler recorded nothing; is another profiler active in this process?")
-    durations = {}
-    for step in range(len(names)):
-        seen = [reading.durations[step] for reading in readings if step in reading.durations]
-        if seen:
-            durations[step] = statistics.median(seen) * 1e-6
-    last = readings[-1]
-    stray = {
-        name: (calls, statistics.median(r.stray[name][1] for r in readings if name in r.stray) * 1e-6)
-        for name, (calls, _) in last.stray.items()
-    }
+    window = sorted(passes, key=lambda event: event.duration)[(len(passes) - 1) // 2]
+    found = _Pass(_within(events, window), names, window)
     return Timeline(
-        plain, statistics.median(window.duration for window in passes) * 1e-6, durations,
-        stray,
-        [(micro * 1e-6, step) for micro, step in last.gaps], [(m * 1e-6, call, step) for m, call, step in last.waits],
-        {step: last.ranges[event] for event, step in last.steps.items() if last.ranges[event]},
-        len(names) - len(durations),
-    )  # fmt: skip
+        plain,
+        window.duration * 1e-6,
+        {step: micro * 1e-6 for step, micro in found.durations.items()},
+        {name: (calls, micro * 1e-6) for name, (calls, micro) in found.stray.items()},
+        [(micro * 1e-6, step) for micro, step in found.gaps],
+        [(micro * 1e-6, call, step) for micro, call, step in found.waits],
+        {step: found.ranges[event] for event, step in found.steps.items() if found.ranges[event]},
+        len(names) - len(found.durations),
+    )
 
 
 def _within(events, window):

@@ -57,6 +57,7 @@ def test_totals_add_up(found):
     assert found.bytes == sum(kernel.bytes for kernel in found.kernels) and found.missing == 0
     assert found.busy == pytest.approx(sum(kernel.seconds for kernel in found.kernels))
     assert 0 < found.busy <= found.profiled and found.seconds > 0
+    assert sum(gap.seconds for gap in found.gaps) == pytest.approx(found.idle)
     assert [kernel.seconds for kernel in found.kernels] == sorted((k.seconds for k in found.kernels), reverse=True)
 
 
@@ -175,7 +176,7 @@ def test_a_box_lasts_as_long_as_what_is_in_it(found):
             check(child)
 
     check(found.flame)
-    assert found.flame.seconds == pytest.approx(found.profiled, rel=0.5)
+    assert found.flame.seconds == pytest.approx(found.profiled, rel=1e-6)
 
 
 def test_names_are_escaped():

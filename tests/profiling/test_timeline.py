@@ -44,11 +44,13 @@ def test_gaps_on_a_cpu_end_with_the_op_that_comes_next():
     assert found.gaps == [pytest.approx((20e-6, 0)), pytest.approx((5e-6, 1)), pytest.approx((40e-6, -1))]
 
 
-def test_times_are_medians_over_the_passes():
+def test_times_are_those_of_the_pass_of_median_length():
     events = []
     for begin, length in ((0, 10), (100, 30), (200, 20)):
-        events += [whole(begin, begin + 50), op("aten::mul", begin + 1, begin + 1 + length)]
-    assert read(events, ["aten::mul"]).durations == pytest.approx({0: 20e-6})
+        events += [whole(begin, begin + 2 * length), op("aten::mul", begin + 1, begin + 1 + length)]
+    found = read(events, ["aten::mul"])
+    assert found.profiled == pytest.approx(40e-6) and found.durations == pytest.approx({0: 20e-6})
+    assert sum(length for length, _ in found.gaps) == pytest.approx(20e-6)  # the parts add up to the pass
 
 
 def test_what_was_recorded_but_not_seen_is_counted():
