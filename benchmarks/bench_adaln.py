@@ -117,5 +117,5 @@ def backward(name, case):
 
 for _name in EAGER:
     _common = {"shapes": SHAPES, "cuda_shapes": CUDA_SHAPES, "dtypes": DTYPES, "group": "adaln", "axes": AXES}
-    register(_name, **_common, gate=True)(partial(forward, _name))
+    register(_name, **_common)(partial(forward, _name))
     register(f"{_name}_backward", **_common, quick=())(partial(backward, _name))

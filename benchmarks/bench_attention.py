@@ -1,30 +1,41 @@
-"""attention against torch's scaled dot-product attention, each of its backends, forward and backward.
+"""attention against torch's scaled dot-product attention, each of its backends, and peers, forward and backward.
 
-On a CPU "fused" is torch's own kernel behind our schema, so the goal is to add nothing. `elements` is the number of
-multiply-adds of the forward's two products (2 B H N M D), so ns per element is time per multiply-add; a backward does
-five products where the forward does two. GB/s is the floor of q, k, v and o (gradients, too, of a backward).
+On a CPU "fused" is torch's own kernel behind our schema, so the goal is to add nothing; torch.compile calls the same
+kernel. Shapes are (B, N, H, D). `elements` is the number of multiply-adds of the forward's two products (2 B H N N D),
+so ns per element is time per multiply-add; a backward does five products where the forward does two.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genengine import testing
-from genengine.benchmarks.harness import Benchmark, faster, within
+from genengine.benchmarks import calls
+from genengine.benchmarks.registry import Benchmark, faster, register, register_baseline, within
 from genengine.ops import _registry, attention
 from genengine.testing.attention import roundings
 
-# name -> (B, N, H, D)
-SHAPES = {
+STATED = {  # where the goals were stated
     "cpu": {"DiT-XL/2": (2, 256, 16, 72), "hd 64": (1, 1024, 4, 64)},
     "cuda": {
         "DiT-XL/2": (32, 256, 16, 72), "hd 64, 1k": (8, 1024, 16, 64), "hd 64, 4k": (2, 4096, 16, 64),
         "hd 128, 1k": (8, 1024, 16, 128), "hd 128, 4k": (2, 4096, 16, 128),
     },
 }  # fmt: skip
-TORCHS = {"cpu": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)} | {
-    "cuda": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+SHAPES = STATED["cpu"] | {
+    "DiT-S/2": (2, 256, 6, 64), "DiT-B/2": (2, 256, 12, 64), "DiT-L/2": (2, 256, 16, 64),
+    "SD3, 512 px": (1, 1024, 24, 64),
+}  # fmt: skip
+CUDA_SHAPES = STATED["cuda"] | {
+    "SD3": (2, 4096, 24, 64), "Flux": (1, 4608, 24, 128), "CogVideoX-5B": (2, 17_776, 48, 64),
+}  # fmt: skip
+TORCHS = {
+    "cpu": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
+    "cuda": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH),
 }
+CHECKED = 2**26  # scores of as many heads of the first sample as come near to it are checked, in float64
 
 
 def sdpa(q, k, v):
@@ -32,95 +43,128 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
+def plain(q, k, v):
+    """softmax(q k^T / sqrt(D)) v, one head of one sample at a time: a video's scores would not fit a GPU."""
+    out = torch.empty_like(q)
+    for sample, head in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[2])).tolist():
+        scores = q[sample, :, head] @ k[sample, :, head].mT * q.shape[-1] ** -0.5
+        out[sample, :, head] = scores.softmax(-1) @ v[sample, :, head]
+    return out
+
+
 class Work:
     """q, k, v as views into one projection."""
 
-    def __init__(self, shape, dtype, device):
-        batch, tokens, heads, dim = shape
-        packed = torch.randn(batch, tokens, 3, heads, dim, device=device).to(dtype)
-        self.leaves = [t.detach().requires_grad_() for t in packed.unbind(2)]
-        self.inputs = [t.detach() for t in self.leaves]
-        self.grad_o = torch.randn(shape, device=device).to(dtype)
-        self.scale = dim**-0.5
+    def __init__(self, case):
+        batch, tokens, heads, dim = case.shape
+        self.inputs = case.randn(batch, tokens, 3, heads, dim).unbind(2)
+        self.leaves, self.grad_o, self.scale = calls.leaves(*self.inputs), case.randn(), dim**-0.5
+        self.multiply_adds = 2 * batch * heads * tokens * tokens * dim
+        self.forward = (*self.inputs, False, self.scale)
 
-    def forward(self, function, kind=None):
-        """Timed under no_grad; `kind` pins one of torch's backends, None if that cannot run here."""
-
-        def run():
-            with torch.no_grad():
-                return function(*self.inputs)
-
-        return self._pinned(run, kind)
-
-    def backward(self, function, kind=None):
-        """autograd's backward, the forward outside the timing."""
-
-        def make():
-            with torch.enable_grad():
-                o = function(*self.leaves)
-            return lambda: torch.autograd.grad(o, self.leaves, self.grad_o, retain_graph=True)
-
-        if kind is None:
-            return make()
-        try:
-            with sdpa_kernel(kind):
-                run = make()
-                run()
-        except RuntimeError:
-            return None
-        return run
-
-    def _pinned(self, run, kind):
-        if kind is None:
-            return run
-
-        def pinned():
-            with sdpa_kernel(kind):
-                return run()
-
-        try:
-            pinned()
-        except RuntimeError:
-            return None
-        return pinned
+    def backward(self):
+        """Arguments of the dispatcher's backward op."""
+        results = calls.kernel("attention", self.grad_o)(*self.forward)
+        return (self.grad_o, *self.inputs, *results, False, self.scale)
 
     def check(self, backward):
-        """The first sample against the reference in float64, as the op's tests do."""
-        first = [t[:1] for t in (*self.inputs, self.grad_o)]
+        """Some heads of the first sample against the reference in float64, as the op's tests do."""
+        tokens, heads = self.grad_o.shape[1:3]
+        part = lambda t: t[:1, ..., : max(1, CHECKED // tokens**2), :]  # noqa: E731
+        first = [part(t) for t in (*self.inputs, self.grad_o)]
         allowed = roundings(*first, False, self.scale)
-        with torch.no_grad():
-            got = attention(*self.inputs, return_lse=True)
-        self._compare("attention", ("o",), first[:3], got, allowed)
-        if backward:
-            args = (self.grad_o, *self.inputs, *got)
-            op = _registry.resolve(_registry.OPS["attention_backward"], self.grad_o.device, self.grad_o.dtype)
-            found = op(*args, False, self.scale)
-            self._compare("attention_backward", ("dq", "dk", "dv"), [t[:1] for t in args], found, allowed)
+        o, lse = calls.kernel("attention", self.grad_o)(*self.forward)
+        self._compare("attention", {"o": part(o)}, first[:3], allowed)
+        if not backward:
+            return
+        found = calls.kernel("attention_backward", self.grad_o)(*self.backward())
+        arguments = (first[3], *first[:3], part(o), lse[:1, : first[0].shape[2]])
+        named = dict(zip(("dq", "dk", "dv"), map(part, found), strict=True))
+        self._compare("attention_backward", named, arguments, allowed)
 
-    def _compare(self, op, names, args, found, allowed):
+    def _compare(self, op, found, tensors, allowed):
         run = _registry.OPS[op].overloads["reference"]
-        eager, oracle = run(*args, False, self.scale), run(*(t.double() for t in args), False, self.scale)
-        for name, value, plain, exact in zip(names, found, eager, oracle, strict=False):
-            limit, error = testing.tolerance(plain, exact) + allowed[name], testing.error(value[:1], exact)
-            assert error <= limit, f"{name}: error {error:.3g} against float64, allowed {limit:.3g}"
+        eager, oracle = run(*tensors, False, self.scale), run(*map(calls.widened, tensors), False, self.scale)
+        for (name, value), rounded, exact in zip(found.items(), eager, oracle, strict=False):
+            limit = testing.tolerance(rounded, exact) + allowed[name]
+            testing.assert_within(testing.error(value, exact), limit, name)
 
 
-def benchmarks(device):
-    for label, shape in SHAPES[device].items():
-        for dtype in (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,):
-            work = Work(shape, dtype, device)
-            batch, tokens, heads, dim = shape
-            products = 2 * batch * heads * tokens * tokens * dim
-            size = work.grad_o.numel() * dtype.itemsize
-            for backward in (False, True):
-                run = work.backward if backward else work.forward
-                variants = {"fused": run(attention), "torch": run(sdpa)}
-                found = {f"torch, {kind.name.lower()}": run(sdpa, kind) for kind in TORCHS[device]}
-                variants |= {name: variant for name, variant in found.items() if variant is not None}
-                goals = (within(1.1, "torch"),) if device == "cpu" else (faster("torch", 1.0),)
-                yield Benchmark(
-                    f"attention{'_backward' if backward else ''}, {label}", str(shape),
-                    str(dtype).removeprefix("torch."), variants, lambda w=work, b=backward: w.check(b),
-                    products * (5 if backward else 2) // 2, (8 if backward else 4) * size, goals,
-                    quick=label == "DiT-XL/2", device=device,
-                )  # fmt: skip
+def pinned(backend, run):
+    """`run` on one of torch's backends; it raises RuntimeError where that cannot."""
+
+    def call():
+        with sdpa_kernel(backend):
+            return run()
+
+    return call
+
+
+def backward_of(work, backend):
+    """autograd's backward through torch's op, its forward done at the first call."""
+    graph = cache(lambda: calls.backward(sdpa, work.leaves, work.grad_o))
+    run = lambda: graph()()  # noqa: E731
+    return run if backend is None else pinned(backend, run)
+
+
+def _torchs(case, run):
+    """torch as it chooses, and each of its backends; `run(backend)` makes the variant."""
+    named = {f"torch, {backend.name.lower()}": run(backend) for backend in TORCHS[torch.device(case.device).type]}
+    return {"torch": run(None)} | named
+
+
+def _goals(case):
+    device = torch.device(case.device).type
+    if case.label not in STATED[device] or (device == "cuda" and case.dtype != torch.bfloat16):
+        return ()
+    return (within(1.1, "torch"),) if device == "cpu" else (faster("torch", 1.0),)
+
+
+COMMON = {
+    "shapes": SHAPES, "cuda_shapes": CUDA_SHAPES, "dtypes": ("float32", "bfloat16"), "group": "attention",
+    "axes": {"batch": 0, "tokens": 1, "heads": 2},
+}  # fmt: skip
+
+
+@register("attention", **COMMON)
+def forward(case):
+    work = Work(case)
+    run = lambda: sdpa(*work.inputs)  # noqa: E731
+    variants = _torchs(case, lambda backend: run if backend is None else pinned(backend, run))
+    return Benchmark(
+        {"fused": lambda: attention(*work.inputs), **variants}, lambda: work.check(False), inputs=work.inputs,
+        oracle=plain, cost=calls.cost("attention", *work.forward), elements=work.multiply_adds, goals=_goals(case),
+    )  # fmt: skip
+
+
+@register("attention_backward", **COMMON, quick=())
+def backward(case):
+    """autograd's backward, the forward outside the timing."""
+    work = Work(case)
+    variants = {"fused": calls.backward(attention, work.leaves, work.grad_o)}
+    return Benchmark(
+        variants | _torchs(case, lambda backend: backward_of(work, backend)), lambda: work.check(True),
+        cost=calls.cost("attention_backward", *work.backward()), elements=work.multiply_adds * 5 // 2,
+        goals=_goals(case),
+    )  # fmt: skip
+
+
+@register_baseline("attention", "flash_attn", requires="flash_attn")
+def flash_attention(q, k, v):
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+@register_baseline("attention", "flash_attn 3", requires="flash_attn_interface")
+def flash_attention_3(q, k, v):
+    from flash_attn_interface import flash_attn_func
+
+    return calls.several(flash_attn_func(q, k, v))[0]  # some releases return lse, too
+
+
+@register_baseline("attention", "xformers", requires="xformers")
+def xformers_attention(q, k, v):
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)

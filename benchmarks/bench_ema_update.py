@@ -1,43 +1,60 @@
-"""ema_update over the weights of a DiT of 33 million parameters against torch's foreach lerp and the loop users write.
+"""ema_update over all weights of a DiT against torch's foreach lerp and the loop users write; two reads, one write.
 
-Two reads and one write per element.
+Averages are float32; the dtype of a row is the weights'. Its shape is (blocks, width).
 """
 
 import torch
 
-from genengine.benchmarks.harness import Benchmark, faster, within
+from genengine import testing
+from genengine.benchmarks import calls
+from genengine.benchmarks.registry import Benchmark, faster, register, within
 from genengine.nets.dit import DiT, DiTConfig
-from genengine.ops import ema_update
+from genengine.ops import _registry, ema_update
 
-DECAY = 0.999
-
-
-def weights(device):
-    config = DiTConfig(image_size=32, patch_size=2, in_channels=4, dim=384, depth=12, num_heads=6, num_classes=1000)
-    return [p.detach().clone().to(device) for p in DiT(config).parameters()]
+DECAY, CHECKED = 0.999, 20
 
 
-def benchmarks(device):
-    values = weights(device)
-    averages = [torch.randn_like(value) for value in values]
-    n = sum(value.numel() for value in values)
+def weights(case):
+    depth, dim = case.shape
+    config = DiTConfig(image_size=32, patch_size=2, in_channels=4, dim=dim, depth=depth, num_heads=1, num_classes=1000)
+    with torch.device("meta"):  # shapes alone
+        return [case.randn(*p.shape) for p in DiT(config).parameters()]
 
-    def eager():
-        for average, value in zip(averages, values, strict=True):
-            average.mul_(DECAY).add_(value, alpha=1 - DECAY)
+
+def eager(averages, values):
+    for average, value in zip(averages, values, strict=True):
+        average.mul_(DECAY).add_(value, alpha=1 - DECAY)
+
+
+@register(
+    "ema_update", shapes={"DiT-S/2": (12, 384), "DiT-B/2": (12, 768)},
+    cuda_shapes={"DiT-L/2": (24, 1024), "DiT-XL/2": (28, 1152)}, dtypes=("float32", "bfloat16"),
+    axes={"depth": 0, "width": 1},
+)  # fmt: skip
+def make(case):
+    values = weights(case)
+    averages = [case.randn(*value.shape, dtype=torch.float32) for value in values]
 
     def check():
-        some = [t.clone() for t in averages[:20]]
-        exact = [a.double() + (1 - DECAY) * (v.double() - a.double()) for a, v in zip(some, values, strict=False)]
-        ema_update(some, values[:20], DECAY)
-        for got, oracle in zip(some, exact, strict=True):
-            assert (got - oracle).abs().max() <= 3e-7 * oracle.abs().max()
+        reference, some = _registry.OPS["ema_update"].overloads["reference"], values[:CHECKED]
+        ours, plain, exact = ([a.to(dtype, copy=True) for a in averages[:CHECKED]] for dtype in _DTYPES)
+        ema_update(ours, some, DECAY)
+        reference(plain, some, 1 - DECAY)
+        reference(exact, [value.double() for value in some], 1 - DECAY)
+        for got, rounded, oracle in zip(ours, plain, exact, strict=True):
+            testing.assert_as_good_as_eager(got, rounded, oracle, "ema_update")
 
     variants = {
         "fused": lambda: ema_update(averages, values, DECAY),
-        "eager, mul_ and add_": eager,
+        "eager, mul_ and add_": lambda: eager(averages, values),
         "torch._foreach_lerp_": lambda: torch._foreach_lerp_(averages, values, 1 - DECAY),
     }
-    goals = (faster("eager, mul_ and add_", 1.0), within(1.0, "torch._foreach_lerp_"))
-    shape = f"{len(values)} tensors, {n}"
-    yield Benchmark("ema_update", shape, "float32", variants, check, n, 12 * n, goals, device=device)
+    stated = case.label == "DiT-S/2" and case.dtype == torch.float32
+    return Benchmark(
+        variants, check, inputs=(averages, values, DECAY), cost=calls.cost("ema_update", averages, values, 1 - DECAY),
+        elements=sum(value.numel() for value in values),
+        goals=(faster("eager, mul_ and add_", 1.0), within(1.0, "torch._foreach_lerp_")) if stated else (),
+    )  # fmt: skip
+
+
+_DTYPES = (torch.float32, torch.float32, torch.float64)

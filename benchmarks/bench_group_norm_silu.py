@@ -1,138 +1,139 @@
-"""group_norm_silu at a U-Net's shape against copy_, eager as written and in place, and torch.compile.
+"""group_norm_silu at the feature maps of known U-Nets against copy_, eager as written and in place, and torch.compile.
 
 The forward moves one read and one write per element where a group (C order) or a sample (channels_last) stays in the
 cache between its two passes; the backward reads x and grad twice and writes once.
 """
 
+from functools import cache, partial
+
 import torch
 import torch.nn.functional as F
 
-from genengine import testing
-from genengine.benchmarks.harness import Benchmark, faster
-from genengine.ops import _registry, group_norm_silu
+from genengine.benchmarks import calls
+from genengine.benchmarks.registry import Benchmark, faster, register, register_baseline
+from genengine.ops import group_norm_silu
 
-SHAPE, GROUPS, EPS = (8, 128, 32, 32), 32, 1e-5
-FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+GROUPS, EPS = 32, 1e-5
+SHAPES = {
+    "DDPM, 32 px": (8, 128, 32, 32), "DDPM, 16 px": (8, 256, 16, 16), "ADM, 64 px": (4, 192, 64, 64),
+    "ADM, 8 px": (4, 768, 8, 8), "SD, 64 px": (2, 320, 64, 64), "SD, 32 px": (2, 640, 32, 32),
+    "SD, 16 px": (2, 1280, 16, 16), "SD decoder, 256 px": (1, 256, 256, 256),
+}  # fmt: skip
+CUDA_SHAPES = {"SDXL, 128 px": (2, 320, 128, 128), "SD decoder, 512 px": (1, 128, 512, 512)}
+FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 
 
-def eager(x, weight, bias):
-    return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
-
-
-def eager_adagn(x, weight, bias, scale, shift):
+def eager(x, weight, bias, scale=None, shift=None):
     u = F.group_norm(x, GROUPS, weight, bias, EPS)
-    return F.silu(u * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    return F.silu(u if scale is None else u * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+
+def fused(x, weight, bias, scale=None, shift=None):
+    return group_norm_silu(x, weight, bias, GROUPS, scale, shift, EPS)
 
 
 class Work:
-    """Inputs of one dtype and memory format; scale and shift are views into one table."""
+    """Inputs of one case and memory format; scale and shift are views into one table."""
 
-    def __init__(self, dtype, memory_format, device):
-        batch, channels = SHAPE[:2]
-        draw = lambda *shape: torch.randn(*shape, device=device).to(dtype)  # noqa: E731
-        self.x = draw(*SHAPE).contiguous(memory_format=memory_format)
-        self.grad = draw(*SHAPE).contiguous(memory_format=memory_format)
+    def __init__(self, case, memory_format, modulated):
+        batch, channels = case.shape[:2]
+        self.x, self.grad = (case.randn().contiguous(memory_format=memory_format) for _ in range(2))
         self.out = torch.empty_like(self.x)
-        self.weight, self.bias = 1 + 0.1 * draw(channels), draw(channels)
-        self.modulation = draw(batch, 2 * channels).chunk(2, dim=1)
-
-    def args(self, modulated):
-        return (self.x, self.weight, self.bias, *(self.modulation if modulated else ()))
-
-    def fused(self, modulated):
-        rest = self.modulation if modulated else ()
-        return lambda: (
-            group_norm_silu(self.x, self.weight, self.bias, GROUPS, *rest, EPS)
-            if rest
-            else group_norm_silu(self.x, self.weight, self.bias, GROUPS, eps=EPS)
-        )
+        self.weight, self.bias = 1 + 0.1 * case.randn(channels), case.randn(channels)
+        self.modulation = case.randn(batch, 2 * channels).chunk(2, dim=1) if modulated else ()
+        self.inputs = (self.x, self.weight, self.bias, *self.modulation)
+        self.channels_last = memory_format == torch.channels_last
 
     def copy(self):
         self.out.copy_(self.x)
 
-    def in_place(self, modulated):
+    def in_place(self):
         u = F.group_norm(self.x, GROUPS, self.weight, self.bias, EPS)
-        if modulated:
+        if self.modulation:
             scale, shift = (t[:, :, None, None] for t in self.modulation)
             u.mul_(1 + scale).add_(shift)
         return F.silu(u, inplace=True)
 
-    def gradients(self, function):
-        """autograd through `function`, its forward outside the timing."""
-        leaves = [t.detach().requires_grad_() for t in self.args(False)]
-        with torch.enable_grad():
-            out = function(*leaves)
-        return lambda: torch.autograd.grad(out, leaves, self.grad, retain_graph=True)
+    def arguments(self):
+        """Of the dispatcher's op: x as (B, C, S), or (B, S, C) in channels_last."""
+        rows = self.modulation or (None, None)
+        return self._flat(self.x), self.weight, self.bias, *rows, GROUPS, EPS, True, self.channels_last
 
-    def check(self, modulated):
-        """Against the reference in float64, within twice eager's error and a rounding."""
-        scale, shift = self.modulation if modulated else (None, None)
-        wide = [None if t is None else t.double() for t in (self.x, self.weight, self.bias, scale, shift)]
-        oracle = group_norm_silu(*wide[:3], GROUPS, *wide[3:], EPS)
-        plain = (eager_adagn if modulated else eager)(*self.args(modulated))
-        testing.assert_as_good_as_eager(self.fused(modulated)(), plain, oracle, "group_norm_silu")
+    def backward_arguments(self):
+        _, mean, rstd = calls.kernel("group_norm_silu", self.x)(*self.arguments())
+        x, *rows, groups, _, silu, channels_last = self.arguments()
+        return self._flat(self.grad), x, *rows, mean, rstd, groups, silu, channels_last
 
-    def check_backward(self):
-        op, (batch, channels) = _registry.OPS["group_norm_silu_backward"], SHAPE[:2]
-        flat = lambda t: t.contiguous().reshape(batch, channels, -1)  # noqa: E731
-        x, grad = flat(self.x), flat(self.grad)
-        forward = _registry.OPS["group_norm_silu"].overloads["reference"]
-        _, mean, rstd = forward(x, self.weight, self.bias, None, None, GROUPS, EPS, True, False)
-        args = (grad, x, self.weight, self.bias, None, None, mean, rstd)
-        wide = (t if t is None else t.double() for t in args)
-        oracle, plain = (
-            op.overloads["reference"](*wide, GROUPS, True, False),
-            op.overloads["reference"](*args, GROUPS, True, False),
-        )
-        found = self.gradients(lambda x, w, b: group_norm_silu(x, w, b, GROUPS, eps=EPS))()
-        for got, eager_grad, exact in zip((flat(found[0]), *found[1:]), plain, oracle, strict=False):
-            testing.assert_as_good_as_eager(got, eager_grad, exact, "group_norm_silu_backward")
+    def _flat(self, tensor):
+        return tensor.movedim(1, -1).flatten(1, 2) if self.channels_last else tensor.flatten(2)
+
+
+def forward(memory_format, modulated, stated, case):
+    work = Work(case, memory_format, modulated)
+    variants = {
+        "fused": lambda: fused(*work.inputs),
+        "copy_": work.copy,
+        "eager, as written": lambda: eager(*work.inputs),
+        "eager, in place": work.in_place,
+    }
+    return Benchmark(
+        variants, lambda: calls.check_function(fused, eager, work.inputs, "group_norm_silu"),
+        inputs=work.inputs, oracle=eager,
+        compiles=(eager, work.inputs), cost=calls.cost("group_norm_silu", *work.arguments()), elements=work.x.numel(),
+        goals=GOALS[case.dtype] if stated and case.label == "DDPM, 32 px" else (),
+    )  # fmt: skip
+
+
+def backward(memory_format, modulated, case):
+    work = Work(case, memory_format, modulated)
+    leaves = calls.leaves(*work.inputs)
+    variants = {
+        "fused": calls.backward(fused, leaves, work.grad),
+        "copy_": work.copy,
+        "eager, autograd": calls.backward(eager, leaves, work.grad),
+    }
+    return Benchmark(
+        variants, lambda: calls.check_both(fused, eager, leaves, work.grad, label="group_norm_silu"),
+        cost=calls.cost("group_norm_silu_backward", *work.backward_arguments()), elements=work.x.numel(),
+        goals=(faster("eager, autograd", 1.0),) * (case.label == "DDPM, 32 px" and not modulated),
+    )  # fmt: skip
 
 
 GOALS = {
-    (torch.float32, "channels_last"): (faster("eager, as written", 3.5), faster("torch.compile", 5.0)),
-    (torch.bfloat16, "channels_last"): (faster("eager, as written", 5.0), faster("torch.compile", 5.0)),
+    torch.float32: (faster("eager, as written", 3.5), faster("torch.compile", 5.0)),
+    torch.bfloat16: (faster("eager, as written", 5.0), faster("torch.compile", 5.0)),
 }
+_common = {
+    "shapes": SHAPES, "cuda_shapes": CUDA_SHAPES, "dtypes": ("float32", "bfloat16"), "group": "group_norm_silu",
+    "axes": {"batch": 0, "height": 2},
+}  # fmt: skip
+for _layout, _format in FORMATS.items():
+    for _modulated, _kind in ((False, ""), (True, ", AdaGN")):
+        _stated = bool(_layout) and not _modulated  # the goals, and the quick row
+        register(f"group_norm_silu{_kind}{_layout}", **_common, quick=None if _stated else ())(
+            partial(forward, _format, _modulated, _stated)
+        )
+        register(f"group_norm_silu_backward{_kind}{_layout}", **_common, quick=())(
+            partial(backward, _format, _modulated)
+        )
 
 
-def benchmarks(device):
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout, memory_format in FORMATS.items():
-            work = Work(dtype, memory_format, device)
-            yield from _forward(work, dtype, layout, device)
-            yield _backward(work, dtype, layout, device)
+@register_baseline("group_norm_silu, channels_last", "apex", requires="apex")
+def apex_group_norm(x, weight, bias):
+    norm = _apex_norm(x.shape[1], x.dtype, x.device)
+    norm.weight.data, norm.bias.data = weight, bias
+    return norm(x)
 
 
-def _label(layout):
-    return f"{SHAPE}, {layout}"
+@cache
+def _apex_norm(channels, dtype, device):
+    from apex.contrib.group_norm import GroupNorm
+
+    return GroupNorm(GROUPS, channels, EPS, device=device, dtype=dtype, act="silu")
 
 
-def _forward(work, dtype, layout, device):
-    n, size = work.x.numel(), work.x.element_size()
-    for name, function, modulated in (("group_norm_silu", eager, False), ("group_norm_silu, AdaGN", eager_adagn, True)):
-        compiled = torch.compile(function)
-        variants = {
-            "fused": work.fused(modulated),
-            "copy_": work.copy,
-            "eager, as written": lambda f=function, m=modulated: f(*work.args(m)),
-            "eager, in place": lambda m=modulated: work.in_place(m),
-            "torch.compile": lambda f=compiled, m=modulated: f(*work.args(m)),
-        }
-        check = lambda m=modulated: work.check(m)  # noqa: E731
-        goals = () if modulated else GOALS.get((dtype, layout), ())
-        kind = str(dtype).removeprefix("torch.")
-        quick = layout == "channels_last" and not modulated
-        yield Benchmark(name, _label(layout), kind, variants, check, n, 2 * size * n, goals, quick=quick, device=device)
+@register_baseline("group_norm_silu", "Liger, then silu", requires="liger_kernel")
+def liger_group_norm(x, weight, bias):
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction
 
-
-def _backward(work, dtype, layout, device):
-    n, size = work.x.numel(), work.x.element_size()
-    variants = {
-        "fused": work.gradients(lambda x, w, b: group_norm_silu(x, w, b, GROUPS, eps=EPS)),
-        "copy_": work.copy,
-        "eager, autograd": work.gradients(eager),
-    }
-    return Benchmark(
-        "group_norm_silu_backward", _label(layout), str(dtype).removeprefix("torch."), variants, work.check_backward, n,
-        5 * size * n, (faster("eager, autograd", 1.0),), quick=False, device=device,
-    )  # fmt: skip
+    return F.silu(LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], GROUPS, EPS), inplace=True)

@@ -1,21 +1,24 @@
 """logistic_mixture against eager, as PixelCNN++ is written (where() over four cases, log_softmax), and torch.compile.
 
-At the shapes of CIFAR-10 and MNIST. Forward: every parameter read once; with the backward, read twice and written once.
-Eager makes some thirty passes over tensors of all means.
+Shapes are (B, C, components, H, W). Forward: every parameter read once; with the backward, read twice and written once.
+Eager makes some thirty passes over tensors of all means; 16-bit parameters it widens first, as its differences need.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from genengine import testing
-from genengine.benchmarks.harness import Benchmark, faster
+from genengine.benchmarks import calls
+from genengine.benchmarks.registry import Benchmark, faster, register
 from genengine.ops import _registry, logistic_mixture_log_prob, logistic_mixture_sample
+from genengine.ops.logistic_mixture import params_per_component, reference_log_prob
 from genengine.testing.logistic_mixture import gradient_slack, log_prob_slack
 
 BINS = 256
-SHAPES = ((16, 3, 10, (32, 32)), (64, 1, 10, (28, 28)))  # B, C, K, pixels
+SHAPES = {"CIFAR-10": (16, 3, 10, 32, 32), "MNIST": (64, 1, 10, 28, 28), "ImageNet 64": (8, 3, 10, 64, 64)}
+FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 
 
 def eager(x, params, *, bins=BINS):
@@ -60,70 +63,90 @@ def eager_sample(params, channels):
 
 
 class Work:
-    def __init__(self, batch, channels, k, pixels, memory, device):
-        count = k * (1 + 2 * channels + channels * (channels - 1) // 2)
-        params = torch.randn(batch, count, *pixels, device=device)
-        params[:, k * (1 + channels) : k * (1 + 2 * channels)] -= 2
-        self.params = params.contiguous(memory_format=memory)
-        self.leaf = self.params.detach().requires_grad_()
-        self.x = torch.randint(0, BINS, (batch, channels, *pixels), device=device) * (2 / (BINS - 1)) - 1
-        self.grad = torch.ones(batch, *pixels, device=device)
-        self.channels, self.seed = channels, torch.tensor(1, device=device)
-
-    def forward(self, function):
-        return lambda: function(self.x, self.params)
-
-    def both(self, function):
-        def run():
-            with torch.enable_grad():
-                return torch.autograd.grad(function(self.x, self.leaf), self.leaf, self.grad)
-
-        return run
+    def __init__(self, memory_format, case):
+        batch, self.channels, k, *pixels = case.shape
+        params = torch.randn(batch, k * params_per_component(self.channels), *pixels, device=case.device)
+        params[:, k * (1 + self.channels) : k * (1 + 2 * self.channels)] -= 2  # log-scales
+        self.params = params.to(case.dtype).contiguous(memory_format=memory_format)
+        self.x = torch.randint(0, BINS, (batch, self.channels, *pixels), device=case.device) * (2 / (BINS - 1)) - 1
+        self.pixels, self.seed = batch * math.prod(pixels), torch.tensor(1, device=case.device)
+        self.inputs, self.forward = (self.x, self.params), (self.x, self.params, BINS)
+        self.grad = torch.ones_like(logistic_mixture_log_prob(*self.inputs))
+        self.backward = (self.grad, *self.forward)
+        self.sample = (self.params, self.channels, BINS, 1.0, self.seed, None, 0)
 
     def check(self):
         """Forward and backward against the reference in float64; the eager formulation agrees, but less exactly."""
-        slack = {
-            0: log_prob_slack(self.channels, self.params),
-            1: gradient_slack(self.grad, self.channels, self.params),
-        }
-        names = ("logistic_mixture_log_prob", "logistic_mixture_log_prob_backward")
-        for i, args in enumerate(((self.x, self.params, BINS), (self.grad, self.x, self.params, BINS))):
-            op = _registry.OPS[names[i]]
-            kernel, reference = _registry.resolve(op, self.x.device, self.x.dtype), op.overloads["reference"]
-            oracle = reference(*(t.double() for t in args[:-1]), BINS)
-            allowed = testing.tolerance(reference(*args), oracle) + slack[i]
-            assert testing.error(kernel(*args), oracle) <= allowed, names[i]
-        torch.testing.assert_close(
-            eager(self.x, self.params), logistic_mixture_log_prob(self.x, self.params), rtol=1e-2, atol=1e-2
-        )
+        slack = log_prob_slack(self.channels, self.params)
+        calls.check("logistic_mixture_log_prob", *self.forward, slack=(slack,))
+        slack = gradient_slack(self.grad, self.channels, self.params)
+        calls.check("logistic_mixture_log_prob_backward", *self.backward, slack=(slack,))
+        ours = logistic_mixture_log_prob(self.x, self.params.float())
+        torch.testing.assert_close(written(*self.inputs), ours, rtol=1e-2, atol=1e-2)
 
     def check_sample(self):
         op = _registry.OPS["logistic_mixture_sample"]
-        args = (self.params, self.channels, BINS, 1.0, self.seed, None, 0)
-        kernel = _registry.resolve(op, self.x.device, self.x.dtype)
-        assert torch.equal(kernel(*args), op.overloads["reference"](*args))
+        kernel = calls.kernel(op.name, self.params)
+        assert torch.equal(kernel(*self.sample), op.overloads["reference"](*self.sample)), "samples differ"
 
 
-def benchmarks(device):
-    compiled = torch.compile(eager)
-    for (batch, channels, k, pixels), memory in (
-        (SHAPES[0], torch.contiguous_format), (SHAPES[0], torch.channels_last), (SHAPES[1], torch.contiguous_format),
-    ):  # fmt: skip
-        work = Work(batch, channels, k, pixels, memory, device)
-        shape = f"{(batch, channels, *pixels)}, K = {k}" + ", channels_last" * (memory == torch.channels_last)
-        size, per = batch * pixels[0] * pixels[1], 4 * work.params.shape[1]
+def written(x, params):
+    return eager(x, params.float())
 
-        def row(name, fused, other, check, moved, compiled=None, shape=shape, size=size):
-            variants = {"fused": fused, "eager": other} | ({"torch.compile": compiled} if compiled else {})
-            return Benchmark(
-                name, shape, "float32", variants, check, size, moved * size, (faster("eager", 5.0),), device=device
-            )
 
-        for name, timed, moved in (
-            ("logistic_mixture_log_prob", work.forward, per),
-            ("logistic_mixture_log_prob, forward and backward", work.both, 3 * per),
-        ):
-            yield row(name, timed(logistic_mixture_log_prob), timed(eager), work.check, moved, timed(compiled))
-        fused = lambda work=work: logistic_mixture_sample(work.params, channels=work.channels, seed=work.seed)  # noqa: E731
-        other = lambda work=work: eager_sample(work.params, work.channels)  # noqa: E731
-        yield row("logistic_mixture_sample", fused, other, work.check_sample, 4 * k)
+def log_prob(memory_format, stated, case):
+    work = Work(memory_format, case)
+    variants = {"fused": lambda: logistic_mixture_log_prob(*work.inputs), "eager": lambda: written(*work.inputs)}
+    return Benchmark(
+        variants, work.check, inputs=work.inputs, oracle=partial(reference_log_prob, bins=BINS),
+        compiles=(written, work.inputs), cost=calls.cost("logistic_mixture_log_prob", *work.forward),
+        elements=work.pixels, goals=_goals(stated, case),
+    )  # fmt: skip
+
+
+def forward_and_backward(memory_format, stated, case):
+    work = Work(memory_format, case)
+    leaf = calls.leaves(work.params)
+    ours = calls.both(lambda params: logistic_mixture_log_prob(work.x, params), work.grad)
+    plain = calls.both(lambda params: written(work.x, params), work.grad.float())
+    names = ("logistic_mixture_log_prob", "logistic_mixture_log_prob_backward")
+    return Benchmark(
+        {"fused": lambda: ours(*leaf), "eager": lambda: plain(*leaf)}, work.check, compiles=(plain, leaf),
+        cost=calls.cost(names[0], *work.forward) + calls.cost(names[1], *work.backward), elements=work.pixels,
+        goals=_goals(stated, case),
+    )  # fmt: skip
+
+
+def sample(memory_format, stated, case):
+    work = Work(memory_format, case)
+
+    def plain(params):
+        return eager_sample(params.float(), work.channels)
+
+    variants = {
+        "fused": lambda: logistic_mixture_sample(work.params, channels=work.channels, seed=work.seed),
+        "eager": lambda: plain(work.params),
+    }
+    return Benchmark(
+        variants, work.check_sample, inputs=(work.params,), compiles=(plain, (work.params,)),
+        cost=calls.cost("logistic_mixture_sample", *work.sample), elements=work.pixels, goals=_goals(stated, case),
+    )  # fmt: skip
+
+
+def _goals(stated, case):
+    return (faster("eager", 5.0),) * (case.label in stated and case.dtype == torch.float32)
+
+
+_ROWS = {
+    "logistic_mixture_log_prob": log_prob,
+    "logistic_mixture_log_prob, forward and backward": forward_and_backward,
+    "logistic_mixture_sample": sample,
+}
+for _layout, _format in FORMATS.items():
+    _stated = ("CIFAR-10",) if _layout else ("CIFAR-10", "MNIST")
+    for _name, _make in _ROWS.items():
+        _quick = () if _layout or _make is forward_and_backward else None
+        register(
+            _name + _layout, shapes=SHAPES, dtypes=("float32", "bfloat16"), group="logistic_mixture", quick=_quick,
+            axes={"batch": 0, "components": 2}, gate=_name == "logistic_mixture_log_prob" and not _layout,
+        )(partial(_make, _format, _stated))  # fmt: skip

@@ -1,15 +1,21 @@
-"""reparameterize and its KL at a latent's shape against eager, as VAEs write it, and torch.compile, with torch's noise.
+"""reparameterize and its KL at the latents of known VAEs against eager, as VAEs write it, and torch.compile.
 
-Forward: 3 elements moved per element, eager's passes move about 24; forward and backward 8, against about 54.
+They draw torch's noise. Forward: 3 elements moved per element, eager's passes move about 24; with the backward 8
+against about 54.
 """
 
 import torch
 
-from genengine import testing
-from genengine.benchmarks.harness import Benchmark, faster
-from genengine.ops import _registry, reparameterize
+from genengine.benchmarks import calls
+from genengine.benchmarks.registry import Benchmark, faster, register
+from genengine.ops import reparameterize
 
-SHAPE = (64, 16, 32, 32)
+SHAPES = {
+    "SD3, 256 px": (64, 16, 32, 32), "SD": (16, *calls.SD), "SDXL": (16, *calls.SDXL), "SD3, Flux": (4, *calls.SD3),
+    "CogVideoX-5B": (2, *calls.VIDEO),
+}  # fmt: skip
+COMMON = {"shapes": SHAPES, "dtypes": ("float32", "bfloat16"), "group": "reparameterize"}
+COMMON |= {"axes": {"batch": 0, "channels": 1}}
 
 
 def eager(mean, logvar):
@@ -22,55 +28,46 @@ def eager(mean, logvar):
 class Work:
     """The halves of an encoder's output, as an encoder leaves them, and gradients."""
 
-    def __init__(self, dtype, device):
-        batch, channels, *pixels = SHAPE
-        encoded = torch.randn(batch, 2 * channels, *pixels, device=device).to(dtype)
-        self.mean, self.logvar = encoded.chunk(2, dim=1)
-        self.leaves = [t.detach().requires_grad_() for t in (self.mean, self.logvar)]
-        self.grad_z = torch.randn(SHAPE, device=device).to(dtype)
-        self.seed = torch.tensor(1, device=device)
-
-    def forward(self, function):
-        return lambda: function(self.mean, self.logvar)
-
-    def both(self, function):
-        def run():
-            with torch.enable_grad():
-                z, kl = function(*self.leaves)
-                return torch.autograd.grad((z, kl), self.leaves, (self.grad_z, torch.ones_like(kl)))
-
-        return run
+    def __init__(self, case):
+        batch, channels, *rest = case.shape
+        self.inputs = case.randn(batch, 2 * channels, *rest).chunk(2, dim=1)
+        self.grads = (case.randn(), torch.ones(batch, device=case.device))
+        self.seed = torch.tensor(1, device=case.device)
+        self.forward = (*self.inputs, self.seed, None, 0, None, 0.0, False)
+        self.backward = (*self.grads, *self.forward)
 
     def fused(self, mean, logvar):
         return reparameterize(mean, logvar, seed=self.seed)
 
     def check(self):
-        """Forward and backward against the reference in float64 with the same noise."""
-        for name, args in self.calls().items():
-            run = _registry.OPS[name].overloads
-            wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in args]
-            kernel = _registry.resolve(_registry.OPS[name], self.mean.device, self.mean.dtype)
-            for got, plain, oracle in zip(kernel(*args), run["reference"](*args), run["reference"](*wide), strict=True):
-                testing.assert_as_good_as_eager(got, plain, oracle, name)
-
-    def calls(self):
-        options = (self.seed, None, 0, None, 0.0, False)
-        grad_kl = torch.ones(SHAPE[0], device=self.mean.device)
-        return {
-            "reparameterize": (self.mean, self.logvar, *options),
-            "reparameterize_backward": (self.grad_z, grad_kl, self.mean, self.logvar, *options),
-        }
+        """Forward and backward with the reference's noise."""
+        calls.check("reparameterize", *self.forward)
+        calls.check("reparameterize_backward", *self.backward)
 
 
-def benchmarks(device):
-    for dtype in (torch.float32, torch.bfloat16):
-        work = Work(dtype, device)
-        n, size, label = work.mean.numel(), work.mean.element_size(), str(dtype).removeprefix("torch.")
-        compiled = torch.compile(eager)
-        for name, timed, moved, goal in (
-            ("reparameterize + KL", work.forward, 3, 6.0),
-            ("reparameterize + KL, forward and backward", work.both, 8, 5.0),
-        ):
-            variants = {"fused": timed(work.fused), "eager": timed(eager), "torch.compile": timed(compiled)}
-            goals = (faster("eager", goal),) if dtype == torch.float32 else ()
-            yield Benchmark(name, str(SHAPE), label, variants, work.check, n, moved * size * n, goals, device=device)
+@register("reparameterize + KL", **COMMON, gate=True)
+def forward(case):
+    work = Work(case)
+    return Benchmark(
+        {"fused": lambda: work.fused(*work.inputs), "eager": lambda: eager(*work.inputs)}, work.check,
+        inputs=work.inputs, compiles=(eager, work.inputs), cost=calls.cost("reparameterize", *work.forward),
+        elements=work.inputs[0].numel(), goals=(faster("eager", 6.0),) * _stated(case),
+    )  # fmt: skip
+
+
+@register("reparameterize + KL, forward and backward", **COMMON, quick=())
+def forward_and_backward(case):
+    work = Work(case)
+    leaves, kl_dtype = calls.leaves(*work.inputs), work.fused(*work.inputs)[1].dtype
+    ours = calls.both(work.fused, work.grads[0], work.grads[1].to(kl_dtype))
+    plain = calls.both(eager, work.grads[0], work.grads[1].to(case.dtype))
+    return Benchmark(
+        {"fused": lambda: ours(*leaves), "eager": lambda: plain(*leaves)}, work.check, compiles=(plain, leaves),
+        cost=calls.cost("reparameterize", *work.forward) + calls.cost("reparameterize_backward", *work.backward),
+        elements=leaves[0].numel(), goals=(faster("eager", 5.0),) * _stated(case),
+    )  # fmt: skip
+
+
+def _stated(case):
+    """Whether the goals were stated for this case."""
+    return case.label == "SD3, 256 px" and case.dtype == torch.float32

@@ -1,173 +1,188 @@
-"""sampler_step against copy_, preallocated eager PyTorch, and eager as people write it.
+"""sampler_step against copy_, preallocated eager PyTorch, eager as people write it, and torch.compile.
 
 CFG + Euler moves x, two branches and x'; with x_in two more; CFG + DDPM adds a normal per element; a learned variance
-reads half as many channels again.
+reads half as many channels again. State and model output have the dtype of the row, history is float32.
 """
+
+from functools import partial
 
 import torch
 
 from genengine import testing
-from genengine.benchmarks.harness import Benchmark, faster, within
+from genengine.benchmarks import calls
+from genengine.benchmarks.registry import Benchmark, faster, register, within
 from genengine.ops import normal, sampler_step
-from genengine.ops.sampler_step import SAMPLER_STEP
 from genengine.table import Write, build_rows, pack_flags
 
-SHAPES = ((16, 4, 64, 64), (64, 4, 256, 256))
+STATED = {"SD": (16, *calls.SD), "SD, 2048 px": (64, 4, 256, 256)}  # where the goals were stated
+SDXL = {"SDXL": (16, *calls.SDXL)}  # those of the rows with history
+SHAPES = STATED | SDXL | {"SD3, Flux": (16, *calls.SD3), "CogVideoX-5B": (2, *calls.VIDEO)}
 GUIDANCE, DT, SIGMA, SPREAD = 2.0, -0.02, 0.1, 0.5
+ROW = {"a": 1.0, "b": DT, "g1": GUIDANCE}
 
 
 class Work:
-    """The buffers of one shape, and the ways to do its step."""
+    """The buffers of one case, and the ways to do its step."""
 
-    def __init__(self, shape, device):
-        batch = shape[0]
-        self.x = torch.randn(shape, device=device)
-        self.output = torch.randn(2 * batch, *shape[1:], device=device)
+    def __init__(self, case):
+        batch, channels, *rest = case.shape
+        self.x, self.output = case.randn(), case.randn(2 * batch, *case.shape[1:])
         self.u, self.c = self.output.chunk(2)
-        self.out, self.z, self.naive_out = (torch.empty_like(self.x) for _ in range(3))
+        self.out, self.z, self.scratch = (torch.empty_like(self.x) for _ in range(3))
         self.x_in, self.eager_x_in = torch.empty_like(self.output), torch.empty_like(self.output)
-        table = torch.zeros(1, 1, 16)
-        table[..., 6], table[..., 7], table[..., 1], table[..., 14] = 1.0, DT, GUIDANCE, 1.0
-        self.euler = table.to(device)
-        table[..., 12] = SIGMA
-        self.ddpm = table.clone().to(device)
-        table[..., 13] = SPREAD
-        self.learned = table.to(device)
-        self.both = torch.randn(2 * batch, 2 * shape[1], *shape[2:], device=device)  # with the variance's channels
-        self.mean, self.v = self.both[:, : shape[1]], self.both[batch:, shape[1] :]
-        self.step = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.seed = torch.tensor(3, device=device)
-        from genengine.ops import _registry
+        both = case.randn(2 * batch, 2 * channels, *rest)  # with the variance's channels
+        self.mean, self.v = both[:, :channels], both[batch:, channels:]
+        self.step = torch.zeros(batch, dtype=torch.int32, device=case.device)
+        self.seed, self.device = torch.tensor(3, device=case.device), case.device
 
-        self.kernel = _registry.resolve(SAMPLER_STEP, self.x.device, self.x.dtype)
+    def table(self, **columns):
+        return torch.from_numpy(build_rows([ROW | columns])).float().to(self.device)
 
-    def fused(self, table, x_in=None, seed=None, history=None):
-        """As the sampling loop calls it."""
-        self.kernel(self.x, (self.output,), table, self.step, history, seed, None, None, None, self.out, x_in)
+    def arguments(self, table, *, seed=None, history=None, x_in=None, learned=False):
+        """Of the op, as the sampling loop gives them."""
+        output, v = (self.mean, self.v) if learned else (self.output, None)
+        return self.x, (output,), table, self.step, history, seed, None, None, v, self.out, x_in
 
-    def fused_learned(self):
-        arguments = (self.x, (self.mean,), self.learned, self.step, None, self.seed, None, None, self.v, self.out, None)
-        self.kernel(*arguments)
+    def fused(self, table, **options):
+        run, arguments = calls.kernel("sampler_step_out", self.x), self.arguments(table, **options)
+        return lambda: run(*arguments)
 
-    def eager(self):
-        """Every output preallocated: four passes."""
-        torch.sub(self.c, self.u, out=self.out)
-        self.out.mul_(GUIDANCE).add_(self.u)
-        torch.add(self.x, self.out, alpha=DT, out=self.out)
+    def copy(self):
+        self.out.copy_(self.x)
 
-    def eager_x_in_(self):
-        self.eager()
-        self.eager_x_in[: len(self.x)].copy_(self.out)
-        self.eager_x_in[len(self.x) :].copy_(self.out)
+    def check(self, table, *, seed=None, history=None, x_in=None, learned=False):
+        """Against the reference in float64, within twice eager's error."""
+        noise = {} if seed is None else {"seed": seed}
 
-    def eager_ddpm(self):
-        self.eager()
-        torch.randn(self.z.shape, out=self.z)
-        self.out.add_(self.z, alpha=SIGMA)
+        def run(x, u, c, table, kept, variance):
+            outputs = [u, c] if variance is None else torch.cat((u, c))
+            return sampler_step(
+                x, outputs, table, self.step, kept, variance=variance, backend="reference", **noise
+            )  # fmt: skip
 
-    def eager_learned(self):
-        u, c = self.mean.chunk(2)
+        u, c = (self.mean if learned else self.output).chunk(2)
+        tensors = (self.x, u, c, table, history, self.v if learned else None)
+        copied = [t if t is not history or t is None else t.clone() for t in tensors]
+        eager, oracle = run(*copied), run(*map(calls.widened, tensors))
+        mine = None if history is None else history.clone()
+        self.fused(table, seed=seed, history=mine, x_in=x_in, learned=learned)()
+        testing.assert_as_good_as_eager(self.out, eager, oracle, "sampler_step")
+        if x_in is not None:
+            assert torch.equal(x_in, torch.cat((self.out, self.out))), "x_in is not c_in x', for both branches"
+
+    # ---- eager, with every output preallocated
+
+    def euler(self, u=None, c=None):
+        """Four passes."""
+        u, c = (self.u, self.c) if u is None else (u, c)
         torch.sub(c, u, out=self.out)
         self.out.mul_(GUIDANCE).add_(u)
         torch.add(self.x, self.out, alpha=DT, out=self.out)
+
+    def euler_x_in(self):
+        self.euler()
+        self.eager_x_in[: len(self.x)].copy_(self.out)
+        self.eager_x_in[len(self.x) :].copy_(self.out)
+
+    def ddpm(self):
+        self.euler()
         torch.randn(self.z.shape, out=self.z)
-        torch.mul(self.v, SPREAD, out=self.naive_out)
-        self.out.addcmul_(self.naive_out.exp_(), self.z, value=SIGMA)
+        self.out.add_(self.z, alpha=SIGMA)
 
-    def as_written_learned(self):
-        (u, c), v = self.mean.chunk(2), self.v
-        return self.x + DT * (u + GUIDANCE * (c - u)) + SIGMA * torch.exp(SPREAD * v) * torch.randn_like(self.x)
-
-    def as_written(self):
-        u, c = self.output.chunk(2)
-        return self.x + DT * (u + GUIDANCE * (c - u))
-
-    def as_written_x_in(self):
-        return torch.cat([self.as_written()] * 2)
-
-    def as_written_ddpm(self):
-        return self.as_written() + SIGMA * torch.randn_like(self.x)
-
-    def check(self, table, seed=None, history=None):
-        """Against the reference in float64, within twice eager's error."""
-        draw = {} if seed is None else {"seed": seed}
-
-        def run(x, u, c, t):
-            kept = None if history is None else history.clone()
-            return sampler_step(x, [u, c], t, self.step, kept, backend="reference", **draw)
-
-        eager = run(self.x, self.u, self.c, table)
-        oracle = run(self.x.double(), self.u.double(), self.c.double(), table.double())
-        self.fused(table, seed=seed, history=None if history is None else history.clone())
-        testing.assert_as_good_as_eager(self.out, eager, oracle)
-
-    def check_learned(self):
-        run = lambda x, mean, v, t: sampler_step(  # noqa: E731
-            x, mean, t, self.step, variance=v, seed=self.seed, backend="reference"
-        )
-        eager = run(self.x, self.mean, self.v, self.learned)
-        oracle = run(self.x.double(), self.mean.double(), self.v.double(), self.learned.double())
-        self.fused_learned()
-        testing.assert_as_good_as_eager(self.out, eager, oracle)
+    def learned(self):
+        self.euler(*self.mean.chunk(2))
+        torch.randn(self.z.shape, out=self.z)
+        torch.mul(self.v, SPREAD, out=self.scratch)
+        self.out.addcmul_(self.scratch.exp_(), self.z, value=SIGMA)
 
 
-def benchmarks(device):
-    for shape in SHAPES:
-        work = Work(shape, device)
-        n = work.x.numel()
-        copy = lambda work=work: work.out.copy_(work.x)  # noqa: E731
-        yield Benchmark(
-            "CFG + Euler row", str(shape), "float32",
-            {"fused": lambda work=work: work.fused(work.euler), "copy_": copy, "eager, preallocated": work.eager,
-             "eager, as written": work.as_written},
-            lambda work=work: work.check(work.euler), n, 16 * n,
-            (within(2.0, "copy_"), faster("eager, preallocated", 1.7)), device=device,
-        )  # fmt: skip
-        yield Benchmark(
-            "CFG + Euler row with x_in", str(shape), "float32",
-            {"fused": lambda work=work: work.fused(work.euler, work.x_in), "copy_": copy,
-             "eager, preallocated": work.eager_x_in_, "eager, as written": work.as_written_x_in},
-            lambda work=work: work.check(work.euler), n, 24 * n,
-            (within(3.5, "copy_"), faster("eager, preallocated", 1.7)), device=device,
-        )  # fmt: skip
-        yield Benchmark(
-            "CFG + DDPM row with noise", str(shape), "float32",
-            {"fused": lambda work=work: work.fused(work.ddpm, seed=work.seed), "copy_": copy,
-             "eager, preallocated": work.eager_ddpm, "eager, as written": work.as_written_ddpm},
-            lambda work=work: work.check(work.ddpm, work.seed), n, 16 * n, (faster("eager, preallocated", 3.8),),
-            device=device,
-        )  # fmt: skip
-        yield Benchmark(
-            "CFG + DDPM row with a learned variance", str(shape), "float32",
-            {"fused": work.fused_learned, "copy_": copy, "eager, preallocated": work.eager_learned,
-             "eager, as written": work.as_written_learned},
-            work.check_learned, n, 20 * n, (faster("eager, preallocated", 3.0),), device=device,
-        )  # fmt: skip
-    yield from _history_rows(device)
+# ---- as people write it ------------------------------------------------------------------------------------------
 
 
-LATENTS = (16, 4, 128, 128)
+def written(x, output):
+    u, c = output.chunk(2)
+    return x + DT * (u + GUIDANCE * (c - u))
 
 
-def _history_rows(device):
-    """Rows of multistep and of stochastic solvers: by copies of the state, and by their parts."""
-    work = Work(LATENTS, device)
-    n = work.x.numel()
-    copy = lambda: work.out.copy_(work.x)  # noqa: E731
-    for registers, bound in ((1, 4.0), (3, 6.0)):
-        history = torch.randn(registers, *LATENTS, device=device)
-        columns = {"a": 1.0, "b": DT, "g1": GUIDANCE, "p": 1.0, "q": -0.5, "flags": pack_flags(writes=(Write.Y,))}
-        columns |= {f"h{j + 1}": 0.1 * (j + 1) for j in range(registers)}
-        table = torch.from_numpy(build_rows([columns])).float().to(device)
-        yield Benchmark(
-            f"CFG + multistep row, {registers} of history", str(LATENTS), "float32",
-            {"fused": lambda table=table, history=history: work.fused(table, history=history), "copy_": copy},
-            lambda table=table, history=history: work.check(table, history=history), n, (20 + 4 * registers) * n,
-            (within(bound, "copy_"),), device=device,
-        )  # fmt: skip
-    yield Benchmark(
-        "CFG + DDPM row", str(LATENTS), "float32",
-        {"fused": lambda: work.fused(work.ddpm, seed=work.seed), "copy_": copy,
-         "row, then normal": lambda: (work.fused(work.euler), normal(LATENTS, seed=3, device=device))},
-        lambda: work.check(work.ddpm, work.seed), n, 16 * n, (within(1.3, "row, then normal"),), device=device,
+def written_x_in(x, output):
+    return torch.cat([written(x, output)] * 2)
+
+
+def written_ddpm(x, output):
+    return written(x, output) + SIGMA * torch.randn_like(x)
+
+
+def written_learned(x, mean, v):
+    return written(x, mean) + SIGMA * torch.exp(SPREAD * v) * torch.randn_like(x)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def _row(work, table, options, others, goals, **fields):
+    variants = {"fused": work.fused(table, **options), "copy_": work.copy, **others}
+    return Benchmark(
+        variants, lambda: work.check(table, **options), elements=work.x.numel(), goals=goals,
+        cost=calls.cost("sampler_step_out", *work.arguments(table, **options)), **fields,
     )  # fmt: skip
+
+
+def guided(name, case):
+    """A guided step against eager, preallocated and as written."""
+    work, (columns, options, prealloc, function, goals) = Work(case), GUIDED[name]
+    options = {option: getattr(work, option) if option in ("seed", "x_in") else True for option in options}
+    inputs = (work.x, work.mean, work.v) if "learned" in options else (work.x, work.output)
+    others = {"eager, preallocated": getattr(work, prealloc), "eager, as written": lambda: function(*inputs)}
+    exact = {} if "seed" in options else {"oracle": function}  # else it draws noise of its own
+    stated = case.label in STATED and case.dtype == torch.float32
+    return _row(
+        work, work.table(**columns), options, others, goals if stated else (), inputs=inputs,
+        compiles=(function, inputs), **exact,
+    )  # fmt: skip
+
+
+GUIDED = {  # row -> columns of its table beside ROW, options, eager with preallocation, eager as written, goals
+    "CFG + Euler row": ({}, (), "euler", written, (within(2.0, "copy_"), faster("eager, preallocated", 1.7))),
+    "CFG + Euler row with x_in": (
+        {}, ("x_in",), "euler_x_in", written_x_in, (within(3.5, "copy_"), faster("eager, preallocated", 1.7)),
+    ),
+    "CFG + DDPM row with noise": (
+        {"s": SIGMA}, ("seed",), "ddpm", written_ddpm, (faster("eager, preallocated", 3.8),),
+    ),
+    "CFG + DDPM row with a learned variance": (
+        {"s": SIGMA, "l": SPREAD}, ("seed", "learned"), "learned", written_learned,
+        (faster("eager, preallocated", 3.0),),
+    ),
+}  # fmt: skip
+
+
+def multistep(registers, bound, case):
+    """A row of a multistep solver, by copies of the state."""
+    work = Work(case)
+    columns = {f"h{j + 1}": 0.1 * (j + 1) for j in range(registers)}
+    table = work.table(p=1.0, q=-0.5, flags=pack_flags(writes=(Write.Y,)), **columns)
+    history = torch.randn(registers, *case.shape, device=case.device)
+    stated = case.label in SDXL and case.dtype == torch.float32
+    return _row(work, table, {"history": history}, {}, (within(bound, "copy_"),) if stated else ())
+
+
+def by_parts(case):
+    """A stochastic row against its parts: the step alone, then a draw of as many normals."""
+    work = Work(case)
+    step, drawn = work.fused(work.table()), torch.empty(case.shape, device=case.device)
+    parts = {"row, then normal": lambda: (step(), normal(case.shape, seed=work.seed, out=drawn))}
+    stated = case.label in SDXL and case.dtype == torch.float32
+    goals = (within(1.3, "row, then normal"),) if stated else ()
+    return _row(work, work.table(s=SIGMA), {"seed": work.seed}, parts, goals)
+
+
+_common = {"dtypes": ("float32", "bfloat16"), "group": "sampler_step", "axes": {"batch": 0, "channels": 1}}
+for _name in GUIDED:
+    _quick = None if _name in ("CFG + Euler row", "CFG + DDPM row with noise") else ()
+    _gate = _name == "CFG + DDPM row with noise"
+    register(_name, shapes=SHAPES, **_common, quick=_quick, gate=_gate)(partial(guided, _name))
+for _registers, _bound in ((1, 4.0), (3, 6.0)):
+    register(f"CFG + multistep row, {_registers} of history", shapes=SDXL | SHAPES, **_common, quick=())(
+        partial(multistep, _registers, _bound)
+    )
+register("CFG + DDPM row", shapes=SDXL | SHAPES, **_common, quick=())(by_parts)

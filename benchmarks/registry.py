@@ -133,6 +133,11 @@ class Entry:
     axes: dict[str, int]
     baselines: list[Baseline] = field(default_factory=list)
 
+    @property
+    def ranks(self) -> set[int]:
+        """The numbers of dimensions that its shapes have: pictures and videos may share a row."""
+        return {len(shape) for shape in (self.shapes | self.cuda_shapes).values()}
+
     def cases(self, device: str, *, quick: bool = False, shape=None, dtypes=None, sweep=None) -> Iterator[Case]:
         """Every shape in every dtype; of the quick set, its labels in the first dtype alone."""
         shapes = self.shapes | (self.cuda_shapes if device == "cuda" else {})
@@ -226,10 +231,10 @@ def register_shapes(benchmark: str, shapes: Mapping[str, tuple[int, ...]]) -> No
     Raises ValueError if there is no such benchmark, or a shape has another number of dimensions than its own.
     """
     for entry in select(benchmark):
-        rank = len(next(iter(entry.shapes.values())))
         for label, shape in shapes.items():
-            if len(shape) != rank:
-                raise ValueError(f"register_shapes: {entry.name} takes {rank} dimensions, got {label} {tuple(shape)}")
+            if len(shape) not in entry.ranks:
+                ranks = " or ".join(map(str, sorted(entry.ranks)))
+                raise ValueError(f"register_shapes: {entry.name} takes {ranks} dimensions, got {label} {tuple(shape)}")
             entry.shapes[label] = tuple(shape)
 
 

@@ -47,7 +47,7 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
         (entry, case)
         for entry in entries
         for case in entry.cases(
-            device, quick=what == "quick", shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
+            device, quick=what in ("quick", "gate"), shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
         )
     ]
     if not found and what != "ceilings":
@@ -61,7 +61,7 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
 
 
 def _of_rank(entries, shape, what):
-    fitting = [entry for entry in entries if len(next(iter(entry.shapes.values()))) == len(shape)]
+    fitting = [entry for entry in entries if len(shape) in entry.ranks]
     if not fitting:
         examples = {str(next(iter(entry.shapes.values()))): entry.name for entry in entries}
         raise ValueError(

@@ -60,7 +60,7 @@ def _bench(options):
 
     for path in options.load:
         registry.load_file(path)
-    device = chosen_device(options).type
+    device = _device_kind(options)
     if options.list:
         print(_listing(registry.groups(registry.select(options.what or "all")), device))
         return 0
@@ -87,6 +87,16 @@ def _bench(options):
     )  # fmt: skip
     print(verdict.describe(), file=sys.stderr if options.json else sys.stdout)
     return int(failed or not verdict.passed)
+
+
+def _device_kind(options):
+    """ "cpu" or "cuda"; of several GPUs, the one asked for becomes the current one."""
+    device = chosen_device(options)
+    if device.type == "cuda" and device.index is not None:
+        import torch
+
+        torch.cuda.set_device(device)
+    return device.type
 
 
 def _suite_options(options):
