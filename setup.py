@@ -128,8 +128,8 @@ setup(
     packages=[
         "genengine", "genengine.cli", "genengine.data", "genengine.evaluate", "genengine.extensions",
         "genengine.integrations", "genengine.integrations.diffusers", "genengine.models", "genengine.nets",
-        "genengine.ops", "genengine.paths", "genengine.solvers", "genengine.testing", "genengine.kernels",
-        "genengine.benchmarks",
+        "genengine.ops", "genengine.paths", "genengine.profiling", "genengine.solvers", "genengine.testing",
+        "genengine.kernels", "genengine.benchmarks",
     ],
     package_dir={"genengine.kernels": "kernels", "genengine.benchmarks": "benchmarks"},
     package_data={

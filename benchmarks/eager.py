@@ -24,7 +24,7 @@ from genengine.ops._activations import ACTIVATIONS
 @contextlib.contextmanager
 def ops(*, same_noise: bool = False) -> Iterator[None]:
     """Inside, `genengine.ops.<name>` is the plain form of every op that models call."""
-    plain = {name: function for name, function in _PLAIN.items() if not (same_noise and name in _NOISE)}
+    plain = {name: function for name, function in PLAIN.items() if not (same_noise and name in _NOISE)}
     if same_noise:
         plain |= {"diffuse": _diffuse(_our_noise), "reparameterize": _reparameterize(_our_noise)}
     kept = {name: getattr(fused, name) for name in plain}
@@ -133,7 +133,7 @@ def _reparameterize(draw):
 
 
 _NOISE = ("normal", "uniform")
-_PLAIN: dict[str, Callable] = {
+PLAIN: dict[str, Callable] = {
     "adaln": eager_adaln, "gated_adaln": eager_gated_adaln, "attention": attention, "bias_act": bias_act,
     "bias_gelu": bias_gelu, "geglu": geglu, "swiglu": swiglu, "group_norm_silu": group_norm_silu,
     "ema_update": ema_update, "normal": normal, "uniform": uniform, "diffuse": _diffuse(_torch_noise),

@@ -13,7 +13,7 @@ from torch import Tensor
 from genengine import _capture
 from genengine._progress import progress_bar
 from genengine.extensions._protocol import Extension, Extensions, Run
-from genengine.ops import _check, _layout, _registry, normal
+from genengine.ops import _check, _layout, _ranges, _registry, normal
 from genengine.ops.sampler_step import ADVANCE, SAMPLER_STEP
 from genengine.table import CoefficientTable
 
@@ -112,6 +112,8 @@ def _drive(run: _Run, mode: str, callback, bar) -> None:
         _capture.replay_loop(run)
         return
     advance = _capture.one_step(run) if mode == "step" else run.row
+    if _ranges.rows is not None:
+        advance = _ranges.around_rows(_ranges.rows, advance)
     for row in range(run.num_rows):
         advance(row)
         if callback is not None:

@@ -20,7 +20,7 @@ LAYERS = [
     ["models"],
     ["training_log", "train", "environment"],
     ["benchmarks"],
-    ["demo", "gallery", "arguments"],
+    ["profiling", "demo", "gallery", "arguments"],
     ["cli", "__main__", "__init__"],
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

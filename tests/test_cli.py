@@ -10,7 +10,7 @@ import pytest
 from genengine import cli, images
 from genengine.arguments import parse_labels, settings
 
-COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench", "report", "trace")
+COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench", "report", "profile", "trace")
 
 
 def run(*words, capsys):
@@ -295,3 +295,47 @@ def test_trace_shows_a_table(tmp_path, monkeypatch, capsys):
     assert status == 2 and "cannot find my_sampler:missing" in err
     status, _, err = run("trace", "my_sampler", capsys=capsys)
     assert status == 2 and "MODULE:NAME" in err
+
+
+def test_profile_prints_a_report_and_writes_its_files(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the page's roofline is drawn by Matplotlib")
+    page, trace = tmp_path / "page.html", tmp_path / "trace.json"
+    status, out, err = run(
+        "profile", "flow.step", "--num", "4", "--eager", "--device", "cpu", "--no-ceilings", "--top", "30", "--html",
+        str(page), "--trace", str(trace), capsys=capsys,
+    )  # fmt: skip
+    assert status == 0 and "flow.step, eager on cpu" in out and "gated_adaln: " in out and "addmm" in out
+    assert f"saved: {page}" in err and "<svg" in page.read_text() and json.loads(trace.read_text())["traceEvents"]
+
+
+def test_profile_of_an_op_as_json(capsys):
+    words = (
+        "profile",
+        "adaln",
+        "--shape",
+        "2,3,16",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--no-ceilings",
+        "--json",
+    )
+    status, out, _ = run(*words, capsys=capsys)
+    report = json.loads(out)
+    assert status == 0 and report["kernels"][0]["dtype"] == "bfloat16" and report["bytes"] == 2 * (2 * 96 + 2 * 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing",), "there is no target 'nothing'; targets are an op (adaln, "),
+        (("adaln", "--shape", "3,x"), "--shape must look like 16,256,1152"),
+        (("adaln", "--shape", "0,1,2"), "--shape must hold numbers of at least 1"),
+        (("adaln", "--dtype", "int8"), "--dtype must be one of float32, float16, bfloat16"),
+        (("flow.step", "--num", "0"), "--num must be at least 1"),
+    ],
+)
+def test_profile_of_bad_arguments(words, message, capsys):
+    status, _, err = run("profile", *words, "--device", "cpu", capsys=capsys)
+    assert status == 2 and message in err and len(err.splitlines()) == 1

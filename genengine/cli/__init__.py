@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from genengine.cli._bench import add_bench, add_report
 from genengine.cli._families import add_demo, add_evaluate, add_gallery, add_sample, add_train
 from genengine.cli._options import check_seed, set_threads
+from genengine.cli._profile import add_profile
 from genengine.cli._tools import add_env, add_trace, add_verify
 
 
@@ -41,7 +42,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_env, add_verify, add_demo, add_train, add_sample, add_evaluate, add_gallery, add_bench, add_report,
-        add_trace,
+        add_profile, add_trace,
     ):  # fmt: skip
         add(commands)
     return parser

@@ -1,6 +1,6 @@
 """The fused ops. Each lives in a file of its own name, its eager reference directly under the formula."""
 
-from genengine.ops import _registry
+from genengine.ops import _ranges, _registry
 from genengine.ops.adaln import adaln, gated_adaln
 from genengine.ops.attention import attention
 from genengine.ops.bias_act import bias_act, bias_gelu
@@ -17,6 +17,7 @@ from genengine.ops.sampler_step import advance, sampler_step
 
 # Loaded after every schema is defined: the shared object holds implementations only.
 EXTENSION = _registry.load_extension()
+_ranges.from_environment()
 backend = _registry.backend
 
 __all__ = [

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
+from genengine.ops import _ranges
 from genengine.ops._cost import Cost, bytes_alone
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -107,7 +108,9 @@ def _bind_namespace(name, backward, ops):
     def bound(ctx, *grads):
         if forward_ad._current_level >= 0:
             _refuse_tangents(f"{name}_backward", grads)
-        return backward(ops, ctx, *grads)
+        if _ranges.kernels is None:
+            return backward(ops, ctx, *grads)
+        return _ranges.around(_ranges.kernels, f"genengine::{name} backward", backward)(ops, ctx, *grads)
 
     return bound
 
@@ -275,7 +278,13 @@ def direct(op: Op, device: torch.device, dtype: torch.dtype) -> Callable:
 
 def overload(op: Op, name: str):
     """The overload of one backend, guarded against forward-mode AD."""
-    return guarded(op, op.overloads[name])
+    run = guarded(op, op.overloads[name])
+    return run if _ranges.kernels is None else ranged(op, name, run)
+
+
+def ranged(op: Op, name: str, run: Callable) -> Callable:
+    """`run` within a profiler's range that names op and backend; call it where such ranges are on."""
+    return _ranges.around(_ranges.kernels, f"genengine::{op.public} [{name}]", run)
 
 
 def guarded(op: Op, run: Callable) -> Callable:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genengine.ops import _check, _registry
+from genengine.ops import _check, _ranges, _registry
 from genengine.ops._cost import per_element, traffic
 
 MAX_HEAD_DIM = 256
@@ -72,7 +72,10 @@ def attention(
         raise ValueError(f"{op}: k must hold at least one key, got M = 0")
     scale, name = _scale(scale, dim), _registry.choose(_OP, q.device, q.dtype, backend)
     if not return_lse and (name == "cpu" or (name == "reference" and not (backend or _registry.named(_OP)))):
-        return _registry.guarded(_OP, _torch_attention)(q, k, v, causal, scale)
+        run = _registry.guarded(_OP, _torch_attention)
+        if _ranges.kernels is not None:
+            run = _registry.ranged(_OP, "torch", run)
+        return run(q, k, v, causal, scale)
     o, lse = _registry.overload(_OP, name)(q, k, v, causal, scale)
     return (o, lse) if return_lse else o
 
