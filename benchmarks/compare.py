@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genengine.benchmarks import results
-from genengine.benchmarks.table import is_eager
+from genengine.benchmarks.table import is_pytorch, strongest
 
 THRESHOLD = 0.10
 ELSEWHERE = 0.50  # against a result of another machine, whose caches and vector units differ
@@ -73,11 +73,11 @@ class Verdict:
 
 def change(old: dict, new: dict) -> Change | None:
     """Between two rows of the same work, by the strongest eager variant of the old one; None if they share none."""
-    shared = [name for name in old["ratios"] if is_eager(name) and name in new.get("ratios", {})]
-    if not shared:
+    found = strongest(old["ratios"], lambda name: is_pytorch(name) and name in new.get("ratios", {}))
+    if found is None:
         return None
-    name = min(shared, key=lambda name: old["ratios"][name]["ratio"])
-    return _change(results.key(old), name, old["ratios"][name], [new["ratios"][name]])
+    name, then = found
+    return _change(results.key(old), name, then, [new["ratios"][name]])
 
 
 def _change(key, name, then, measured):

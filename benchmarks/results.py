@@ -63,6 +63,25 @@ def load(path: str | Path) -> dict:
     return report
 
 
+def merged(reports: list[dict]) -> dict:
+    """One report of the rows of several, the later of two rows of the same work.
+
+    Raises ValueError unless all are of one device and commit: ratios of several machines are no comparison.
+    """
+    kinds = {(r["environment"]["device"], r["environment"]["commit"]) for r in reports}
+    if len(kinds) != 1:
+        found = "; ".join(f"{device} at {commit}" for device, commit in sorted(kinds, key=str))
+        raise ValueError(f"bench: reports of one device and commit can be shown together, these are of {found}")
+    if len(reports) == 1:
+        return reports[0]
+    rows = {key(row): row for report in reports for row in report["rows"]}
+    ceilings = next((report["ceilings"] for report in reports if report["ceilings"]), None)
+    suites = list(dict.fromkeys(report["suite"] for report in reports))
+    options = reports[-1]["options"] | {"suites": suites}
+    name = suites[0] if len(suites) == 1 else f"{len(suites)} suites"
+    return reports[-1] | {"suite": name, "options": options, "rows": list(rows.values()), "ceilings": ceilings}
+
+
 def validate(report: dict, name: str = "the report") -> None:
     """Raise ValueError, naming the place, unless the report fits the schema; without jsonschema say so, once."""
     if find_spec("jsonschema") is None:

@@ -15,7 +15,7 @@ from genengine.benchmarks import ceilings, harness, machine, registry, results
 class Options:
     """How to run a suite.
 
-    budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
+    load: files that have registered benchmarks, for the record. budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
     benchmark has are run. compile_modes: of torch.compile. sweep: an axis to scale, such as "batch".
     """
 
@@ -24,6 +24,7 @@ class Options:
     dtypes: tuple[str, ...] = ()
     compile_modes: tuple[str, ...] = ("default",)
     sweep: str | None = None
+    load: tuple[str, ...] = ()
 
     def check(self) -> None:
         if not 0 < self.budget < math.inf:

@@ -89,9 +89,12 @@ def reach(row: dict) -> str:
 
 
 def command(report: dict) -> str:
-    """The command that measures this report again; files given by --load are not recorded, and missing here."""
-    options = report["options"]
-    words = ["genengine", "bench", report["suite"]]
+    """The command, or commands, that measure this report again."""
+    return "; ".join(_command(suite, report["options"]) for suite in report["options"].get("suites", [report["suite"]]))
+
+
+def _command(suite, options):
+    words = ["genengine", "bench", suite, *(word for path in options.get("load", ()) for word in ("--load", path))]
     joined = {"shape": options.get("shape"), "dtype": options.get("dtypes")}
     words += [word for name, value in joined.items() if value for word in (f"--{name}", ",".join(map(str, value)))]
     if options.get("sweep"):

@@ -6,7 +6,7 @@ A table stands between two markers, of which the first names the result file tha
 
     <!-- figures models: benchmarks/results/<device>/<file>.json --> ... <!-- /figures models -->
 
-"figures" and a suite (ops, samplers, models, peers) shows its rows; "ops" shows a line per op, with the ratios of its
+"figures" and a suite (ops, samplers, models, peers) shows its first shapes and its rows with goals; "ops" shows a line per op, with the ratios of its
 first row. Above each stands the command, the device and the file. Without arguments every table is written anew from
 the file that its marker names. FILE.json is put in the place of what fits: a result of the suite "models" in that of
 models, one of "all" in that of every suite, and of a GPU where a GPU's is shown. --check changes nothing and fails,
@@ -70,11 +70,21 @@ def shown(marker: str, report: dict, path: str) -> str:
         body = "\n".join([OPS_HEAD, *(op_line(report["rows"], *op) for op in OPS)])
     else:
         kind = marker.removeprefix("figures ")
-        rows = [row for row in report["rows"] if row["kind"] == kind]
+        rows = [row for row in _told(report["rows"]) if row["kind"] == kind]
         if not rows:
             raise ValueError(f"{path} has no rows of {kind}; it is of the suite {report['suite']!r}")
         body = table.markdown(report | {"rows": rows})
     return f"{source(report, path)}\n\n{body}\n"
+
+
+def _told(rows):
+    """The first shape of every benchmark in each dtype, and every row with a goal; the file has the rest."""
+    seen = set()
+    for row in rows:
+        first = (row["name"], row["dtype"]) not in seen
+        seen.add((row["name"], row["dtype"]))
+        if first or row.get("goals"):
+            yield row
 
 
 def source(report: dict, path: str) -> str:

@@ -60,7 +60,10 @@ def add_report(commands):
         commands, "report", _report, "show a stored result of bench again, or as a page with plots",
         "genengine report benchmarks/results/amd-epyc/2026-11-21-0123456789ab.json --html report.html",
     )  # fmt: skip
-    command.add_argument("result", metavar="RESULT.json", help="what `genengine bench ... --save` wrote")
+    command.add_argument(
+        "results", nargs="+", metavar="RESULT.json",
+        help="what `genengine bench ... --save` wrote; several of one device and commit are shown together",
+    )  # fmt: skip
     command.add_argument("--html", default=None, metavar="FILE", help="write one self-contained page with plots")
     command.add_argument("--markdown", default=None, metavar="FILE", help="write the table as Markdown")
 
@@ -105,7 +108,7 @@ def _report(options):
     """Without a file to write, the lines that bench showed."""
     from genengine.benchmarks import results, table
 
-    report = results.load(options.result)
+    report = results.merged([results.load(path) for path in options.results])
     if not (options.html or options.markdown):
         colour = table.colour_wanted()
         print("\n".join([*(table.lines(row, colour=colour) for row in report["rows"]), table.totals(report)]))
@@ -133,7 +136,7 @@ def _suite_options(options):
     modes = () if options.compile_modes == "none" else split(options.compile_modes)
     if modes == ("both",):
         modes = ("default", "max-autotune")
-    found = suite.Options(options.budget, shape, split(options.dtype), modes, options.sweep)
+    found = suite.Options(options.budget, shape, split(options.dtype), modes, options.sweep, tuple(options.load))
     found.check()
     return found
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from bench_support import report, row
 
-from genengine.benchmarks import results
+from genengine.benchmarks import results, table
 
 
 def test_a_report_survives_a_file_and_is_named_after_device_date_commit_suite(tmp_path):
@@ -47,3 +47,18 @@ def test_without_jsonschema_it_says_so_once(monkeypatch, capsys, tmp_path):
     for name in "ab":
         results.save(report(row()), tmp_path / f"{name}.json")
     assert capsys.readouterr().err.count("not validated") == 1 and json.loads((tmp_path / "b.json").read_text())
+
+
+def test_reports_of_one_device_and_commit_are_shown_together():
+    first, second = (
+        report(row("adaln"), row("glu", ratio=2.0), suite="adaln"),
+        report(row("glu", ratio=4.0), suite="glu"),
+    )
+    both = results.merged([first, second])
+    assert [(r["name"], r["ratios"]["eager"]["ratio"]) for r in both["rows"]] == [("adaln", 3.0), ("glu", 4.0)]
+    assert table.command(both) == "genengine bench adaln --device cpu; genengine bench glu --device cpu"
+    results.validate(both)
+    assert results.merged([first]) == first
+    elsewhere = report(row(), environment=first["environment"] | {"device": "another"})
+    with pytest.raises(ValueError, match="another at 0123456789ab; made-up CPU at 0123456789ab"):
+        results.merged([first, elsewhere])
