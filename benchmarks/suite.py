@@ -15,8 +15,9 @@ from genengine.benchmarks import ceilings, harness, machine, registry, results
 class Options:
     """How to run a suite.
 
-    load: files that have registered benchmarks, for the record. budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
-    benchmark has are run. compile_modes: of torch.compile. sweep: an axis to scale, such as "batch".
+    budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
+    benchmark has are run. compile_modes: of torch.compile. sweep: an axis to scale, such as "batch". load: files that
+    have registered benchmarks of their own, for the record.
     """
 
     budget: float = 2.0
