@@ -38,22 +38,23 @@ class Change:
         return self.high < 1 - threshold
 
     def describe(self) -> str:
-        name, shape, dtype, _ = self.row
         return (
-            f"{name} {'x'.join(map(str, shape))} {dtype}: {self.baseline} / fused was {self.old:.2f}, "
+            f"{_work(self.row)}: {self.baseline} / fused was {self.old:.2f}, "
             f"is {self.new:.2f} ({self.new / self.old - 1:+.0%}, interval {self.low - 1:+.0%} to {self.high - 1:+.0%})"
         )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """losses: changes that fail. changes: of all compared rows. failed: rows that can no longer be timed, with the
-    error. missing: rows of the old report that were not run. threshold: what counted as a loss."""
+    """losses: changes that fail. changes: of all compared rows. failed: rows that can no longer be timed, or no longer
+    against what they were compared with, and why. missing: rows of the old report that were not run. without: rows
+    that have no PyTorch variant to compare with. threshold: what counted as a loss."""
 
     changes: list[Change]
     losses: list[Change]
     failed: list[str]
     missing: list[tuple]
+    without: list[tuple]
     threshold: float
 
     @property
@@ -64,11 +65,27 @@ class Verdict:
         lines = [f"compare: {len(self.changes)} ratios to eager compared, {self.threshold:.0%} allowed"]
         lines += [f"  slower: {change.describe()}" for change in self.losses]
         lines += [f"  failed: {text}" for text in self.failed]
-        if self.missing:
-            lines.append(f"  not run now: {', '.join(sorted({row[0] for row in self.missing}))}")
+        for title, rows in (("not run now", self.missing), ("without a PyTorch variant", self.without)):
+            if rows:
+                lines.append(f"  {title}: {', '.join(sorted({row[0] for row in rows}))}")
         if not self.changes:
             lines.append("  no row is in both reports: nothing was compared")
         return "\n".join([*lines, "compare: " + ("passed" if self.passed else "FAILED")])
+
+
+def _work(key):
+    name, label, shape, dtype, _ = key
+    return " ".join(filter(None, (name, label, "x".join(map(str, shape)), dtype)))
+
+
+def _no_longer(old, new):
+    """Why what was compared then cannot be now, or None."""
+    if "error" in new:
+        return new["error"].splitlines()[0]
+    found = strongest(old["ratios"], is_pytorch)
+    if found is None or found[0] in new["ratios"]:
+        return None
+    return f"{found[0]!r} is gone: {new['skipped'].get(found[0], 'the row has no such variant')}"
 
 
 def change(old: dict, new: dict) -> Change | None:
@@ -107,19 +124,20 @@ def compare(
         raise ValueError(f"bench: threshold must be between 0 and 1, got {threshold}; the default is {THRESHOLD}")
     then = {results.key(row): row for row in old["rows"] if "error" not in row}
     now = {results.key(row): row for row in new["rows"]}
-    changes, losses, failed = [], [], []
+    changes, losses, failed, without = [], [], [], []
     for key in (key for key in then if key in now):
-        if "error" in now[key]:
-            failed.append(f"{key[0]}: {now[key]['error'].splitlines()[0]}")
+        if why := _no_longer(then[key], now[key]):
+            failed.append(f"{_work(key)}: {why}")
             continue
         if (found := change(then[key], now[key])) is None:
+            without.append(key)
             continue
         if again and found.is_suspect(threshold):
             found = _confirmed(found, then[key], now[key], threshold, again)
         changes.append(found)
         if found.is_loss(threshold):
             losses.append(found)
-    return Verdict(changes, losses, failed, [key for key in then if key not in now], threshold)
+    return Verdict(changes, losses, failed, [key for key in then if key not in now], without, threshold)
 
 
 def _confirmed(found, old, new, threshold, again):
@@ -127,8 +145,8 @@ def _confirmed(found, old, new, threshold, again):
     measured = [new["ratios"][found.baseline]]
     for _ in range(CONFIRMATIONS):
         row = again(found.row)
-        if "error" in row or found.baseline not in row["ratios"]:
-            continue
+        if why := _no_longer(old, row):
+            raise RuntimeError(f"bench: {_work(found.row)} could be timed once, and then not again: {why}")
         measured.append(row["ratios"][found.baseline])
         latest = _change(found.row, found.baseline, old["ratios"][found.baseline], measured[-1:])
         if not latest.is_suspect(threshold):
@@ -151,16 +169,22 @@ def find_old(path: str, environment: dict, suite: str) -> tuple[dict, bool]:
     if not Path(path).is_dir():
         report = results.load(path)
         return report, _same_machine(report["environment"], environment)
-    ending = "" if suite == "all" else f"-{suite}"
-    here = results.device_folder(environment["device"])
-    found = sorted(Path(path).glob(f"*/*{ending}.json"), key=lambda file: (file.parent.name == here, file.name))
-    for file in reversed(found):
+    found, old = [], []
+    for file in sorted(Path(path).glob("*/*.json")):
         try:
             report = results.load(file)
         except ValueError:  # of an older version
+            old.append(file.name)
             continue
-        return report, _same_machine(report["environment"], environment)
-    raise ValueError(f"bench: no result of the suite {suite!r} under {path}; make one with --save {path}")
+        if report["suite"] == suite and not any(report["options"].get(name) for name in ("shape", "dtypes", "sweep")):
+            found.append((_same_machine(report["environment"], environment), report["environment"]["time"], report))
+    if not found:
+        passed_over = f"; of an older version: {', '.join(old)}" if old else ""
+        raise ValueError(
+            f"bench: no result of the suite {suite!r} under {path}{passed_over}; make one with --save {path}"
+        )
+    same, _, report = max(found, key=lambda item: item[:2])
+    return report, same
 
 
 def _same_machine(one, other):

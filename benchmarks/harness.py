@@ -9,32 +9,40 @@ of paired ratios with a bootstrap confidence interval. docs/measuring.md says wh
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from genengine import testing
 from genengine.benchmarks import machine
-from genengine.benchmarks.registry import Benchmark, Case, Entry, Goal
+from genengine.benchmarks.registry import Case, Entry
 from genengine.benchmarks.timers import sampler
 
 MIN_SAMPLE = 2e-3
-MAX_ROUNDS, MIN_ROUNDS = 400, 9
+MAX_ROUNDS, MIN_ROUNDS, PASSES = 400, 9, 3
 COLD_FACTOR, MAX_SETS = 3, 16  # how many times the second-level cache the rotated inputs take, in how many sets at most
 COMPILE_MODES = {"default": "torch.compile", "max-autotune": "torch.compile, max-autotune"}
 
 
 @dataclass
 class Timing:
-    """Seconds per call over the samples of one variant: of the protocol's clock, and of the clock on the wall."""
+    """Seconds per call over the samples of one variant: of the protocol's clock, and of the clock on the wall.
+
+    passes: how many samples each pass over fresh inputs has; what differs between passes differs between runs.
+    """
 
     samples: list[float] = field(repr=False)
     wall: list[float] = field(repr=False, default_factory=list)
     clock: str = "process time"
+    passes: list[int] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -45,11 +53,16 @@ class Timing:
         summary = {"min": low, "p20": p20, "median": median, "p80": p80, "clock": self.clock}
         return summary | ({"wall": float(np.median(self.wall))} if self.wall else {})
 
+    def __add__(self, other: Timing) -> Timing:
+        """Another pass behind this one."""
+        passes = [part for timing in (self, other) for part in timing.passes or [len(timing.samples)]]
+        return Timing(self.samples + other.samples, self.wall + other.wall, self.clock, passes)
+
 
 def time_variants(
-    variants: Mapping[str, list[Callable]], *, device: str = "cpu", budget: float = 2.0
+    variants: Mapping[str, list[Callable]], *, device: str = "cpu", budget: float = 2.0, min_rounds: int = MIN_ROUNDS
 ) -> dict[str, Timing]:
-    """Time all variants in turn for about `budget` seconds.
+    """Time all variants in turn for about `budget` seconds, in at least `min_rounds` rounds of a sample each.
 
     variants: name -> functions that do the same work on different inputs, taken in rotation. Returns seconds per call.
     """
@@ -57,16 +70,16 @@ def time_variants(
     counts = {}
     for name, sample in samplers.items():
         once = max(sample(1)[0], 1e-7) * sample.calls
-        counts[name] = max(1, min(10_000, round(MIN_SAMPLE / once)))
+        counts[name] = max(1, min(10_000, math.ceil(MIN_SAMPLE / once)))
     start = time.perf_counter()
     for name, sample in samplers.items():
         sample(counts[name])
-    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, budget / max(time.perf_counter() - start, 1e-6))))
+    rounds = int(min(MAX_ROUNDS, max(min_rounds, budget / max(time.perf_counter() - start, 1e-6))))
     timings = {name: Timing([], [], sample.clock) for name, sample in samplers.items()}
-    names = list(variants)
-    for index in range(rounds):
-        start = index % len(names)  # no variant always follows the same one
-        for name in names[start:] + names[:start]:
+    names, shuffle = list(samplers), np.random.default_rng(0)
+    for _ in range(rounds):
+        for index in shuffle.permutation(len(names)):  # no variant always follows the same one
+            name = names[index]
             seconds, wall = samplers[name](counts[name])
             timings[name].samples.append(seconds)
             timings[name].wall.append(wall)
@@ -74,10 +87,19 @@ def time_variants(
 
 
 def ratio(over: Timing, under: Timing, *, resamples: int = 500) -> tuple[float, float, float]:
-    """Median of the paired ratios, and the ends of its 95 % bootstrap confidence interval."""
+    """Median of the paired ratios, and the ends of its 95 % bootstrap confidence interval.
+
+    Of several passes, passes are drawn first, then their samples: those of one pass share where its inputs lie.
+    """
     paired = np.array(over.samples) / np.array(under.samples)
+    parts = np.split(paired, np.cumsum(under.passes)[:-1]) if under.passes else [paired]
     generator = np.random.default_rng(0)
-    medians = np.median(generator.choice(paired, size=(resamples, len(paired))), axis=1)
+
+    def resampled():
+        drawn = [parts[i] for i in generator.integers(len(parts), size=len(parts))]
+        return np.median(np.concatenate([generator.choice(part, size=len(part)) for part in drawn]))
+
+    medians = [resampled() for _ in range(resamples)]
     return float(np.median(paired)), *(float(q) for q in np.quantile(medians, [0.025, 0.975]))
 
 
@@ -93,11 +115,10 @@ def run(entry: Entry, case: Case, *, budget: float = 2.0, compile_modes=("defaul
     """
     row = describe(entry, case)
     try:
+        torch.manual_seed(zlib.crc32(repr(row).encode()))  # a check that fails fails again
         benchmark = entry.make(case)
         row |= {"accuracy": _checked(benchmark)}
-        sets = [_variants(b, entry, compile_modes) for b in (benchmark, *_further_sets(entry, case, benchmark))]
-        runnable, row["skipped"], row["first_call"] = _runnable(sets, benchmark, entry)
-        row |= _timed(runnable, benchmark, case, budget)
+        row |= _timed(_passes(entry, case, benchmark), entry, case, compile_modes, budget)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
     return row | _throughput(row, benchmark, case, ceilings)
@@ -121,13 +142,25 @@ def _checked(benchmark):
     return {"error": worst.error, "allowed": worst.allowed, "of": worst.label}
 
 
-def _further_sets(entry, case, benchmark):
-    """More sets of inputs, so that on a GPU no call finds its own in the cache."""
-    if case.device != "cuda" or benchmark.cost is None:
-        return []
+def _passes(entry, case, benchmark):
+    """The sets of inputs to time: a list of passes, each a list of sets taken in rotation.
+
+    On a GPU one pass over so many sets that no call finds its own in the cache. On a CPU several passes over a set
+    each: where tensors lie in memory moves a ratio more than noise does, and another process would have them elsewhere.
+    A model is one set: its parameters and compiled code take longest to make.
+    """
+    if case.device == "cuda":
+        return [[benchmark, *(entry.make(case) for _ in range(_sets_beyond_the_cache(case, benchmark) - 1))]]
+    if entry.kind == "models":
+        return [[benchmark]]
+    return [[benchmark], *([entry.make(case)] for _ in range(PASSES - 1))]
+
+
+def _sets_beyond_the_cache(case, benchmark):
+    if benchmark.cost is None:
+        return 1
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size
-    wanted = min(MAX_SETS, -(-COLD_FACTOR * cache // max(benchmark.cost.bytes, 1)))
-    return [entry.make(case) for _ in range(wanted - 1)]
+    return min(MAX_SETS, -(-COLD_FACTOR * cache // max(benchmark.cost.bytes, 1)))
 
 
 def _variants(benchmark, entry, compile_modes):
@@ -144,31 +177,41 @@ def _variants(benchmark, entry, compile_modes):
     return found
 
 
+def _missing(benchmark, entry, compile_modes):
+    """What cannot be timed at all, and why."""
+    found = {baseline.name: why for baseline in entry.baselines if (why := baseline.missing())}
+    if benchmark.compiles is None and "torch.compile" in benchmark.variants and "max-autotune" in compile_modes:
+        found[COMPILE_MODES["max-autotune"]] = "this row compiles in the default mode alone"
+    return found
+
+
 def _compiled(function, arguments, mode):
     compiled = torch.compile(function, mode=None if mode == "default" else "max-autotune-no-cudagraphs")
     return lambda: compiled(*arguments)
 
 
-def _runnable(sets, benchmark, entry):
-    """The variants that run, each with its functions of all sets; why the others do not; and how long the first call of
-    each took, compilation included."""
-    first_call = {}
-    skipped = {baseline.name: why for baseline in entry.baselines if (why := baseline.missing())}
-    runnable = {}
-    for name in sets[0]:
-        functions, start = [variants[name] for variants in sets], time.perf_counter()
+def _runnable(sets, entry, compile_modes, skipped, first_call):
+    """The variants that run, each with its functions of all sets.
+
+    Notes in `skipped` why others do not, and in `first_call` how long the first call of each took.
+    """
+    runnable, variants = {}, [_variants(benchmark, entry, compile_modes) for benchmark in sets]
+    for name in variants[0]:
+        if name in skipped:
+            continue
+        functions, start = [found[name] for found in variants], time.perf_counter()
         try:
             result = functions[0]()
-            first_call[name] = time.perf_counter() - start
-            if name in {baseline.name for baseline in entry.baselines}:
-                _meets_oracle(name, result, benchmark)
+            first_call.setdefault(name, time.perf_counter() - start)
+            if name in entry.baseline_names:
+                _meets_oracle(name, result, sets[0])
         except Exception as error:
             if name == "fused":
                 raise
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             runnable[name] = functions
-    return runnable, skipped, {name: seconds for name, seconds in first_call.items() if name in runnable}
+    return runnable
 
 
 def _meets_oracle(name, result, benchmark):
@@ -185,17 +228,26 @@ def _tuple(result):
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def _timed(runnable, benchmark, case, budget):
-    before = _state(case.device)
-    timings = time_variants(runnable, device=case.device, budget=budget)
+def _timed(passes, entry, case, compile_modes, budget):
+    benchmark = passes[0][0]
+    before, skipped, first_call = _state(case.device), _missing(benchmark, entry, compile_modes), {}
+    found, hot = [], {}
+    for sets in passes:
+        runnable = _runnable(sets, entry, compile_modes, skipped, first_call)
+        share = {"device": case.device, "budget": budget / len(passes), "min_rounds": -(-MIN_ROUNDS // len(passes))}
+        found.append(time_variants(runnable, **share))
+        if case.device == "cuda" and len(sets) > 1:
+            hot = time_variants({name: functions[:1] for name, functions in runnable.items()}, **share)
+    timings = {name: functools.reduce(operator.add, [f[name] for f in found]) for name in runnable}
+    first_call.pop("fused", None)  # its check has run it before
     row = {
         "variants": {name: timing.summary() for name, timing in timings.items()},
-        "samples": len(timings["fused"].samples),
-        "ratios": _ratios(timings),
+        "samples": len(timings["fused"].samples), "sets": len(passes[0]), "ratios": _ratios(timings),
         "goals": [_judge(goal, timings, benchmark.elements) for goal in benchmark.goals if _can_judge(goal, timings)],
-    }
-    if case.device == "cuda":
-        hot = time_variants({name: functions[:1] for name, functions in runnable.items()}, device="cuda", budget=budget)
+        "skipped": skipped, "first_call": first_call,
+        "unchecked": [] if benchmark.oracle else [name for name in entry.baseline_names if name in timings],
+    }  # fmt: skip
+    if hot:
         row["hot"] = {"variants": {name: timing.summary() for name, timing in hot.items()}, "ratios": _ratios(hot)}
     return row | {"state": [before, _state(case.device)]}
 
@@ -241,6 +293,3 @@ def _throughput(row, benchmark, case, ceilings):
         floor, name = ceilings.floor(cost, case.dtype)
         found["ceiling"] = {"name": name, "seconds": floor, "percent": 100 * floor / seconds}
     return found
-
-
-__all__ = ["Benchmark", "Goal", "Timing", "describe", "ratio", "replace", "run", "time_variants"]

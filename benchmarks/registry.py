@@ -135,6 +135,10 @@ class Entry:
     baselines: list[Baseline] = field(default_factory=list)
 
     @property
+    def baseline_names(self) -> list[str]:
+        return [baseline.name for baseline in self.baselines]
+
+    @property
     def ranks(self) -> set[int]:
         """The numbers of dimensions that its shapes have: pictures and videos may share a row."""
         return {len(shape) for shape in (self.shapes | self.cuda_shapes).values()}
@@ -257,9 +261,11 @@ def load_file(path: str) -> None:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"bench: --load expects a Python file, found none at {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    load_ours()  # so that a name that is taken is theirs to change
+    name = f"genengine_bench_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -285,7 +291,7 @@ def groups(entries: Iterable[Entry] | None = None) -> dict[str, list[Entry]]:
 
 
 def select(what: str) -> list[Entry]:
-    """The benchmarks of a suite, of an op or model, or the one of that name."""
+    """The benchmarks of a suite, of an op or model, or the one of that name; "adaln/adaln" is the one, not the op."""
     load_ours()
     if what == "all":
         return list(ENTRIES.values())
@@ -299,8 +305,10 @@ def select(what: str) -> list[Entry]:
         return [entry for entry in ENTRIES.values() if entry.kind == what]
     if what in groups():
         return groups()[what]
-    if what in ENTRIES:
-        return [ENTRIES[what]]
+    group, _, name = what.partition("/")
+    for found in (what, name):
+        if found in ENTRIES and (found == what or ENTRIES[found].group == group):
+            return [ENTRIES[found]]
     raise ValueError(
         f"bench: expected a suite ({', '.join(SUITES)}), an op or model ({', '.join(groups())}), or one benchmark, "
         f"got {what!r}; `genengine bench --list` shows all"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,16 +14,19 @@ SCHEMA = Path(__file__).with_name("schema.json")
 
 
 def key(row: dict) -> tuple:
-    """What makes two rows the same piece of work."""
-    return row["name"], tuple(row["shape"]), row["dtype"], row["device"]
+    """What makes two rows the same piece of work; the label, too, for it may name a network."""
+    return row["name"], row["label"], tuple(row["shape"]), row["dtype"], row["device"]
 
 
 def path_of(report: dict, folder: Path) -> Path:
-    """<folder>/<device>/<date>-<commit>-<suite>.json, or without the suite if it is "all"."""
-    device = device_folder(report["environment"]["device"])
-    stamp, commit = report["environment"]["time"][:10], report["environment"]["commit"] or "uncommitted"
-    suite = "" if report["suite"] == "all" else f"-{report['suite'].replace(' ', '_').replace(',', '')}"
-    return folder / device / f"{stamp}-{commit}{suite}.json"
+    """<folder>/<device>/<date>-<commit>[-<suite>][-<shape>][-<dtypes>][-<axis>].json; "all" goes without its name."""
+    options = report["options"]
+    words = [report["environment"]["time"][:10], report["environment"]["commit"] or "uncommitted"]
+    words += [] if report["suite"] == "all" else [report["suite"]]
+    words += ["x".join(map(str, options.get("shape") or ())), "_".join(options.get("dtypes") or ())]
+    words += [f"by_{options['sweep']}"] if options.get("sweep") else []
+    name = re.sub(r"[^\w.,+-]+", "_", "-".join(filter(None, words)))
+    return folder / device_folder(report["environment"]["device"]) / f"{name}.json"
 
 
 def device_folder(device: str) -> str:

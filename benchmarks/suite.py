@@ -78,6 +78,7 @@ def run(
     device: str = "cpu",
     options: Options = Options(),  # noqa: B008
     *,
+    done: Sequence[dict] = (),
     report_row: Callable[[dict], None] | None = None,
     report_ceilings: Callable[[str], None] | None = None,
     keep: Callable[[dict], None] | None = None,
@@ -85,25 +86,41 @@ def run(
     """Run a suite, the benchmarks of one op or model, or one benchmark; returns the report.
 
     A benchmark that fails is a row that says so; the rest goes on. keep: called with the report so far after every row.
-    report_row, report_ceilings: for showing progress.
+    done: rows of an earlier run, of which those that did not fail are kept and not run again. report_row,
+    report_ceilings: for showing progress. torch is set to one thread while it runs.
     """
     options.check()
+    device = torch.device(device).type
     work = cases(what, device, options)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        return _run(what, device, options, work, done, report_row, report_ceilings, keep)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(what, device, options, work, done, report_row, report_ceilings, keep):
     dtypes = list(dict.fromkeys(case.dtype for _, case in work if case.dtype.is_floating_point))
     found = ceilings.measure(device, dtypes or [torch.float32], report=report_ceilings)
     report = {
-        "schema_version": results.SCHEMA_VERSION, "suite": what, "options": vars(options) | {"device": device},
+        "schema_version": results.SCHEMA_VERSION, "suite": what, "options": recorded(options, device),
         "environment": machine.environment(device), "ceilings": found.to_json(), "rows": [],
     }  # fmt: skip
+    kept = {results.key(row): row for row in done if "error" not in row}
     for entry, case in work:
-        row = time_one(entry, case, options, found)
+        row = kept.get(results.key(harness.describe(entry, case))) or time_one(entry, case, options, found)
         report["rows"].append(row)
         if report_row is not None:
             report_row(row)
         if keep is not None:
             keep(_plain(report))
     return _plain(report)
+
+
+def recorded(options: Options, device: str) -> dict:
+    """The options as a result file has them."""
+    return _plain(vars(options) | {"device": device})
 
 
 def time_one(entry, case, options: Options, found: ceilings.Ceilings | None = None) -> dict:
@@ -116,8 +133,8 @@ def time_one(entry, case, options: Options, found: ceilings.Ceilings | None = No
 
 def again(key: tuple, device: str, options: Options) -> dict:
     """Measure one row anew, by its `results.key`."""
-    name, shape, dtype, _ = key
-    case = registry.Case(shape, getattr(torch, dtype), device)
+    name, label, shape, dtype, _ = key
+    case = registry.Case(shape, getattr(torch, dtype), device, label)
     return time_one(registry.find(name), case, options)
 
 

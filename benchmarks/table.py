@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 GREEN, RED, DIM, BOLD = "32", "31", "2", "1"
 NOISE = 0.03  # a ratio this near to 1 is neither a gain nor a loss
-MARKDOWN_HEAD = "| work | shape, dtype | fused | of the ceiling | the others' time over ours | goals |\n|" + "---|" * 6
+MARKDOWN_HEAD = (
+    "| work | shape, dtype | fused | of the ceiling | error | the others' time over ours | goals |\n|" + "---|" * 7
+)
 
 
 def figure(value: float) -> str:
@@ -88,6 +90,12 @@ def reach(row: dict) -> str:
     return f"{rate(row)}, {row['ceiling']['percent']:.0f} % of {row['ceiling']['name']}"
 
 
+def accuracy(row: dict) -> str:
+    """The largest error against float64, and what was allowed; "-" where bits or samples are compared instead."""
+    found = row.get("accuracy")
+    return f"{found['error']:.1e} of {found['allowed']:.1e} allowed" if found else "-"
+
+
 def command(report: dict) -> str:
     """The command, or commands, that measure this report again."""
     return "; ".join(_command(suite, report["options"]) for suite in report["options"].get("suites", [report["suite"]]))
@@ -126,7 +134,12 @@ def lines(row: dict, *, colour: bool = False) -> str:
     fused = row["variants"]["fused"]
     spread = f"{duration(fused['median'])} ({duration(fused['p20'])} to {duration(fused['p80'])})"
     body = [f"fused {spread}; {reach(row)}" if "ceiling" in row else f"fused {spread}"]
+    if row["accuracy"]:
+        body.append(painted(f"error {accuracy(row)} against float64", DIM, colour))
+    if "hot" in row:
+        body.append(f"inputs in the cache: {duration(row['hot']['variants']['fused']['median'])}")
     body += _wrapped(_ratio(name, entry, colour) for name, entry in row["ratios"].items())
+    body += [painted(f"{name}: its results are not checked", DIM, colour) for name in row["unchecked"]]
     body += [painted(f"{name}: skipped, {why}", DIM, colour) for name, why in row["skipped"].items()]
     body += [_goal(goal, colour) for goal in row["goals"]]
     return "\n    ".join([head, *body])
@@ -215,14 +228,16 @@ def markdown(report: dict) -> str:
 
 def markdown_row(row: dict) -> str:
     if "error" in row:
-        return _markdown_line(row["name"], work(row), "failed", "", row["error"].splitlines()[0], "")
+        return _markdown_line(row["name"], work(row), "failed", "", "", row["error"].splitlines()[0], "")
     others = ", ".join(f"{name} {_bold_loss(name, entry['ratio'])}" for name, entry in row["ratios"].items())
     goals = "; ".join(
         f"{goal['goal']}: {goal['value']:.2f}" + ("" if goal["reached"] else " **missed**") for goal in row["goals"]
     )
     share = f"{row['ceiling']['percent']:.0f} %" if "ceiling" in row else "-"
     time = duration(row["variants"]["fused"]["median"])
-    return _markdown_line(row["name"], work(row), time, share, others or "-", goals or "-")
+    time += f" (hot {duration(row['hot']['variants']['fused']['median'])})" if "hot" in row else ""
+    error = f"{row['accuracy']['error']:.1e}" if row["accuracy"] else "-"
+    return _markdown_line(row["name"], work(row), time, share, error, others or "-", goals or "-")
 
 
 def _markdown_line(*cells):

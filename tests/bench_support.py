@@ -51,7 +51,7 @@ def row(name="adaln", ratio=3.0, width=0.02, **extra):
     work = {"name": name, "group": name, "kind": "ops", "label": "small", "shape": [4, 8], "dtype": "float32"}
     timed = {
         "device": "cpu", "variants": {"fused": timing, "eager": timing}, "samples": 9, "goals": [], "skipped": {},
-        "accuracy": None, "ratios": {"eager": interval}, "first_call": {"fused": 0.1},
+        "accuracy": None, "ratios": {"eager": interval}, "first_call": {"eager": 0.1}, "sets": 1, "unchecked": [],
         "state": [{"load": 0.0}, {"load": 0.5}],
     }  # fmt: skip
     return work | timed | extra

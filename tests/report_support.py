@@ -30,7 +30,7 @@ def row(name="adaln", *, others=None, seconds=2e-3, shape=(16, 256, 1152), devic
     return {
         "name": name, "group": "adaln", "kind": "ops", "label": "DiT", "shape": list(shape), "dtype": "float32",
         "device": device, "samples": 20, "goals": [], "skipped": {}, "accuracy": None,
-        "first_call": dict.fromkeys(["fused", *others], 0.25), "state": [{"load": 0.5}, {"load": 0.75}],
+        "first_call": dict.fromkeys(others, 0.25), "sets": 1, "unchecked": [], "state": [{"load": 0.5}, {"load": 0.75}],
     } | timings(seconds, others) | changes  # fmt: skip
 
 

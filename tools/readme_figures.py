@@ -8,8 +8,8 @@ A table stands between two markers, of which the first names the result file tha
 
 "figures" and a suite (ops, samplers, models, peers) shows the first shapes of its rows and those with goals; "ops"
 shows a line per op, with the ratios of its first row. Above each stands the command, the device and the file. Without
-arguments every table is written anew from the file that its marker names. FILE.json is put in the place of what fits: a
-result of the suite "models" in that of models, one of "all" in that of every suite, and of a GPU where a GPU's is shown.
+arguments every table is written anew from the file that its marker names. FILE.json is put in the place of what fits:
+a result of the suite "models" in that of models, one of "all" in that of every suite, of a GPU where a GPU's is shown.
 --check changes nothing and fails, naming the markers, if a table is not what its file says.
 """
 

@@ -40,6 +40,10 @@ def add_bench(commands):
     command.add_argument(
         "--save", default=None, metavar="FOLDER", help="also write FOLDER/<device>/<date>-<commit>-<suite>.json"
     )
+    command.add_argument(
+        "--resume", action="store_true",
+        help="with --save: keep the rows that the file of this day, commit and suite has, and run the rest",
+    )  # fmt: skip
     command.add_argument("--html", default=None, metavar="FILE", help="also write one self-contained page with plots")
     command.add_argument("--markdown", default=None, metavar="FILE", help="also write the table as Markdown")
     command.add_argument(
@@ -87,7 +91,8 @@ def _bench(options):
     show = None if options.json else lambda row: print(table.lines(row, colour=colour), flush=True)
     say = None if options.json else lambda text: print(text, flush=True)
     keep = (lambda report: results.write(report, results.path_of(report, Path(options.save)))) if options.save else None
-    report = suite.run(options.what, device, wanted, report_row=show, report_ceilings=say, keep=keep)
+    done = _rows_done(options, device, wanted)
+    report = suite.run(options.what, device, wanted, done=done, report_row=show, report_ceilings=say, keep=keep)
     print(json.dumps(report, indent=1) if options.json else table.totals(report))
     _write(options, report)
     failed = options.strict and any("error" in row for row in report["rows"])
@@ -113,6 +118,20 @@ def _report(options):
         colour = table.colour_wanted()
         print("\n".join([*(table.lines(row, colour=colour) for row in report["rows"]), table.totals(report)]))
     _write_pages(options, report)
+
+
+def _rows_done(options, device, wanted):
+    """Of an interrupted run with the same options: what --resume need not run again."""
+    if not options.resume:
+        return []
+    if not options.save:
+        raise ValueError("--resume needs --save: rows are taken from the file that an earlier run has saved")
+    from genengine.benchmarks import machine, results, suite
+
+    now = {"suite": options.what, "options": suite.recorded(wanted, device), "environment": machine.environment(device)}
+    path = results.path_of(now, Path(options.save))
+    then = results.load(path) if path.exists() else None
+    return then["rows"] if then and then["options"] == now["options"] else []
 
 
 def _device_kind(options):

@@ -10,7 +10,11 @@ from genengine.benchmarks.registry import Benchmark
 
 def test_a_loss_beyond_threshold_and_interval_fails():
     verdict = compare.compare(report(row(ratio=3.0)), report(row(ratio=2.0)))
-    assert not verdict.passed and "was 3.00, is 2.00 (-33%" in verdict.describe() and "FAILED" in verdict.describe()
+    assert (
+        not verdict.passed
+        and "adaln small 4x8 float32: eager / fused was 3.00, is 2.00 (-33%" in verdict.describe()
+        and "FAILED" in verdict.describe()
+    )
 
 
 @pytest.mark.parametrize(("ratio", "width"), [(2.8, 0.01), (3.5, 0.01), (2.6, 0.10), (2.71, 0.001)])
@@ -42,7 +46,10 @@ def test_the_strongest_eager_of_the_old_report_counts():
 
 def test_failed_missing_and_nothing_shared():
     failed = {**row(), "error": "AssertionError: wrong"}
-    assert "failed: adaln: AssertionError: wrong" in compare.compare(report(row()), report(failed)).describe()
+    assert (
+        "failed: adaln small 4x8 float32: AssertionError: wrong"
+        in compare.compare(report(row()), report(failed)).describe()
+    )
     verdict = compare.compare(report(row(), row("glu")), report(row()))
     assert verdict.passed and "not run now: glu" in verdict.describe()
     verdict = compare.compare(report(row("glu")), report(row()))
@@ -76,16 +83,50 @@ def test_a_kernel_slowed_by_a_quarter_is_caught_and_honest_noise_is_not(clock):
         assert not slowed.passed and "made up" in slowed.describe()
 
 
+def at(time, **extra):
+    made = report(row(ratio=float(time[8:10])))
+    return made | {"environment": made["environment"] | {"time": time}} | extra
+
+
 def test_a_folder_gives_the_newest_result_of_this_device_and_suite(tmp_path):
-    for folder, date in (("made-up-cpu", "2026-01-01"), ("made-up-cpu", "2026-01-03"), ("other", "2026-02-01")):
-        results.save(report(row(ratio=float(date[-2:]) + 1)), tmp_path / folder / f"{date}-abc-quick.json")
+    for made in (at("2026-01-02T08"), at("2026-01-02T09"), at("2026-01-05T00", suite="all"),
+                 at("2026-01-06T00", options={"shape": [1, 2]})):  # fmt: skip
+        made["environment"]["commit"] = f"abc{made['environment']['time'][-2:]}"
+        results.save(made, results.path_of(made, tmp_path))
+    elsewhere = at("2026-01-09T00")
+    elsewhere["environment"]["device"] = "other"
+    results.save(elsewhere, results.path_of(elsewhere, tmp_path))
     (tmp_path / "made-up-cpu" / "2026-03-01-abc-quick.json").write_text('{"schema_version": 1}')
     found, same = compare.find_old(str(tmp_path), {"device": "made-up CPU"}, "quick")
-    assert same and found["rows"][0]["ratios"]["eager"]["ratio"] == 4
+    assert same and found["environment"]["time"] == "2026-01-02T09"
     found, same = compare.find_old(str(tmp_path), {"device": "unheard of"}, "quick")
-    assert not same and found["rows"][0]["ratios"]["eager"]["ratio"] in (2, 4)
-    with pytest.raises(ValueError, match="no result of the suite 'ops'"):
+    assert not same and found["environment"]["time"] == "2026-01-09T00"
+    with pytest.raises(ValueError, match="no result of the suite 'ops' .*of an older version: 2026-03-01-abc-quick"):
         compare.find_old(str(tmp_path), {"device": "made-up CPU"}, "ops")
+
+
+def test_rows_of_one_shape_and_another_label_are_two(tmp_path):
+    old = report(row(label="DiT-S/2"), row(label="DiT-XL/2"))
+    new = report(row(label="DiT-S/2", ratio=1.5), row(label="DiT-XL/2"))
+    asked = []
+    verdict = compare.compare(old, new, again=lambda key: asked.append(key) or row(label="DiT-S/2", ratio=1.5))
+    assert not verdict.passed and len(verdict.changes) == 2 and {key[1] for key in asked} == {"DiT-S/2"}
+
+
+def test_a_baseline_that_is_gone_fails_and_rows_without_one_are_named():
+    gone = row(ratios={}, skipped={"eager": "RuntimeError: no"})
+    verdict = compare.compare(report(row()), report(gone))
+    assert not verdict.passed and "'eager' is gone: RuntimeError: no" in verdict.describe()
+    bare = row("trace", ratios={})
+    verdict = compare.compare(report(row(), bare), report(row(), bare))
+    assert verdict.passed and "without a PyTorch variant: trace" in verdict.describe()
+
+
+def test_a_repetition_that_fails_is_no_vote():
+    with pytest.raises(RuntimeError, match="could be timed once, and then not again: ValueError: no"):
+        compare.compare(
+            report(row(ratio=3.0)), report(row(ratio=2.0)), again=lambda key: {**row(), "error": "ValueError: no"}
+        )
 
 
 def test_another_machine_or_other_vector_instructions_are_allowed_more(tmp_path):

@@ -263,7 +263,7 @@ def test_names_survive_as_they_are():
     assert any(NASTY[-47:] in text for text in Parsed(section.drawn[0]).texts)
     parsed = Parsed(page.render(every_kind()))
     assert sum(NASTY in text for text in parsed.texts) == 3  # a loss, two rows
-    assert table.markdown(every_kind()).replace("\\|", "").count("|") == 7 * 8  # eight lines of six cells
+    assert table.markdown(every_kind()).replace("\\|", "").count("|") == 8 * 8  # eight lines of six cells
 
 
 def test_failed_rows_and_losses_are_listed_and_many_fold_away():

@@ -156,3 +156,40 @@ def test_the_list_names_shapes_dtypes_and_axes(mine, capsys):
     assert out == (
         "my op  (ops)\n    mine: A 2x8; B 4x8; float32, bfloat16; axes batch\n    mine, broken: A 2x8; float32\n"
     )
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(mine, tmp_path, capsys):
+    calls = []
+
+    @register("counting", shapes={"A": (2,), "B": (3,)})
+    def counting(case):
+        calls.append(case.label)
+        if case.label == "B" and len(calls) < 5:
+            raise RuntimeError("not yet")
+        return Benchmark({"fused": lambda: None}, lambda: None)
+
+    run("counting", "--save", str(tmp_path), capsys=capsys)
+    before = len(calls)
+    _, out, _ = run("counting", "--save", str(tmp_path), "--resume", capsys=capsys)
+    assert set(calls[before:]) == {"B"} and "2 rows timed, 0 failed" in out
+    assert "--resume needs --save" in run("counting", "--resume", capsys=capsys)[2]
+
+
+def test_other_options_go_to_another_file(mine, tmp_path, capsys):
+    for words in ([], ["--shape", "3,3"], ["--dtype", "bfloat16"], ["--sweep", "batch"]):
+        run("mine", *words, "--save", str(tmp_path), capsys=capsys)
+    names = sorted(path.stem.partition("-mine")[2] for path in tmp_path.glob("*/*.json"))
+    assert names == ["", "-3x3", "-bfloat16", "-by_batch"]
+
+
+def test_threads_are_as_they_were(mine):
+    torch.set_num_threads(2)
+    try:
+        suite.run("mine", "cpu", suite.Options(0.01, compile_modes=()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_one_benchmark_of_an_op_of_the_same_name_can_be_chosen():
+    assert [entry.name for entry in registry.select("adaln/adaln")] == ["adaln"] and len(registry.select("adaln")) == 4
