@@ -143,13 +143,17 @@ class Entry:
         """The numbers of dimensions that its shapes have: pictures and videos may share a row."""
         return {len(shape) for shape in (self.shapes | self.cuda_shapes).values()}
 
-    def cases(self, device: str, *, quick: bool = False, shape=None, dtypes=None, sweep=None) -> Iterator[Case]:
-        """Every shape in every dtype; of the quick set, its labels in the first dtype alone."""
+    def cases(
+        self, device: str, *, quick: bool = False, first: bool = False, shape=None, dtypes=None, sweep=None
+    ) -> Iterator[Case]:
+        """Every shape in every dtype; the first alone; or, of the quick set, its labels in the first dtype alone."""
         shapes = self.shapes | (self.cuda_shapes if device == "cuda" else {})
         if shape is not None:
             shapes = {"": tuple(shape)}
         elif quick:
             shapes = {label: shapes[label] for label in self.quick}
+        elif first:
+            shapes = dict([next(iter(shapes.items()))])
         if sweep is not None:
             shapes = self._swept(next(iter(shapes.values())), sweep)
         for label, size in shapes.items():

@@ -19,10 +19,11 @@ def key(row: dict) -> tuple:
 
 
 def path_of(report: dict, folder: Path) -> Path:
-    """<folder>/<device>/<date>-<commit>[-<suite>][-<shape>][-<dtypes>][-<axis>].json; "all" goes without its name."""
+    """<folder>/<device>/<date>-<commit>[-<suite>][-first][-<shape>][-<dtypes>][-<axis>].json; "all" goes without its name."""
     options = report["options"]
     words = [report["environment"]["time"][:10], report["environment"]["commit"] or "uncommitted"]
     words += [] if report["suite"] == "all" else [report["suite"]]
+    words += ["first"] if options.get("first") else []
     words += ["x".join(map(str, options.get("shape") or ())), "_".join(options.get("dtypes") or ())]
     words += [f"by_{options['sweep']}"] if options.get("sweep") else []
     name = re.sub(r"[^\w.,+-]+", "_", "-".join(filter(None, words)))

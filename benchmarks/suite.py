@@ -17,7 +17,7 @@ class Options:
 
     budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
     benchmark has are run. compile_modes: of torch.compile. sweep: an axis to scale, such as "batch". load: files that
-    have registered benchmarks of their own, for the record.
+    have registered benchmarks of their own, for the record. first: of every benchmark its first shape alone.
     """
 
     budget: float = 2.0
@@ -26,6 +26,7 @@ class Options:
     compile_modes: tuple[str, ...] = ("default",)
     sweep: str | None = None
     load: tuple[str, ...] = ()
+    first: bool = False
 
     def check(self) -> None:
         if not 0 < self.budget < math.inf:
@@ -49,7 +50,12 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
         (entry, case)
         for entry in entries
         for case in entry.cases(
-            device, quick=what in ("quick", "gate"), shape=options.shape, dtypes=options.dtypes, sweep=options.sweep
+            device,
+            quick=what in ("quick", "gate"),
+            first=options.first,
+            shape=options.shape,
+            dtypes=options.dtypes,
+            sweep=options.sweep,
         )
     ]
     if not found and what != "ceilings":

@@ -105,6 +105,7 @@ def _command(suite, options):
     words = ["genengine", "bench", suite, *(word for path in options.get("load", ()) for word in ("--load", path))]
     joined = {"shape": options.get("shape"), "dtype": options.get("dtypes")}
     words += [word for name, value in joined.items() if value for word in (f"--{name}", ",".join(map(str, value)))]
+    words += ["--first"] if options.get("first") else []
     if options.get("sweep"):
         words += ["--sweep", options["sweep"]]
     if (modes := options.get("compile_modes", ["default"])) != ["default"]:

@@ -25,6 +25,7 @@ def add_bench(commands):
         help="list what can be timed, of all or of the suite named, with shapes and dtypes",
     )
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
+    command.add_argument("--first", action="store_true", help="of every benchmark the first shape alone")
     command.add_argument("--shape", default=None, metavar="N,N,...", help="this shape instead of the registered ones")
     command.add_argument("--dtype", default=None, metavar="NAME,...", help="these dtypes alone, such as bfloat16")
     command.add_argument(
@@ -155,7 +156,9 @@ def _suite_options(options):
     modes = () if options.compile_modes == "none" else split(options.compile_modes)
     if modes == ("both",):
         modes = ("default", "max-autotune")
-    found = suite.Options(options.budget, shape, split(options.dtype), modes, options.sweep, tuple(options.load))
+    found = suite.Options(
+        options.budget, shape, split(options.dtype), modes, options.sweep, tuple(options.load), options.first
+    )
     found.check()
     return found
 

@@ -62,6 +62,7 @@ def test_cases_follow_the_options(mine):
         return [(case.label, str(case.dtype)[6:]) for _, case in suite.cases("mine", "cpu", suite.Options(**options))]
 
     assert labels() == [("A", "float32"), ("A", "bfloat16"), ("B", "float32"), ("B", "bfloat16")]
+    assert labels(first=True) == [("A", "float32"), ("A", "bfloat16")]
     assert labels(dtypes=("bfloat16",)) == [("A", "bfloat16"), ("B", "bfloat16")]
     assert labels(shape=(3, 3), dtypes=("float32",)) == [("", "float32")]
     assert [label for label, _ in labels(sweep="batch", dtypes=("float32",))] == [
