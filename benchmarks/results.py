@@ -19,7 +19,10 @@ def key(row: dict) -> tuple:
 
 
 def path_of(report: dict, folder: Path) -> Path:
-    """<folder>/<device>/<date>-<commit>[-<suite>][-first][-<shape>][-<dtypes>][-<axis>].json; "all" goes without its name."""
+    """<folder>/<device>/<date>-<commit>[-<suite>], then what the options say of shapes and dtypes, ".json".
+
+    The suite "all" goes without its name.
+    """
     options = report["options"]
     words = [report["environment"]["time"][:10], report["environment"]["commit"] or "uncommitted"]
     words += [] if report["suite"] == "all" else [report["suite"]]
