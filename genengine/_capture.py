@@ -33,9 +33,27 @@ def capturing(graph, stream):
     except BaseException:
         torch.cuda.set_stream(before)
         torch.cuda.synchronize()
-        generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        generator.graphsafe_set_state(generator.clone_state())  # the same numbers follow, of a state in no capture
+        graph.reset()
+        _release(torch.cuda.default_generators[torch.cuda.current_device()])
         raise
+
+
+def _release(generator):
+    """Take the generator out of a failed capture, where resetting the graph has not; the same numbers follow.
+
+    Only there, since it gets a new state for it: graphs captured earlier keep drawing from the old one.
+    """
+    state = generator.get_state()
+    try:
+        _draw(generator)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    else:
+        generator.set_state(state)
+
+
+def _draw(generator):
+    torch.empty(1, device=generator.device).uniform_(generator=generator)
 
 
 def _capture(run, rows):

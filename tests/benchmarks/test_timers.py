@@ -17,8 +17,20 @@ class Gpu:
 
     def __init__(self):
         self.now, self.default, self.capturing, self.captured_on = 0.0, "default", None, []
-        self.stream, self.waits, self.generator_is_capturing = self.default, [], False
-        self.launches = 0
+        self.stream, self.waits, self.launches = self.default, [], 0
+        self.generator_is_capturing, self.resetting_helps, self.drawn, self.states = False, True, 0, 1
+
+    def draw(self, generator):
+        if self.generator_is_capturing:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly")
+        self.drawn += 1
+
+    def reset(self):
+        if self.resetting_helps:  # as newer versions do
+            self.generator_is_capturing = False
+
+    def take_new_state(self, state):
+        self.generator_is_capturing, self.states, self.drawn = False, self.states + 1, state
 
     def work(self, seconds):
         def run():
@@ -73,6 +85,9 @@ def gpu(monkeypatch):
         def replay(self):
             gpu.replay(self.held)
 
+        def reset(self):
+            gpu.reset()
+
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
@@ -93,8 +108,9 @@ def gpu(monkeypatch):
     gpu.default = gpu.stream = Stream("default")
     names = iter("abcdef")
     generator = SimpleNamespace(
-        clone_state=lambda: "fresh", graphsafe_set_state=lambda state: setattr(gpu, "generator_is_capturing", False)
-    )
+        get_state=lambda: gpu.drawn, set_state=lambda state: setattr(gpu, "drawn", state),
+        clone_state=lambda: gpu.drawn, graphsafe_set_state=gpu.take_new_state,
+    )  # fmt: skip
     pretended = SimpleNamespace(
         Stream=lambda index: Stream(next(names)), Event=Event, CUDAGraph=Graph, graph=gpu.graph, stream=gpu.on,
         current_stream=lambda: gpu.stream, default_stream=lambda: gpu.default, current_device=lambda: 0,
@@ -102,6 +118,7 @@ def gpu(monkeypatch):
         default_generators=[generator],
     )  # fmt: skip
     monkeypatch.setattr(torch, "cuda", pretended)
+    monkeypatch.setattr(_capture, "_draw", gpu.draw)
     timers._side_stream.cache_clear()
     yield gpu
     timers._side_stream.cache_clear()
@@ -133,10 +150,13 @@ def test_a_failed_capture_leaves_stream_generator_and_later_captures_usable(gpu)
     assert gpu.captured_on == ["a", "b"]  # not on the stream of the one that failed
 
 
-def test_the_sampling_loop_recovers_from_a_failed_capture_too(gpu):
+@pytest.mark.parametrize("resetting_helps", [True, False])
+def test_the_generator_goes_on_after_a_failed_capture_and_keeps_its_state_where_it_can(gpu, resetting_helps):
+    gpu.drawn, gpu.resetting_helps = 5, resetting_helps
     with pytest.raises(RuntimeError, match="previous error"), _capture.capturing(torch.cuda.CUDAGraph(), "side"):
         gpu.waits_for_the_device()
     assert gpu.stream == gpu.default and not gpu.generator_is_capturing
+    assert (gpu.drawn, gpu.states) == (5, 1 if resetting_helps else 2)
 
 
 def test_a_variant_that_raises_is_reported_and_costs_the_others_nothing(gpu):
