@@ -7,7 +7,7 @@ is to go. Data sheets do not serve: a shared core, a power limit or one thread o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,15 @@ from genengine.ops._cost import Cost
 # Bytes moved: from the first-level cache to main memory; a GPU's smallest sizes measure its launches alone.
 WORKING_SETS = {"cpu": [2**k for k in range(15, 29, 2)], "cuda": [2**k for k in range(20, 33, 2)]}
 MATRIX = {"cpu": 1024, "cuda": 8192}
-EXPONENTIALS = {"cpu": 2**13, "cuda": 2**26}
+EXPONENTIALS = {"cpu": 2**13, "cuda": 2**22}  # elements: what fits the first-level cache; what fills a GPU
+# On a GPU the exponentials of one element follow one another in a register: memory would be the ceiling otherwise.
+CHAIN = 256
+CHAIN_SOURCE = """
+template <typename T> T exponentials(T x) {
+  for (int i = 0; i < %d; ++i) x = __expf(-x);
+  return x;
+}
+"""
 ROUNDS = 7
 
 
@@ -27,16 +35,17 @@ class Ceilings:
     """Ceilings of one device.
 
     copy, triad: working set in bytes -> bytes moved per second, of b = a and of c = a + s b. matmul: dtype name ->
-    FLOP/s of a large square product. exps: exponentials per second, float32, in the cache. launch: seconds that the
-    smallest op takes.
+    FLOP/s of a large square product. exps: exponentials per second, float32, in the cache or, on a GPU, in registers;
+    None if not measured. launch: seconds that the smallest op takes. missing: name of a ceiling not measured -> why.
     """
 
     device: str
     copy: dict[int, float]
     triad: dict[int, float]
     matmul: dict[str, float]
-    exps: float
+    exps: float | None
     launch: float
+    missing: dict[str, str] = field(default_factory=dict)
 
     def bandwidth(self, nbytes: int) -> float:
         """Bytes per second that the faster of copy and triad moves when it moves that many, between measured sizes."""
@@ -44,15 +53,20 @@ class Ceilings:
         rates = [max(self.copy[size], self.triad[size]) for size in sizes]
         return float(np.interp(np.log(max(nbytes, 1)), np.log(sizes), rates))
 
-    def floor(self, cost: Cost, dtype: torch.dtype) -> tuple[float, str]:
-        """The least seconds that work of this cost can take here, and the ceiling that says so."""
+    def floor(self, cost: Cost, dtype: torch.dtype, *, footprint: int | None = None) -> tuple[float, str]:
+        """The least seconds that work of this cost can take here, and the ceiling that says so.
+
+        footprint: bytes over which the inputs of successive calls rotate, if more than one call moves: the bandwidth is
+        then that of so large a working set, which the cache does not hold.
+        """
         product = self.matmul.get(str(dtype).removeprefix("torch."), max(self.matmul.values()))
         floors = {
-            "bandwidth": cost.bytes / self.bandwidth(cost.bytes),
+            "bandwidth": cost.bytes / self.bandwidth(max(cost.bytes, footprint or 0)),
             "matrix products": cost.flops / product,
-            "exponentials": cost.exps / self.exps,
             "launch": self.launch,
         }
+        if self.exps is not None:
+            floors["exponentials"] = cost.exps / self.exps
         name = max(floors, key=floors.get)
         return floors[name], name
 
@@ -76,13 +90,15 @@ def measure(
     kind = torch.device(device).type
     with torch.no_grad():
         streams = {size: _streams(size, kind) for size in WORKING_SETS[kind]}
+        exps, missing = _exponentials(kind)
         found = Ceilings(
             kind,
             {size: rates[0] for size, rates in streams.items()},
             {size: rates[1] for size, rates in streams.items()},
             {name: rate for dtype in dtypes for name, rate in _products(dtype, kind)},
-            _exponentials(kind),
+            exps,
             _best(torch.zeros(1, device=kind).zero_, kind),
+            missing,
         )
     if report is not None:
         report(describe(found))
@@ -116,9 +132,16 @@ def _products(dtype, kind):
 
 
 def _exponentials(kind):
+    """Exponentials per second, or None; and {"exps": why it is None}."""
     x = torch.full((EXPONENTIALS[kind],), 0.5, device=kind)
-    out = torch.empty_like(x)
-    return len(x) / _best(lambda: torch.exp(x, out=out), kind)
+    if kind == "cpu":
+        out = torch.empty_like(x)
+        return len(x) / _best(lambda: torch.exp(x, out=out), kind), {}
+    try:
+        chain = torch.cuda.jiterator._create_jit_fn(CHAIN_SOURCE % CHAIN)
+        return CHAIN * len(x) / _best(lambda: chain(x), kind), {}
+    except (AssertionError, AttributeError, RuntimeError) as error:  # what torch raises without a run-time compiler
+        return None, {"exps": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
 def describe(ceilings: Ceilings) -> str:
@@ -126,8 +149,9 @@ def describe(ceilings: Ceilings) -> str:
     size = lambda n: f"{n / 2**20:g} MiB" if n >= 2**20 else f"{n / 2**10:g} KiB"  # noqa: E731
     streams = ", ".join(f"{size(n)} {ceilings.bandwidth(n) * 1e-9:.3g}" for n in sorted(ceilings.copy))
     products = ", ".join(f"{name} {rate * 1e-12:.3g}" for name, rate in ceilings.matmul.items())
+    exps = "" if ceilings.exps is None else f"{ceilings.exps * 1e-9:.3g} G exponentials/s; "
+    missing = "".join(f"\n          no {name}: {why}" for name, why in ceilings.missing.items())
     return (
         f"ceilings: copy or triad, GB/s by bytes moved: {streams}\n"
-        f"          matrix products, TFLOP/s: {products}; {ceilings.exps * 1e-9:.3g} G exponentials/s; "
-        f"a launch {ceilings.launch * 1e6:.2g} us"
+        f"          matrix products, TFLOP/s: {products}; {exps}a launch {ceilings.launch * 1e6:.2g} us{missing}"
     )

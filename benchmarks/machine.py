@@ -30,8 +30,7 @@ def environment(device: str) -> dict:
 
     info = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": os.environ.get("GENENGINE_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_source(),
         "genengine": genengine.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -41,6 +40,16 @@ def environment(device: str) -> dict:
         "malloc": {name: os.environ.get(name) for name in MALLOC_SETTINGS},
     }
     return info | (_gpu() if device == "cuda" else _cpu())
+
+
+def _source():
+    """Commit, and whether files were edited since: of this checkout, or as whoever installed this copy passes on."""
+    commit, dirty = os.environ.get("GENENGINE_COMMIT"), os.environ.get("GENENGINE_DIRTY")
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT:  # an installed copy may lie in somebody else's repository
+        return {"commit": commit, "dirty": dirty == "1"}
+    edited = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": commit or _git("rev-parse", "--short=12", "HEAD"), "dirty": dirty == "1" or edited}
 
 
 def _gpu():
@@ -60,14 +69,25 @@ def _cpu():
 
 
 def gpu_state() -> dict | None:
-    """Driver, clocks, power and temperature, read and never set; None where nvidia-smi does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader"]
+    """Driver, clocks, power and temperature of the current device, read and never set; None if nvidia-smi fails."""
+    command = ["nvidia-smi", f"--id={_nvidia_smi_id()}", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    values = (part.strip() for part in done.stdout.split("\n")[0].split(","))
-    return dict(zip(_GPU_FIELDS.split(","), values, strict=False))
+    values = [part.strip() for part in done.stdout.split("\n")[0].split(",")]
+    names = _GPU_FIELDS.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
+
+
+def _nvidia_smi_id():
+    """The current device as nvidia-smi names it: it knows nothing of CUDA_VISIBLE_DEVICES, and may count otherwise."""
+    index = torch.cuda.current_device()
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    if uuid is not None:
+        return str(uuid) if str(uuid).startswith("GPU-") else f"GPU-{uuid}"
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _version(module):

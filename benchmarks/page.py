@@ -189,9 +189,8 @@ def _ceilings(report):
     products = [
         [f"matrix product, {name}", f"{table.figure(rate * 1e-12)} TFLOP/s"] for name, rate in found.matmul.items()
     ]
-    single = [
-        ["exponentials", f"{table.figure(found.exps * 1e-9)} G/s"], ["a launch", table.duration(found.launch)],
-    ]  # fmt: skip
+    exps = found.missing.get("exps", "not measured") if found.exps is None else f"{table.figure(found.exps * 1e-9)} G/s"
+    single = [["exponentials", exps], ["a launch", table.duration(found.launch)]]
     return _section(
         "ceilings", f'<div class="side">{streams}{_plain_table(["ceiling", "reached"], products + single)}</div>'
     )

@@ -47,7 +47,7 @@ def draw(ceilings: dict | None, rows: Sequence[tuple[int, dict]]) -> list[str]:
 
 
 def _set_axes(axes, dots, found):
-    bandwidth, peak = found.bandwidth(max(found.copy)), max([*found.matmul.values(), found.exps])
+    bandwidth, peak = found.bandwidth(max(found.copy)), max([*found.matmul.values(), found.exps or 0.0])
     xs, ys = [x for _, _, x, _ in dots], [y for _, _, _, y in dots]
     xlim = min(xs) / 2, max(*xs, min(peak / bandwidth, 8 * max(xs))) * 2
     ylim = min(ys) / 2.5, max(*ys, peak) * 2
@@ -68,12 +68,14 @@ def _amount(value):
 def _lines(axes, found: Ceilings, places):
     """The ceilings, each with its name where there is room."""
     left, right = axes.get_xlim()
-    peak = max([*found.matmul.values(), found.exps])
+    peak = max([*found.matmul.values(), found.exps or 0.0])
     sizes = sorted(found.copy)
     slow, fast = found.bandwidth(sizes[-1]), max(found.bandwidth(size) for size in sizes)
     look = {"color": COLOURS["muted"], "linewidth": 1.1, "zorder": 1}
     parts = (0.75, 0.6, 0.45, 0.3, 0.85, 0.15)  # of a line's length: where its name may stand
-    levels = {f"products in {name}": rate for name, rate in found.matmul.items()} | {"exponentials": found.exps}
+    levels = {f"products in {name}": rate for name, rate in found.matmul.items()}
+    if found.exps is not None:
+        levels["exponentials"] = found.exps
     for name, rate in sorted(levels.items(), key=lambda item: -item[1]):
         start = min(max(left, rate / fast), right)
         axes.plot((start, right), (rate, rate), ":", **look)

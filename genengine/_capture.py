@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
@@ -16,12 +18,49 @@ def replay_loop(run):
     _capture(run, rows=range(run.num_rows)).replay()
 
 
+@contextlib.contextmanager
+def capturing(graph, stream):
+    """`torch.cuda.graph` on that stream, which leaves the process usable where the capture fails.
+
+    When ending a capture raises, torch leaves the capture's stream current and, in some versions, the default generator
+    waiting for a capture: random numbers and later captures would fail far from the cause. Errors concern this thread
+    alone, so that other threads may allocate meanwhile.
+    """
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(before)
+        torch.cuda.synchronize()
+        graph.reset()
+        _release(torch.cuda.default_generators[torch.cuda.current_device()])
+        raise
+
+
+def _release(generator):
+    """Take the generator out of a failed capture, where resetting the graph has not; the same numbers follow.
+
+    Only there, since it gets a new state for it: graphs captured earlier keep drawing from the old one.
+    """
+    state = generator.get_state()
+    try:
+        _draw(generator)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    else:
+        generator.set_state(state)
+
+
+def _draw(generator):
+    torch.empty(1, device=generator.device).uniform_(generator=generator)
+
+
 def _capture(run, rows):
     """A graph of the rows, with the run's state left as it was before.
 
-    Everything happens on a stream of this run's own device, and errors concern this thread alone, so that other threads
-    may allocate meanwhile. The warm-up compiles what would otherwise compile inside the capture: the first row and the
-    last, whose kernel writes no x_in.
+    Everything happens on a stream of this run's own device. The warm-up compiles what would otherwise compile inside
+    the capture: the first row and the last, whose kernel writes no x_in.
     """
     initial, graph = run.x.clone(), torch.cuda.CUDAGraph()
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -33,7 +72,7 @@ def _capture(run, rows):
             run.x.copy_(initial)
             run.rewind()
         side.synchronize()
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        with capturing(graph, side):
             for row in rows:
                 run.row(row)
     except torch.OutOfMemoryError:

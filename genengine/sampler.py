@@ -75,8 +75,8 @@ def sample(
     callback: called with a StepInfo after each row. progress: a progress bar, or its title.
     capture: on a GPU, "step" captures one row in a CUDA graph and replays it for every row, "loop" captures the whole
     loop in one graph, "never" neither. "auto" takes "step", which costs one pass of Python instead of R, or "never"
-    where the host takes part in every row (noise, check_finite). Ignored on a CPU. A captured denoiser's Python code
-    runs a few times only, not once per row.
+    where the host takes part in every row (noise, check_finite) or the caller is capturing a graph. Ignored on a CPU. A
+    captured denoiser's Python code runs a few times only, not once per row.
     device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
     model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
     check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).
@@ -420,8 +420,13 @@ def _mode(capture, run, callback, progress):
     if run.x.device.type != "cuda" or run.x.numel() == 0 or capture == "never":
         return "never"
     host = run.check_finite or run.noise is not None  # the host reads or chooses in every row
+    nested = torch.cuda.is_current_stream_capturing()  # captures do not nest
     if capture == "auto":
-        return "never" if host else "step"
+        return "never" if host or nested else "step"
+    if nested:
+        raise ValueError(
+            f"sample: capture={capture!r} inside the capture of another CUDA graph; pass capture='auto' or 'never'"
+        )
     if host or (capture == "loop" and (callback is not None or progress)):
         raise ValueError(
             f"sample: capture={capture!r} leaves the host no part in a row, but noise, check_finite, a callback or a "

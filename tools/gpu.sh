@@ -6,8 +6,9 @@
 # used as it is, else it is compiled, else left out (Triton runs without it).
 #
 # Everything goes to $OUT (default out/gpu): NAME.log of every part, results/, profiles/, verdicts/, and state.txt, a line
-# per part that has ended. Run again after an interruption, it repeats no part that succeeded at this commit, so a hang
-# costs one part and one limit. At the end $OUT/gpu.tar.gz holds all of it.
+# as a part starts and one as it ends. Run again after an interruption, it repeats no part that succeeded with this very
+# source (commit and edits), and benchmarks go on at the row where they stopped, so a hang costs one part and one limit.
+# At the end $OUT/gpu.tar.gz holds all of it.
 # Settings: FORCE=1 repeats everything; BUDGET= seconds of timing per row; COMPILE= modes of torch.compile; OPS_LIMIT=
 # seconds per op; DEVICE=cpu for a rehearsal.
 set -uo pipefail
@@ -19,32 +20,68 @@ stages="install verify test ceilings ops samplers models profile"
 [[ " $stages all " == *" $stage "* ]] || { echo "gpu: STAGE must be one of: $stages all; got $stage" >&2; exit 2; }
 mkdir -p "${OUT:-$root/out/gpu}" && out=$(cd "${OUT:-$root/out/gpu}" && pwd)
 work=${TMPDIR:-/tmp}/genengine-gpu
-export GENENGINE_COMMIT=${GENENGINE_COMMIT:-$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null || echo unknown)}
-export root python out work PYTHONPATH=$work/site
+
+in_git() { [ "$(git -C "$root" rev-parse --show-toplevel 2>/dev/null)" = "$(cd "$root" && pwd -P)" ]; }
+
+edits() { # what was changed since the commit: nothing at all if nothing was
+  git -C "$root" diff HEAD --binary --no-ext-diff --no-textconv
+  (cd "$root" && git ls-files --others --exclude-standard -z | xargs -0 -r sha256sum --)
+}
+
+files() { # without git: everything that could be installed
+  (cd "$root" && find . \( -name ".?*" -o -name build -o -name out -o -name runs -o -name __pycache__ -o -name "*.egg-info" \
+    -o -name "*.abi.so" -o -name _build.json \) -prune -o -type f -print0 | sort -z | xargs -0 -r sha256sum --)
+}
+
+source_stamp() { # sets GENENGINE_COMMIT, GENENGINE_DIRTY and stamp, which tells these from any other files
+  local changes
+  if in_git; then
+    export GENENGINE_COMMIT=${GENENGINE_COMMIT:-$(git -C "$root" rev-parse --short=12 HEAD)}
+    changes=$(edits | sha256sum)
+    [ "$changes" = "$(sha256sum </dev/null)" ] || GENENGINE_DIRTY=1
+  else
+    export GENENGINE_COMMIT=${GENENGINE_COMMIT:-unknown}
+    changes=$(files | sha256sum)
+  fi
+  export GENENGINE_DIRTY=${GENENGINE_DIRTY:-0}
+  stamp=$GENENGINE_COMMIT-$({ echo "$changes"; cat "$root/genengine/_C.abi.so" 2>/dev/null; } | sha256sum | cut -c1-12)
+}
+
+source_stamp
+export root python out work stamp PYTHONPATH=$work/site
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296
 unset TRITON_INTERPRET
 budget=${BUDGET:-0.3} device=${DEVICE:-cuda}
 status=0
 
-part() { # name, seconds, command...: one part of a stage, unless it has succeeded at this commit
+part() { # name, seconds, command...: one part of a stage, unless it has succeeded with this source
   local name=$1 limit=$2
   shift 2
-  if [ -z "${FORCE:-}" ] && grep -qsx "$name $GENENGINE_COMMIT 0" "$out/state.txt"; then
+  if [ -z "${FORCE:-}" ] && grep -qsx "$name $stamp 0" "$out/state.txt"; then
     echo "== $name: done before (FORCE=1 repeats it)"
     return
   fi
   echo "== $name (at most ${limit} s)"
   mkdir -p "$work"
+  echo "$name $stamp started" >>"$out/state.txt"
   (cd "$work" && timeout --kill-after=10 "$limit" "$@") 2>&1 | tee "$out/$name.log"
-  local code=${PIPESTATUS[0]}
-  [ "$code" -ne 124 ] || echo "== $name: stopped after ${limit} s; what it had written is kept"
-  echo "$name $GENENGINE_COMMIT $code" >>"$out/state.txt"
-  [ "$code" -eq 0 ] || status=1
+  ended "$name" "${PIPESTATUS[0]}" "$limit"
+}
+
+ended() { # name, exit status, seconds: one line of the state
+  case $2 in
+    124) echo "== $1: stopped after $3 s; what it had written is kept" ;;
+    137) echo "== $1: killed, for memory or as it did not stop after $3 s; what it had written is kept" ;;
+  esac
+  echo "$1 $stamp $2" >>"$out/state.txt"
+  [ "$2" -eq 0 ] || status=1
+}
+
+stopped_here() { # name: this part was last started with this very source, so that what it left can be used
+  [ -z "${FORCE:-}" ] && [ "$(grep -s "^$1 " "$out/state.txt" | tail -n 1 | cut -d ' ' -f 2)" = "$stamp" ]
 }
 
 wanted() { [ "$stage" = all ] || [ "$stage" = "$1" ]; }
-
-genengine() { "$python" -m genengine "$@"; }
 
 install() {
   rm -rf "$work/site" "$work/src" && mkdir -p "$work/src"
@@ -56,22 +93,34 @@ install() {
       cp "$root/genengine/_C.abi.so" "$work/site/genengine/" && rm -f "$work/site/genengine/_build.json"
   else
     MAX_JOBS=$(nproc) GENENGINE_CUDA=${GENENGINE_CUDA:-AUTO} "$python" -m pip install $flags "$work/src"
-  fi || lay_out
+  fi || lay_out || return
+  echo "$stamp" >"$work/site/stamp.txt"
   (cd "$work" && "$python" -m genengine env)
 }
 
 lay_out() { # where pip or setuptools are missing or too old: the package as a wheel would lay it out
   echo "pip could not install the checkout: laying it out by hand"
-  rm -rf "$work/site" && mkdir -p "$work/site"
-  cp -r "$root/genengine" "$work/site/genengine"
-  cp -r "$root/kernels" "$root/benchmarks" "$work/site/genengine/"
+  rm -rf "$work/site" && mkdir -p "$work/site" && cp -r "$root/genengine" "$work/site/genengine" &&
+    cp -r "$root/kernels" "$root/benchmarks" "$work/site/genengine/"
 }
 export -f install lay_out
 
 bench() { # suite, seconds for each op or model of it: a hang loses one of them
-  for group in $(cd "$work" && genengine bench "$1" --list --device "$device" | awk '/^[^ ]/ {print $1}'); do
+  local groups code group resume
+  groups=$(cd "$work" && timeout --kill-after=10 120 "$python" -m genengine bench "$1" --list --device "$device" \
+    2>"$out/list-$1.log")
+  code=$?
+  groups=$(awk '/^[^ ]/ {print $1}' <<<"$groups")
+  if [ "$code" -ne 0 ] || [ -z "$groups" ]; then
+    echo "== list-$1: exit status $code, names: ${groups:-none}" | tee -a "$out/list-$1.log"
+    ended "list-$1" "$((code ? code : 1))" 120
+    return
+  fi
+  for group in $groups; do
+    resume=
+    ! stopped_here "bench-$group" || resume=--resume
     part "bench-$group" "$2" "$python" -m genengine bench "$group" --device "$device" --budget "$budget" \
-      --compile "${COMPILE:-default}" --save "$out/results"
+      --compile "${COMPILE:-default}" --save "$out/results" --strict $resume
   done
 }
 
@@ -83,11 +132,14 @@ profile() {
   done
 }
 
-if [ ! -d "$work/site/genengine" ]; then
+installed() { [ "$(cat "$work/site/stamp.txt" 2>/dev/null)" = "$stamp" ]; }
+
+if ! installed; then # another source, or none: whatever the stage
   FORCE=1 part install 480 bash -c install
 elif wanted install; then
   part install 480 bash -c install
 fi
+installed || { echo "gpu: this source could not be installed; nothing else is run" >&2; exit 1; }
 wanted verify && part verify 300 "$python" -m genengine verify --device "$device"
 wanted test && part test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
 wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --device "$device" --save "$out/results"
@@ -96,6 +148,6 @@ wanted samplers && bench samplers 120
 wanted models && bench models 180
 wanted profile && profile
 cp -rT "${GENENGINE_CACHE:-$HOME/.cache/genengine}" "$out/verdicts" 2>/dev/null
-(cd "$work" && genengine report "$out"/results/*/*.json --html "$out/report.html") || echo "gpu: no report"
+(cd "$work" && "$python" -m genengine report "$out"/results/*/*.json --html "$out/report.html") || echo "gpu: no report"
 tar czf "$work/gpu.tar.gz" -C "$out" --exclude gpu.tar.gz . && mv "$work/gpu.tar.gz" "$out/" && echo "archive: $out/gpu.tar.gz"
 exit $status

@@ -202,6 +202,12 @@ def test_a_report_without_ceilings_or_costs(rows):
     assert with_ceilings.said("13 GB/s") or with_ceilings.said("GB/s, by bytes moved")
 
 
+def test_a_ceiling_that_was_not_measured_says_why():
+    ceilings = made.CEILINGS | {"exps": None, "missing": {"exps": "RuntimeError: no compiler"}}
+    parsed = Parsed(page.render(made.report([made.row()], ceilings=ceilings)))
+    assert parsed.said("RuntimeError: no compiler") and not parsed.said("exponentials,")
+
+
 def test_clocks_and_power_of_a_gpu_are_told():
     gpu = {"name": "H", "driver_version": "580.1", "clocks.sm": "1980 MHz", "power.limit": "700.00 W"}
     facts = dict(page.facts_of(made.report([], environment={"gpu": gpu, "device": "H", "l2_bytes": 52428800})))
