@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from genengine import testing
-from genengine.benchmarks import machine
+from genengine.benchmarks import machine, timers
 from genengine.benchmarks.registry import Case, Entry
-from genengine.benchmarks.timers import sampler
 
 MIN_SAMPLE = 2e-3
 MAX_ROUNDS, MIN_ROUNDS, PASSES = 400, 9, 3
@@ -37,12 +36,14 @@ class Timing:
     """Seconds per call over the samples of one variant: of the protocol's clock, and of the clock on the wall.
 
     passes: how many samples each pass over fresh inputs has; what differs between passes differs between runs.
+    reason: on a GPU, why no graph could be timed, if none could.
     """
 
     samples: list[float] = field(repr=False)
     wall: list[float] = field(repr=False, default_factory=list)
     clock: str = "process time"
     passes: list[int] = field(default_factory=list)
+    reason: str | None = None
 
     @property
     def median(self) -> float:
@@ -51,22 +52,33 @@ class Timing:
     def summary(self) -> dict:
         low, p20, median, p80 = (float(q) for q in np.quantile(self.samples, [0, 0.2, 0.5, 0.8]))
         summary = {"min": low, "p20": p20, "median": median, "p80": p80, "clock": self.clock}
-        return summary | ({"wall": float(np.median(self.wall))} if self.wall else {})
+        summary |= {"wall": float(np.median(self.wall))} if self.wall else {}
+        return summary | ({"reason": self.reason} if self.reason else {})
 
     def __add__(self, other: Timing) -> Timing:
         """Another pass behind this one."""
         passes = [part for timing in (self, other) for part in timing.passes or [len(timing.samples)]]
-        return Timing(self.samples + other.samples, self.wall + other.wall, self.clock, passes)
+        return Timing(self.samples + other.samples, self.wall + other.wall, self.clock, passes, self.reason)
 
 
 def time_variants(
-    variants: Mapping[str, list[Callable]], *, device: str = "cpu", budget: float = 2.0, min_rounds: int = MIN_ROUNDS
+    variants: Mapping[str, list[Callable]],
+    *,
+    device: str = "cpu",
+    budget: float = 2.0,
+    min_rounds: int = MIN_ROUNDS,
+    skipped: dict[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Time all variants in turn for about `budget` seconds, in at least `min_rounds` rounds of a sample each.
 
-    variants: name -> functions that do the same work on different inputs, taken in rotation. Returns seconds per call.
+    variants: name -> functions that do the same work on different inputs, taken in rotation. skipped: takes the names
+    of variants that raise as their clock is made, and why; without it, and of "fused", that raises RuntimeError.
+    Returns seconds per call.
     """
-    samplers = {name: sampler(functions, device) for name, functions in variants.items()}
+    samplers, failures = timers.samplers(variants, device)
+    if failures and (skipped is None or "fused" in failures):
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failures.items()))
+    (skipped if skipped is not None else {}).update(failures)
     counts = {}
     for name, sample in samplers.items():
         once = max(sample(1)[0], 1e-7) * sample.calls
@@ -75,7 +87,7 @@ def time_variants(
     for name, sample in samplers.items():
         sample(counts[name])
     rounds = int(min(MAX_ROUNDS, max(min_rounds, budget / max(time.perf_counter() - start, 1e-6))))
-    timings = {name: Timing([], [], sample.clock) for name, sample in samplers.items()}
+    timings = {name: Timing([], [], sample.clock, [], sample.reason) for name, sample in samplers.items()}
     names, shuffle = list(samplers), np.random.default_rng(0)
     for _ in range(rounds):
         for index in shuffle.permutation(len(names)):  # no variant always follows the same one
@@ -116,9 +128,10 @@ def run(entry: Entry, case: Case, *, budget: float = 2.0, compile_modes=("defaul
     row = describe(entry, case)
     try:
         torch.manual_seed(zlib.crc32(repr(row).encode()))  # a check that fails fails again
-        benchmark = entry.make(case)
-        row |= {"accuracy": _checked(benchmark)}
-        row |= _timed(_passes(entry, case, benchmark), entry, case, compile_modes, budget)
+        with timers.stream_of(case.device):
+            benchmark = entry.make(case)
+            row |= {"accuracy": _checked(benchmark)}
+            row |= _timed(_passes(entry, case, benchmark), entry, case, compile_modes, budget)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
     return row | _throughput(row, benchmark, case, ceilings)
@@ -234,11 +247,18 @@ def _timed(passes, entry, case, compile_modes, budget):
     found, hot = [], {}
     for sets in passes:
         runnable = _runnable(sets, entry, compile_modes, skipped, first_call)
-        share = {"device": case.device, "budget": budget / len(passes), "min_rounds": -(-MIN_ROUNDS // len(passes))}
+        share = {
+            "device": case.device, "budget": budget / len(passes), "min_rounds": -(-MIN_ROUNDS // len(passes)),
+            "skipped": skipped,
+        }  # fmt: skip
         found.append(time_variants(runnable, **share))
         if case.device == "cuda" and len(sets) > 1:
             hot = time_variants({name: functions[:1] for name, functions in runnable.items()}, **share)
-    timings = {name: functools.reduce(operator.add, [f[name] for f in found]) for name in runnable}
+    timings = {
+        name: functools.reduce(operator.add, [timed[name] for timed in found])
+        for name in found[0]
+        if all(name in timed for timed in found)
+    }
     first_call.pop("fused", None)  # its check has run it before
     row = {
         "variants": {name: timing.summary() for name, timing in timings.items()},
@@ -290,6 +310,7 @@ def _throughput(row, benchmark, case, ceilings):
     found["cost"] = {"bytes": cost.bytes, "flops": cost.flops, "exps": cost.exps}
     found |= {"GB_per_s": cost.bytes / seconds * 1e-9, "TFLOP_per_s": cost.flops / seconds * 1e-12}
     if ceilings is not None:
-        floor, name = ceilings.floor(cost, case.dtype)
+        footprint = cost.bytes * row["sets"] if row["sets"] > 1 else None  # cold
+        floor, name = ceilings.floor(cost, case.dtype, footprint=footprint)
         found["ceiling"] = {"name": name, "seconds": floor, "percent": 100 * floor / seconds}
     return found

@@ -137,6 +137,8 @@ def lines(row: dict, *, colour: bool = False) -> str:
     body = [f"fused {spread}; {reach(row)}" if "ceiling" in row else f"fused {spread}"]
     if row["accuracy"]:
         body.append(painted(f"error {accuracy(row)} against float64", DIM, colour))
+    if fused.get("reason"):
+        body.append(painted(f"timed by plain calls: {fused['reason']}", DIM, colour))
     if "hot" in row:
         body.append(f"inputs in the cache: {duration(row['hot']['variants']['fused']['median'])}")
     body += _wrapped(_ratio(name, entry, colour) for name, entry in row["ratios"].items())
