@@ -55,11 +55,13 @@ class Work:
         self.out.copy_(self.x)
 
     def in_place(self, name):
-        """x' preallocated, the modulation in place: the fewest passes that eager takes."""
+        """x' preallocated, the modulation in place in one pass: the fewest passes that eager takes."""
         x = self.x
         if name == "gated_adaln":
             x = torch.addcmul(self.x, self.gate[:, None], self.branch, out=self.out)
-        return F.layer_norm(x, x.shape[-1:], eps=EPS).mul_(1 + self.scale[:, None]).add_(self.shift[:, None])
+        h = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        torch.addcmul(self.shift[:, None], h, 1 + self.scale[:, None], out=h)
+        return h if name == "adaln" else (x, h)
 
     def eager_backward(self, name):
         """autograd through eager as written, its forward outside the timing."""
