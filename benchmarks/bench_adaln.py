@@ -40,11 +40,12 @@ class Work:
         self.x, self.branch, self.grad_x, self.grad_h = (case.randn() for _ in range(4))
         self.gate, self.scale, self.shift = case.randn(batch, 6 * dim).chunk(6, dim=1)[:3]
         self.out = torch.empty_like(self.x)
+        x_out = torch.addcmul(self.x, self.gate[:, None], self.branch)
         self.args = {
             "adaln": (self.x, self.scale, self.shift),
             "gated_adaln": (self.x, self.branch, self.gate, self.scale, self.shift),
             "adaln_backward": (self.grad_h, self.x, self.scale),
-            "gated_adaln_backward": (self.grad_x, self.grad_h, self.x, self.branch, self.gate, self.scale),
+            "gated_adaln_backward": (self.grad_x, self.grad_h, x_out, self.branch, self.gate, self.scale),
         }
 
     def fused(self, name):
