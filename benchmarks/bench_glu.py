@@ -1,7 +1,7 @@
 """geglu and swiglu over one packed projection (tokens, gate and value), forward and backward, against eager and peers.
 
-Two reads and one write per element of the result. "eager, preallocated" writes the
-activation into its output and multiplies there. Liger's GEGLU is the tanh form, so it stands in that row.
+Two reads and one write per element of the result. "eager, preallocated" writes the activation into its output and
+multiplies there. Liger's GEGLU is the tanh form, so it stands in that row.
 """
 
 from functools import partial

@@ -2,7 +2,7 @@
 
 "eager" is the textbook loop as people write it: guidance by chunk and combine, the update by hand, both branches' next
 input by cat. Its step, compiled, is the torch.compile variant. "eager, preallocated" folds a step's scalars on the host
-into two, x' = a x + b m, and allocates nothing.
+into x' = a x + b m + s z, and allocates nothing.
 """
 
 from functools import partial
@@ -70,7 +70,7 @@ def folded(row, name):
 
 
 def preallocated(x, output, scalars, buffers):
-    """The loop in at most a handful of passes a step: one lerp for guidance, the update, the draw, the next input."""
+    """The loop without allocating: one lerp for guidance, the update, the draw, the next input."""
     m, z, state, model_in = buffers
     u, c = output.chunk(2)
     state.copy_(x)
