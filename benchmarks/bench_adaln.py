@@ -40,11 +40,12 @@ class Work:
         self.x, self.branch, self.grad_x, self.grad_h = (case.randn() for _ in range(4))
         self.gate, self.scale, self.shift = case.randn(batch, 6 * dim).chunk(6, dim=1)[:3]
         self.out = torch.empty_like(self.x)
+        x_out = torch.addcmul(self.x, self.gate[:, None], self.branch)
         self.args = {
             "adaln": (self.x, self.scale, self.shift),
             "gated_adaln": (self.x, self.branch, self.gate, self.scale, self.shift),
             "adaln_backward": (self.grad_h, self.x, self.scale),
-            "gated_adaln_backward": (self.grad_x, self.grad_h, self.x, self.branch, self.gate, self.scale),
+            "gated_adaln_backward": (self.grad_x, self.grad_h, x_out, self.branch, self.gate, self.scale),
         }
 
     def fused(self, name):
@@ -55,11 +56,13 @@ class Work:
         self.out.copy_(self.x)
 
     def in_place(self, name):
-        """x' preallocated, the modulation in place: the fewest passes that eager takes."""
+        """x' preallocated, the modulation in place in one pass: the fewest passes that eager takes."""
         x = self.x
         if name == "gated_adaln":
             x = torch.addcmul(self.x, self.gate[:, None], self.branch, out=self.out)
-        return F.layer_norm(x, x.shape[-1:], eps=EPS).mul_(1 + self.scale[:, None]).add_(self.shift[:, None])
+        h = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        torch.addcmul(self.shift[:, None], h, 1 + self.scale[:, None], out=h)
+        return h if name == "adaln" else (x, h)
 
     def eager_backward(self, name):
         """autograd through eager as written, its forward outside the timing."""

@@ -62,19 +62,19 @@ def forward(fused, eager, activation, dim, gain, stated, case):
         "eager, in place": lambda: in_place(work, activation),
     }
     return Benchmark(
-        variants, lambda: calls.check("bias_act", *work.forward), inputs=work.inputs, oracle=eager,
+        variants, lambda: calls.check_function(fused, eager, work.inputs, "bias_act"), inputs=work.inputs, oracle=eager,
         compiles=(eager, work.inputs), cost=calls.cost("bias_act", *work.forward), elements=work.x.numel(),
         goals=_goals(stated, case),
     )  # fmt: skip
 
 
 def in_place(work, activation):
-    """The bias into preallocated memory, the activation in place where torch can."""
+    """The bias into preallocated memory, the activation in place."""
     if activation == "lrelu":
         torch.add(work.x, work.bias[:, None, None], out=work.scratch)
         return F.leaky_relu_(work.scratch, SLOPE).mul_(GAIN)
     torch.add(work.x, work.bias, out=work.scratch)
-    return F.gelu(work.scratch, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return torch.ops.aten.gelu_(work.scratch, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def forward_and_backward(fused, eager, activation, dim, gain, stated, case):

@@ -3,6 +3,8 @@
 One read and two writes against many passes. Eager draws its own noise, so results are not compared with it.
 """
 
+from functools import partial
+
 import torch
 
 from genengine import testing
@@ -23,9 +25,19 @@ def eager(x0, alpha, sigma, c_x0, c_eps):
     return a * x0 + s * eps, cx * x0 + ce * eps
 
 
+def preallocated(x0, alpha, sigma, c_x0, c_eps, eps, x_t, target):
+    """A draw and four passes, nothing of x0's size allocated."""
+    a, s, cx, ce = (v.to(x0.dtype).view(-1, *[1] * (x0.dim() - 1)) for v in (alpha, sigma, c_x0, c_eps))
+    torch.randn(x0.shape, out=eps)
+    torch.mul(x0, a, out=x_t).addcmul_(eps, s)
+    torch.mul(x0, cx, out=target).addcmul_(eps, ce)
+    return x_t, target
+
+
 class Work:
     def __init__(self, case):
         self.x0, self.grad_x_t, self.grad_target = (case.randn() for _ in range(3))
+        self.buffers = tuple(torch.empty_like(self.x0) for _ in range(3))
         self.coefficients = tuple(torch.rand(case.shape[0], device=case.device) for _ in range(4))
         self.inputs = (self.x0, *self.coefficients)
         self.arguments = (*self.inputs, torch.tensor(1, device=case.device), None, 0, None)
@@ -34,7 +46,9 @@ class Work:
         return diffuse(x0, *coefficients, seed=self.arguments[5])
 
     def check(self):
-        calls.check("diffuse", *self.arguments)
+        """What is timed against the reference in float64, with the same noise."""
+        reference = partial(diffuse, seed=self.arguments[5], backend="reference")
+        calls.check_function(self.fused, reference, self.inputs, "diffuse")
 
     def cost(self):
         return calls.cost("diffuse", *self.arguments)
@@ -43,7 +57,11 @@ class Work:
 @register("diffuse", **COMMON, gate=True)
 def forward(case):
     work = Work(case)
-    variants = {"fused": lambda: work.fused(*work.inputs), "eager, as written": lambda: eager(*work.inputs)}
+    variants = {
+        "fused": lambda: work.fused(*work.inputs),
+        "eager, as written": lambda: eager(*work.inputs),
+        "eager, preallocated": lambda: preallocated(*work.inputs, *work.buffers),
+    }
     return Benchmark(
         variants, work.check, inputs=work.inputs, compiles=(eager, work.inputs), cost=work.cost(),
         elements=work.x0.numel(), goals=(faster("eager, as written", 3.0),) * _stated(case),

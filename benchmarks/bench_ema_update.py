@@ -24,6 +24,7 @@ def weights(case):
 def eager(averages, values):
     for average, value in zip(averages, values, strict=True):
         average.mul_(DECAY).add_(value, alpha=1 - DECAY)
+    return averages
 
 
 @register(
@@ -44,8 +45,12 @@ def make(case):
         for got, rounded, oracle in zip(ours, plain, exact, strict=True):
             testing.assert_as_good_as_eager(got, rounded, oracle, "ema_update")
 
+    def fused():
+        ema_update(averages, values, DECAY)
+        return averages
+
     variants = {
-        "fused": lambda: ema_update(averages, values, DECAY),
+        "fused": fused,
         "eager, mul_ and add_": lambda: eager(averages, values),
         "torch._foreach_lerp_": lambda: torch._foreach_lerp_(averages, values, 1 - DECAY),
     }

@@ -51,7 +51,10 @@ class Work:
         u = F.group_norm(self.x, GROUPS, self.weight, self.bias, EPS)
         if self.modulation:
             scale, shift = (t[:, :, None, None] for t in self.modulation)
-            u.mul_(1 + scale).add_(shift)
+            if self.channels_last:
+                torch.addcmul(shift, u, 1 + scale, out=u)
+            else:  # rows that are broadcast along the innermost dimension make addcmul slower than two passes
+                u.mul_(1 + scale).add_(shift)
         return F.silu(u, inplace=True)
 
     def arguments(self):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from genengine.benchmarks import calls
 from genengine.benchmarks.registry import Benchmark, faster, register
-from genengine.ops import _registry, logistic_mixture_log_prob, logistic_mixture_sample
+from genengine.ops import logistic_mixture_log_prob, logistic_mixture_sample
 from genengine.ops.logistic_mixture import params_per_component, reference_log_prob
 from genengine.testing.logistic_mixture import gradient_slack, log_prob_slack
 
@@ -78,16 +78,19 @@ class Work:
     def check(self):
         """Forward and backward against the reference in float64; the eager formulation agrees, but less exactly."""
         slack = log_prob_slack(self.channels, self.params)
-        calls.check("logistic_mixture_log_prob", *self.forward, slack=(slack,))
+        log_prob = partial(reference_log_prob, bins=BINS)
+        calls.check_function(logistic_mixture_log_prob, log_prob, self.inputs, "logistic_mixture_log_prob", (slack,))
         slack = gradient_slack(self.grad, self.channels, self.params)
         calls.check("logistic_mixture_log_prob_backward", *self.backward, slack=(slack,))
         ours = logistic_mixture_log_prob(self.x, self.params.float())
         torch.testing.assert_close(written(*self.inputs), ours, rtol=1e-2, atol=1e-2)
 
     def check_sample(self):
-        op = _registry.OPS["logistic_mixture_sample"]
-        kernel = calls.kernel(op.name, self.params)
-        assert torch.equal(kernel(*self.sample), op.overloads["reference"](*self.sample)), "samples differ"
+        reference = self.draw(backend="reference")
+        assert torch.equal(self.draw(), reference), "samples differ"
+
+    def draw(self, **options):
+        return logistic_mixture_sample(self.params, channels=self.channels, seed=self.seed, **options)
 
 
 def written(x, params):
@@ -124,7 +127,7 @@ def sample(memory_format, stated, case):
         return eager_sample(params.float(), work.channels)
 
     variants = {
-        "fused": lambda: logistic_mixture_sample(work.params, channels=work.channels, seed=work.seed),
+        "fused": work.draw,
         "eager": lambda: plain(work.params),
     }
     return Benchmark(

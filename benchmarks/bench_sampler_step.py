@@ -1,7 +1,8 @@
 """sampler_step against copy_, preallocated eager PyTorch, eager as people write it, and torch.compile.
 
-CFG + Euler moves x, two branches and x'; with x_in two more; CFG + DDPM adds a normal per element; a learned variance
-reads half as many channels again. State and model output have the dtype of the row, history is float32.
+Preallocated eager takes the fewest passes torch has: guidance is one lerp. CFG + Euler moves x, two branches and x';
+with x_in two more; CFG + DDPM adds a normal per element; a learned variance reads half as many channels again. State
+and model output have the dtype of the row, history is float32.
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ STATED = {"SD": (16, *calls.SD), "SD, 2048 px": (64, 4, 256, 256)}  # where the 
 SDXL = {"SDXL": (16, *calls.SDXL)}  # those of the rows with history
 SHAPES = STATED | SDXL | {"SD3, Flux": (16, *calls.SD3), "CogVideoX-5B": (2, *calls.VIDEO)}
 GUIDANCE, DT, SIGMA, SPREAD = 2.0, -0.02, 0.1, 0.5
+Q, WEIGHTS = -0.5, (0.1, 0.2, 0.3)  # of m in y = x + Q m, and of the history
 ROW = {"a": 1.0, "b": DT, "g1": GUIDANCE}
 
 
@@ -45,7 +47,15 @@ class Work:
 
     def fused(self, table, **options):
         run, arguments = calls.kernel("sampler_step_out", self.x), self.arguments(table, **options)
-        return lambda: run(*arguments)
+        history, x_in = options.get("history"), options.get("x_in")
+        results = self.out if x_in is None else (self.out, x_in)
+        results = results if history is None else (self.out, history)
+
+        def step():
+            run(*arguments)
+            return results
+
+        return step
 
     def copy(self):
         self.out.copy_(self.x)
@@ -70,30 +80,45 @@ class Work:
         if x_in is not None:
             assert torch.equal(x_in, torch.cat((self.out, self.out))), "x_in is not c_in x', for both branches"
 
-    # ---- eager, with every output preallocated
+    def check_eager(self):
+        """Guidance as one lerp errs no more than the written form."""
+        exact, plain = written(self.x.double(), self.output.double()), written(self.x, self.output)
+        found, allowed = testing.error(self.euler(), exact), testing.tolerance(plain, exact)
+        assert found <= allowed, f"eager, preallocated errs by {found}, as written {allowed} is allowed"
+
+    # ---- eager, with every output preallocated: the fewest passes that torch's own ops take
 
     def euler(self, u=None, c=None):
-        """Four passes."""
+        """Two passes: u + g (c - u) is one lerp."""
         u, c = (self.u, self.c) if u is None else (u, c)
-        torch.sub(c, u, out=self.out)
-        self.out.mul_(GUIDANCE).add_(u)
-        torch.add(self.x, self.out, alpha=DT, out=self.out)
+        torch.lerp(u, c, GUIDANCE, out=self.out)
+        return torch.add(self.x, self.out, alpha=DT, out=self.out)
 
     def euler_x_in(self):
         self.euler()
         self.eager_x_in[: len(self.x)].copy_(self.out)
         self.eager_x_in[len(self.x) :].copy_(self.out)
+        return self.out, self.eager_x_in
 
     def ddpm(self):
         self.euler()
         torch.randn(self.z.shape, out=self.z)
-        self.out.add_(self.z, alpha=SIGMA)
+        return self.out.add_(self.z, alpha=SIGMA)
 
     def learned(self):
         self.euler(*self.mean.chunk(2))
         torch.randn(self.z.shape, out=self.z)
         torch.mul(self.v, SPREAD, out=self.scratch)
-        self.out.addcmul_(self.scratch.exp_(), self.z, value=SIGMA)
+        return self.out.addcmul_(self.scratch.exp_(), self.z, value=SIGMA)
+
+    def multistep(self, history):
+        """x' and y of one combination m; H_1 is written last, as x' reads it."""
+        torch.lerp(self.u, self.c, GUIDANCE, out=self.scratch)
+        torch.add(self.x, self.scratch, alpha=DT, out=self.out)
+        for weight, kept in zip(WEIGHTS, history, strict=False):
+            self.out.add_(kept, alpha=weight)
+        torch.add(self.x, self.scratch, alpha=Q, out=history[0])
+        return self.out, history
 
 
 # ---- as people write it ------------------------------------------------------------------------------------------
@@ -105,7 +130,8 @@ def written(x, output):
 
 
 def written_x_in(x, output):
-    return torch.cat([written(x, output)] * 2)
+    x = written(x, output)
+    return x, torch.cat([x, x])
 
 
 def written_ddpm(x, output):
@@ -116,14 +142,30 @@ def written_learned(x, mean, v):
     return written(x, mean) + SIGMA * torch.exp(SPREAD * v) * torch.randn_like(x)
 
 
+def written_multistep(x, output, history):
+    u, c = output.chunk(2)
+    m = u + GUIDANCE * (c - u)
+    total = x + DT * m
+    for weight, kept in zip(WEIGHTS, history, strict=False):
+        total = total + weight * kept
+    history[0] = x + Q * m
+    return total.to(x.dtype), history
+
+
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
 def _row(work, table, options, others, goals, **fields):
     variants = {"fused": work.fused(table, **options), "copy_": work.copy, **others}
+    spare = {name: value.clone() if name == "history" else value for name, value in options.items()}  # cost runs it
+
+    def check():
+        work.check_eager()
+        work.check(table, **options)
+
     return Benchmark(
-        variants, lambda: work.check(table, **options), elements=work.x.numel(), goals=goals,
-        cost=calls.cost("sampler_step_out", *work.arguments(table, **options)), **fields,
+        variants, check, elements=work.x.numel(), goals=goals,
+        cost=calls.cost("sampler_step_out", *work.arguments(table, **spare)), **fields,
     )  # fmt: skip
 
 
@@ -157,23 +199,37 @@ GUIDED = {  # row -> columns of its table beside ROW, options, eager with preall
 
 
 def multistep(registers, bound, case):
-    """A row of a multistep solver, by copies of the state."""
+    """A row of a multistep solver, which reads its history and writes y into the first register."""
     work = Work(case)
-    columns = {f"h{j + 1}": 0.1 * (j + 1) for j in range(registers)}
-    table = work.table(p=1.0, q=-0.5, flags=pack_flags(writes=(Write.Y,)), **columns)
-    history = torch.randn(registers, *case.shape, device=case.device)
+    columns = {f"h{j + 1}": weight for j, weight in enumerate(WEIGHTS[:registers])}
+    table = work.table(p=1.0, q=Q, flags=pack_flags(writes=(Write.Y,)), **columns)
+    history, plain, written_to = (
+        torch.randn(registers, *case.shape, device=case.device).repeat(3, *[1] * len(case.shape)).chunk(3)
+    )
     stated = case.label in SDXL and case.dtype == torch.float32
-    return _row(work, table, {"history": history}, {}, (within(bound, "copy_"),) if stated else ())
+    inputs = (work.x, work.output, written_to)
+    others = {
+        "eager, preallocated": lambda: work.multistep(plain),
+        "eager, as written": lambda: written_multistep(*inputs),
+    }
+    goals = (within(bound, "copy_"),) if stated else ()
+    return _row(work, table, {"history": history}, others, goals, inputs=inputs, compiles=(written_multistep, inputs))
 
 
 def by_parts(case):
     """A stochastic row against its parts: the step alone, then a draw of as many normals."""
     work = Work(case)
     step, drawn = work.fused(work.table()), torch.empty(case.shape, device=case.device)
-    parts = {"fused, then normal": lambda: (step(), normal(case.shape, seed=work.seed, out=drawn))}
+    inputs = (work.x, work.output)
+    parts = {
+        "fused, then normal": lambda: (step(), normal(case.shape, seed=work.seed, out=drawn)),
+        "eager, preallocated": work.ddpm,
+        "eager, as written": lambda: written_ddpm(*inputs),
+    }
     stated = case.label in SDXL and case.dtype == torch.float32
     goals = (within(1.3, "fused, then normal"),) if stated else ()
-    return _row(work, work.table(s=SIGMA), {"seed": work.seed}, parts, goals)
+    options, compiles = {"seed": work.seed}, (written_ddpm, inputs)
+    return _row(work, work.table(s=SIGMA), options, parts, goals, inputs=inputs, compiles=compiles)
 
 
 _common = {"dtypes": ("float32", "bfloat16"), "group": "sampler_step", "axes": {"batch": 0, "channels": 1}}

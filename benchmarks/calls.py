@@ -32,17 +32,24 @@ def check(name: str, *arguments, slack: Sequence[float] = ()) -> None:
     """
     reference = _registry.OPS[name].overloads["reference"]
     found = _kernel_of(name, arguments)(*arguments), reference(*arguments), reference(*map(widened, arguments))
-    found = [several(results) for results in found]
-    for i, (got, plain, oracle) in enumerate(zip(*found, strict=True)):
-        allowed = testing.tolerance(plain, oracle.double()) + (slack[i] if slack else 0.0)
-        testing.assert_within(testing.error(got, oracle.double()), allowed, name)
+    _compare([several(results) for results in found], name, slack)
 
 
-def check_function(fused: Callable, eager: Callable, inputs: Sequence, label: str) -> None:
-    """fused(*inputs) against eager(*inputs) in float64. Raises AssertionError."""
+def check_function(fused: Callable, eager: Callable, inputs: Sequence, label: str, slack: Sequence[float] = ()) -> None:
+    """fused(*inputs) against eager(*inputs) in float64: twice eager's error and a rounding, plus `slack` of each.
+
+    Raises AssertionError.
+    """
     found = fused(*inputs), eager(*inputs), eager(*map(widened, inputs))
-    for got, plain, oracle in zip(*map(several, found), strict=True):
-        testing.assert_as_good_as_eager(got, plain, oracle, label)
+    _compare([several(results) for results in found], label, slack)
+
+
+def _compare(found, label, slack):
+    for i, (got, plain, oracle) in enumerate(zip(*found, strict=True)):
+        assert got.shape == plain.shape, f"{label}: shape {tuple(got.shape)}, eager gives {tuple(plain.shape)}"
+        assert got.dtype == plain.dtype, f"{label}: dtype {got.dtype}, eager gives {plain.dtype}"
+        allowed = testing.tolerance(plain, oracle.double()) + (slack[i] if slack else 0.0)
+        testing.assert_within(testing.error(got, oracle.double()), allowed, label)
 
 
 def widened(value):
