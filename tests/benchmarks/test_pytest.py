@@ -17,7 +17,8 @@ def run(*words, folder):
         sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "--device", "cpu",
         "--suite", "rescaled guidance, 10 steps", "--budget", "0.01", f"--benchmark-storage=file://{folder}", *words,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_rows_are_stored_with_their_ratios_and_compared(tmp_path):
