@@ -101,6 +101,12 @@ class Step:
         return max(floating, key=lambda operand: operand.nbytes).dtype if floating else torch.float32
 
     @property
+    def first_shape(self) -> tuple[int, ...]:
+        """That of the first tensor among the arguments that has dimensions, () if none has."""
+        flat = (entry for argument in self.args for entry in (argument if isinstance(argument, tuple) else (argument,)))
+        return next((entry.shape for entry in flat if isinstance(entry, Operand) and entry.shape), ())
+
+    @property
     def shapes(self) -> str:
         """The shapes of the (first three) tensors read, "16x256x1152, 16x1152"."""
         shown = ["x".join(map(str, operand.shape)) or "()" for operand in (self.reads or self.writes)[:3]]
