@@ -102,9 +102,8 @@ class Step:
 
     @property
     def first_shape(self) -> tuple[int, ...]:
-        """That of the first tensor among the arguments that has dimensions, () if none has."""
-        flat = (entry for argument in self.args for entry in (argument if isinstance(argument, tuple) else (argument,)))
-        return next((entry.shape for entry in flat if isinstance(entry, Operand) and entry.shape), ())
+        """That of the first argument that is a tensor with dimensions, not a list of them; () if none is."""
+        return next((entry.shape for entry in self.args if isinstance(entry, Operand) and entry.shape), ())
 
     @property
     def shapes(self) -> str:

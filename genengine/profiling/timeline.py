@@ -25,7 +25,7 @@ from genengine.ops import _ranges
 PASS, COMPILED = "genengine::pass", "Torch-Compiled Region"
 _row = re.compile(r"^genengine::row \d+$")
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
-Key = tuple[str, tuple[int, ...]]  # of an op that ran: its name, and the shape of its first tensor that has one
+Key = tuple[str, tuple[int, ...]]  # of an op that ran: its name and `Step.first_shape`
 
 
 @dataclass(frozen=True)
@@ -142,20 +142,14 @@ def parse(trace: dict) -> list[Event]:
         start = float(entry["ts"])
         external = int(extra.get("External id", extra.get("external id", -1)))
         end, correlation = start + float(entry.get("dur", 0.0)), int(extra.get("correlation", -1))
-        shape = first_shape(extra.get("Input Dims", ()))
+        shape = _first_shape(extra.get("Input Dims", ()))
         found.append(Event(entry["name"], kind, start, end, lane, external, correlation, shape))
     return sorted(found, key=lambda event: (event.start, -event.end))
 
 
-def first_shape(shapes) -> tuple[int, ...]:
-    """The first shape of one or more dimensions among shapes and lists of them; the profiler gives a number's as []."""
-    for entry in shapes:
-        if entry and isinstance(entry[0], (list, tuple)):
-            if shape := first_shape(entry):
-                return shape
-        elif entry:
-            return tuple(entry)
-    return ()
+def _first_shape(shapes) -> tuple[int, ...]:
+    """The first that is not []: a number's. Of lists of tensors the profiler leaves shapes out, here as in a `Step`."""
+    return next((tuple(entry) for entry in shapes if entry and not isinstance(entry[0], list)), ())
 
 
 def read(events: list[Event], keys: list[Key], plain: float) -> Timeline:

@@ -181,6 +181,12 @@ def test_more_work_than_was_recorded_is_noticed():
     assert not any("same work" in note for note in profile(lambda: X.sin(), device="cpu", repeats=1).notes)
 
 
+def test_ops_on_lists_of_tensors_are_matched():
+    found = profile(lambda: (torch._foreach_mul([X, ROWS], 2.0), torch.cat([X, X])), device="cpu", repeats=1)
+    assert {kernel.name for kernel in found.kernels} == {"aten::_foreach_mul", "aten::cat"}
+    assert found.missing == 0 and not found.notes
+
+
 def test_the_device_is_that_of_the_recorded_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert profile(lambda: X.sin(), repeats=1).device == "cpu"
