@@ -307,6 +307,7 @@ def test_attention_with_its_scale_in_the_product():
 # ---- what is none ----------------------------------------------------------------------------------------------------
 
 X, Y, SMALL = draw(B, N, D), draw(B, N, D), draw(B, N, 2 * D)
+LONG, WIDE = draw(B, 2, 8200), draw(B, N, 260)
 SCALE, SHIFT, STATE = draw(B, 1, D), draw(B, 1, D), draw(B, N, D)
 NEAR_MISSES = {
     "layer norm with weights, no modulation": lambda: F.layer_norm(X, (D,), draw(D), draw(D)),
@@ -339,6 +340,17 @@ NEAR_MISSES = {
     "sums of three": lambda: X + Y + draw(B, N, D),
     "weights that do not add up": lambda: STATE.mul_(0.9).add_(Y, alpha=0.2),
     "an average that is no state": lambda: X * 0.9 + Y * 0.1,
+    "an interpolation and a sum": lambda: STATE + torch.lerp(X, Y, 0.3),
+    "adaln in float64, which no kernel takes": lambda: F.layer_norm(X.double(), (D,)) * (1 + SCALE) + SHIFT,
+    "bias_act in float64": lambda: torch.relu(X.double() + draw(D)),
+    "an activation of integers": lambda: torch.relu(torch.arange(6)) * 2,
+    "an activation of one number": lambda: torch.tanh(torch.tensor(0.5)) * 2.0,
+    "a norm over two dimensions": lambda: F.layer_norm(X, (N, D)) * (1 + SCALE) + SHIFT,
+    "a norm of rows that are too long": lambda: F.layer_norm(LONG, (8200,)) * (1 + LONG[:, :1]) + LONG[:, 1:],
+    "attention with heads that are too wide": lambda: torch.softmax(WIDE @ WIDE.mT, dim=-1) @ WIDE,
+    "attention with values of another width": lambda: torch.softmax(X @ Y.mT, dim=-1) @ SMALL,
+    "rotation of heads that are too wide": lambda: in_pairs(F.rms_norm(WIDE, (260,)), *draw(2, N, 130)),
+    "rotation after a norm over two dimensions": lambda: in_pairs(F.rms_norm(X, (N, D)), *draw(2, N, D // 2)),
 }
 
 
