@@ -7,6 +7,7 @@ nothing and are no steps; they show in the operands, which say which part of whi
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ _BELOW_MODELS = (
     "genengine.benchmarks.eager",
     "genengine.benchmarks.bench_adaln",
 )
+_KEYS = {"meta": "Meta"}  # of the dispatcher, where they are not the device's name in capitals
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _ALLOCATES = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh")
@@ -114,7 +116,7 @@ class Step:
 
 @dataclass
 class Recording:
-    """All steps of one call of a function, and the storages that what it returned lives in."""
+    """All steps of one call of a function, and the storages of tensors that outlive it: returned, or kept somewhere."""
 
     steps: list[Step] = field(default_factory=list)
     returned: frozenset[int] = frozenset()
@@ -128,8 +130,8 @@ def record(function: Callable[[], object]) -> Recording:
     recorder = _Recorder()
     with torch.compiler.set_stance("force_eager"), recorder:
         result = function()
-    returned = frozenset(recorder.storage(tensor) for tensor in costs.tensors(result))
-    return Recording(recorder.steps, returned)
+    returned = {recorder.storage(tensor) for tensor in costs.tensors(result)}
+    return Recording(recorder.steps, frozenset(returned | recorder.held(returned)))
 
 
 class _Recorder(TorchDispatchMode):
@@ -148,6 +150,10 @@ class _Recorder(TorchDispatchMode):
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         if func.namespace in ("profiler", "prim"):
             return func(*args, **kwargs)
+        if any(tensor.is_nested for tensor in costs.tensors((args, kwargs))):
+            raise ValueError(
+                f"profile: {func._schema.name} takes a nested tensor, whose shape is unknown here; profile a padded one"
+            )
         arguments = costs.complete(func._schema, args, kwargs)
         reads = [self._operand(tensor) for tensor in costs.read(func._schema, arguments)]
         shown = tuple(
@@ -175,11 +181,27 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
         self.steps.append(step)
 
+    def held(self, returned: set[int]) -> set[int]:
+        """The further storages made here that a Python object still holds: an attribute, a list, a closure.
+
+        What autograd alone keeps for its backward is in no Python object.
+        """
+        made = self._made - returned
+        alive = {ref: number for ref, number in self._numbers.items() if number in made and not ref.expired()}
+        if not alive:
+            return set()
+        gc.collect()
+        tensors = [entry for entry in gc.get_objects() if issubclass(type(entry), Tensor)]
+        numbers = {id(tensor): alive.get(_reference(tensor)) for tensor in tensors}
+        ours = [tensor for tensor in tensors if numbers[id(tensor)] is not None]
+        holders = [holder for holder in gc.get_referrers(*ours) if holder is not tensors] if ours else []
+        return {numbers[id(entry)] for holder in holders if holder is not ours for entry in gc.get_referents(holder)
+                if numbers.get(id(entry)) is not None}  # fmt: skip
+
     def storage(self, tensor: Tensor) -> int:
         """A number of the tensor's storage, one for its whole life."""
-        try:
-            reference = StorageWeakRef(tensor.untyped_storage())
-        except (NotImplementedError, RuntimeError):  # sparse tensors have none
+        reference = _reference(tensor)
+        if reference is None:
             return -id(tensor)
         number = self._numbers.setdefault(reference, len(self._numbers))
         if isinstance(tensor, torch.nn.Parameter):
@@ -221,12 +243,20 @@ class _Recorder(TorchDispatchMode):
         return found
 
 
+def _reference(tensor) -> StorageWeakRef | None:
+    """None for sparse tensors, which have no storage."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def _is_composite(func, args) -> bool:
     """Whether the op is made of others on the device of its first tensor, and has no kernel of its own there."""
     if not func.has_kernel_for_dispatch_key(_COMPOSITE):
         return False
     device = next((tensor.device.type for tensor in costs.tensors(args)), "cpu")
-    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), device.upper())
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _KEYS.get(device, device.upper()))
 
 
 def _caller() -> tuple[str, bool, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """What one pass is recorded as: costs, dataflow through views, the user's line, and what waits for the device."""
 
+import dataclasses
 import linecache
 
 import pytest
@@ -173,6 +174,56 @@ def test_what_does_not_wait_is_not_named():
         lambda: torch.repeat_interleave(index, output_size=2),
     )
     assert not [step.sync for call in calls for step in steps(call) if step.sync]
+
+
+def test_meta_tensors_are_recorded_in_every_mode():
+    x, weight = torch.empty(3, 4, device="meta"), torch.empty(5, 4, device="meta")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert steps(lambda: F.linear(x, weight).relu())[-1].name == "aten::relu"
+
+
+def test_nested_tensors_are_refused_by_name():
+    ragged = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)])
+    with pytest.raises(ValueError, match="profile: aten::.* takes a nested tensor"):
+        steps(lambda: ragged * 2)
+
+
+class Keeps(torch.nn.Module):
+    def forward(self, x):
+        self.last = x.exp()
+        return self.last.sin()
+
+
+@dataclasses.dataclass
+class Output:
+    sample: torch.Tensor
+    hidden: list
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_kept_elsewhere_outlives_the_function(grad):
+    x, kept = torch.randn(4, requires_grad=grad), []
+
+    def lists():
+        kept.append(x.exp())
+        return kept[-1].sin()
+
+    def fields():
+        y = x.exp()
+        return Output(y.sin(), [y])
+
+    module = Keeps()
+    for function in (lambda: module(x), lists, fields):
+        recording = record(function)
+        exp, sin = (step.writes[0].storage for step in recording.steps)
+        assert recording.returned == {exp, sin}
+
+
+def test_what_autograd_alone_keeps_is_not_kept():
+    x = torch.randn(4, requires_grad=True)
+    recording = record(lambda: x.exp().sin().cos())
+    assert len(recording.returned) == 1 and recording.steps[-1].writes[0].storage in recording.returned
 
 
 def test_an_optimisers_own_counter_waits_for_nothing():
