@@ -1,14 +1,15 @@
 """Every form of our ops that people write is found, with its bytes; what only looks like one is not."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from genengine import ops
 from genengine.benchmarks import eager
 from genengine.benchmarks.bench_adaln import eager_adaln, eager_gated_adaln
 from genengine.nets.dit import DiT
-from genengine.profiling import fusions
+from genengine.profiling import forms, fusions, targets
 from genengine.profiling.record import record
 
 B, N, D = 3, 5, 16
@@ -383,12 +384,28 @@ def test_what_autograd_keeps_is_no_use_elsewhere():
     assert name == "adaln"
 
 
-def test_our_op_in_place_of_a_match_moves_what_was_promised():
-    scale, shift = (row.contiguous() for row in rows(2))
-    x = draw(B, N, D)
-    (match,) = fusions.search(record(lambda: eager_adaln(x, scale, shift)))
-    (step,) = record(lambda: ops.adaln(x, scale, shift)).steps
-    assert step.cost.bytes == match.fused_bytes
+SHAPES = {
+    "adaln": (2, 3, 16), "gated_adaln": (2, 3, 16), "bias_act": (2, 8, 4, 4), "bias_gelu": (2, 3, 16),
+    "geglu": (2, 3, 16), "swiglu": (2, 3, 16), "group_norm_silu": (2, 8, 4, 4), "diffuse": (2, 3, 4, 4),
+    "reparameterize": (2, 3, 4, 4), "ema_update": (3, 7),
+}  # fmt: skip
+# What an op moves beside: a seed in an int64, the mean and deviation of (B, groups) for its backward.
+BESIDE = {"diffuse": 8, "reparameterize": 8, "group_norm_silu": 4 * 2 * (2 * 8)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_our_op_in_place_of_a_match_moves_what_was_promised(name):
+    request = targets.Request(torch.device("cpu"), shape=SHAPES[name])
+    plain = targets.resolve(name, dataclasses.replace(request, eager=True))
+    matches = fusions.search(record(plain.function))
+    assert matches and {match.form.op for match in matches} == {name}
+    ours = record(targets.resolve(name, request).function).steps[-1]
+    assert ours.name.startswith("genengine")
+    assert ours.cost.bytes == sum(match.fused_bytes for match in matches) + BESIDE.get(name, 0)
+
+
+def test_every_op_with_an_eager_twin_and_a_form_is_compared():
+    assert SHAPES.keys() == eager.PLAIN.keys() & {form.op for form in forms.FORMS} - {"attention"}
 
 
 def test_what_did_not_run_as_recorded_is_not_reported():
