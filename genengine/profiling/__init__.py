@@ -50,18 +50,20 @@ def profile(
     function: takes no arguments, does the same work at every call. device: that its kernels run on, "cpu" or a CUDA
     device; default CUDA if a recorded op has a tensor there, else the CPU. warmup: passes before anything is looked at,
     >= 0. repeats: >= 1; default as many as fit into a second, 25 at most. ceilings: what
-    `genengine.benchmarks.ceilings.measure` returns, or a function that returns it for the list of dtypes whose products
-    were recorded; None leaves out the percentages. name: how the report calls the function. trace: file to write the
-    Chrome trace to.
+    `genengine.benchmarks.ceilings.measure` returns, or that function, which is then called with the device and the
+    dtypes of the recorded products; None leaves out the percentages. name: how the report calls the function. trace:
+    file to write the Chrome trace to, compressed if it ends in .gz.
 
     Returns a `Profile`. On a CPU a gap is time outside any op, and a host sync is what would wait on a GPU. Raises
     ValueError on bad arguments, or a device that no op ran on; RuntimeError if another profiler is active; and what
-    `function` raises.
+    `function` raises, and OSError if the trace cannot be written.
     """
     if warmup < 0 or (repeats is not None and repeats < 1):
         raise ValueError(f"profile: warmup must be >= 0 and repeats >= 1 or None, got {warmup} and {repeats}")
     if device is not None and torch.device(device).type not in ("cpu", "cuda"):
         raise ValueError(f"profile: device must be cpu or cuda, got {device}")
+    if trace is not None:
+        timeline.check_writable(trace)
     if torch.autograd._profiler_enabled():
         raise RuntimeError("profile: another profiler is active in this process; end it first")
     for _ in range(warmup):
@@ -76,7 +78,7 @@ def profile(
     keys = [(step.name, step.first_shape) for step in recording.steps]
     times = timeline.measure(function, keys, device, repeats=repeats, trace=trace)
     if callable(ceilings):
-        ceilings = ceilings(_product_dtypes(recording.steps))
+        ceilings = ceilings(device, _product_dtypes(recording.steps))
     return _summary(recording, times, device, repeats, ceilings, name)
 
 

@@ -6,7 +6,7 @@ The trace is a public format that says the same of a CPU and of a GPU, where ker
 from __future__ import annotations
 
 import bisect
-import contextlib
+import gzip
 import json
 import os
 import re
@@ -119,13 +119,25 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError now, not after the measurement, where a file cannot be written; make the folders above it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
 def _export(profiler, trace) -> dict:
-    """The Chrome trace as a dict; also kept in the file `trace`, if one is named."""
-    with contextlib.ExitStack() as stack:
-        path = trace or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "trace.json"
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """The Chrome trace as a dict; also kept in the file `trace`, if one is named: compressed, if as .gz."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"  # by another ending the profiler would choose another format
         profiler.export_chrome_trace(str(path))
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    if trace is not None:
+        Path(trace).write_bytes(gzip.compress(content) if str(trace).endswith(".gz") else content)
+    return json.loads(content)
 
 
 def parse(trace: dict) -> list[Event]:

@@ -1,5 +1,6 @@
 """`profile` end to end on a CPU: what it says, as dataclasses, JSON, text and page."""
 
+import gzip
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -152,8 +153,9 @@ def test_ceilings_are_measured_for_the_dtypes_of_the_products():
     asked = []
     a, b = torch.randn(32, 32, dtype=torch.float64), X.bfloat16()
 
-    def measure(dtypes):
+    def measure(device, dtypes):
         asked.extend(dtypes)
+        assert device == torch.device("cpu")
         return Ceilings()  # in which only float32 is known
 
     found = profile(lambda: (a @ a, b @ b.mT), device="cpu", repeats=1, ceilings=measure)
@@ -220,6 +222,22 @@ def test_the_trace_is_written(tmp_path):
     profile(lambda: X.sin(), device="cpu", repeats=1, trace=path)
     events = json.loads(path.read_text())["traceEvents"]
     assert any(event["name"] == "aten::sin" for event in events)
+
+
+@pytest.mark.parametrize("name", ["trace.json.gz", "trace"])
+def test_the_trace_is_written_by_any_name(tmp_path, name):
+    path = tmp_path / name
+    assert profile(lambda: X.sin(), device="cpu", repeats=1, trace=path).kernels
+    content = path.read_bytes()
+    events = json.loads(gzip.decompress(content) if name.endswith(".gz") else content)["traceEvents"]
+    assert any(event["name"] == "aten::sin" for event in events)
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
+    calls = []
+    with pytest.raises(IsADirectoryError):
+        profile(lambda: calls.append(None), device="cpu", trace=tmp_path)
+    assert not calls
 
 
 @pytest.mark.parametrize("bad", [{"warmup": -1}, {"repeats": 0}])
