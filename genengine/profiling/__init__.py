@@ -148,10 +148,11 @@ def _kernels(steps, durations, ceilings):
 
 
 def _has_ceiling(step, ceilings) -> bool:
-    """Not what waits, crosses to another device, or multiplies in a dtype whose products were not measured."""
-    devices = {operand.device for operand in step.reads + step.writes}
+    """Not what waits, is copied to another device, or multiplies in a dtype whose products were not measured."""
+    copies = step.name in ("aten::_to_copy", "aten::copy_")
+    crosses = copies and len({operand.device for operand in step.reads + step.writes}) > 1
     measured = not step.cost.flops or str(step.dtype).removeprefix("torch.") in ceilings.matmul
-    return measured and step.sync is None and len(devices) <= 1
+    return measured and step.sync is None and not crosses
 
 
 def _products(steps):

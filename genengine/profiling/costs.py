@@ -29,9 +29,10 @@ SYNCS = {
 _OVERWRITES = frozenset(
     f"aten::{name}"
     for name in ("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_",
-                 "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "empty_like",
-                 "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+                 "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
+                 "new_zeros", "new_ones", "new_full")
 )  # fmt: skip
+# Ops that read as much of their first argument as they return.
 _GATHERS = frozenset(f"aten::{name}" for name in ("embedding", "index_select", "gather", "index", "take"))
 # In place: they touch the rows or elements that an index names, and no others. Of some, what they find is added to.
 _SCATTERS = {"aten::scatter_", "aten::scatter_add_", "aten::scatter_reduce_"}

@@ -1,5 +1,6 @@
 """`profile` end to end on a CPU: what it says, as dataclasses, JSON, text and page."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -147,6 +148,18 @@ def test_no_percentage_where_a_launch_binds_or_the_host_waits():
     assert rows["aten::sin"].bound == "launch" and rows["aten::sin"].of_ceiling is None
     assert rows["aten::_local_scalar_dense"].floor is None
     assert all(row["of_ceiling"] is None for row in found.to_json()["kernels"])
+
+
+def test_a_copy_to_another_device_has_no_ceiling():
+    """And a number that stays on the host beside a tensor on the GPU does not take an op's away."""
+    recording = record(lambda: (X.double(), X * X[0, 0, 0]))
+    for step, operands in zip(recording.steps, ("writes", "reads"), strict=True):
+        first, *rest = getattr(step, operands)
+        setattr(step, operands, (dataclasses.replace(first, device="cuda"), *rest))
+    times = timeline.Timeline(1e-3, 1e-3, {0: 1e-4, 1: 1e-4})
+    found = profiling._summary(recording, times, torch.device("cuda"), 1, Ceilings(), "copies")
+    floors = {kernel.name: kernel.floor for kernel in found.kernels}
+    assert floors["aten::_to_copy"] is None and floors["aten::mul"] > 0
 
 
 def test_ceilings_are_measured_for_the_dtypes_of_the_products():
