@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -16,7 +17,7 @@ def add_profile(commands):
     command.add_argument(
         "target", metavar="TARGET",
         help="an op, such as adaln; FAMILY.step, FAMILY.sample or FAMILY.train, such as flow.sample; or "
-        "module:function, which takes no arguments",
+        "module:function, which takes no arguments (module:object.method, too)",
     )  # fmt: skip
     command.add_argument("--shape", default=None, metavar="N,N,...", help="of an op's main input, such as 16,256,1152")
     command.add_argument("--dtype", default=None, help="of an op: float32, float16 or bfloat16 (default float32)")
@@ -34,28 +35,42 @@ def add_profile(commands):
 
 
 def _profile(options):
-    import torch
-
-    from genengine.profiling import page, profile, targets
+    from genengine.benchmarks import ceilings
+    from genengine.profiling import page, profile, targets, timeline
 
     shape, dtype = _shape_and_dtype(options)
     for name in ("num", "steps", "top"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     device = chosen_device(options)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+    for path in filter(None, (options.trace, options.html)):
+        timeline.check_writable(path)
     plotting = page.matplotlib() if options.html else None  # before the work: it may be missing
     request = targets.Request(device, shape, dtype, options.num, options.steps, options.eager, options.seed)
-    target = targets.resolve(options.target, request)
-    ceilings = None if options.no_ceilings else _ceilings(device, dtype)
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
-        report = profile(target.function, device=device, ceilings=ceilings, name=target.name, trace=options.trace)
+    measure = None if options.no_ceilings else ceilings.measure
+    with contextlib.redirect_stdout(sys.stderr), _forked_seed(device, options.seed):  # stdout is the report's
+        target = targets.resolve(options.target, request)
+        wanted = None if ":" in options.target and options.device is None else device
+        report = profile(target.function, device=wanted, ceilings=measure, name=target.name, trace=options.trace)
     report.notes.insert(0, target.description)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.table(options.top))
     if options.html:
         page.write(report, options.html, plotting)
     for path in filter(None, (options.trace, options.html)):
         print(f"saved: {path}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _forked_seed(device, seed):
+    """Inside, the random numbers of the CPU and of this device follow from the seed; after it, they go on as before."""
+    import torch
+
+    places = [] if device.type == "cpu" else [device.index if device.index is not None else torch.cuda.current_device()]
+    with torch.random.fork_rng(devices=places):
+        torch.manual_seed(seed)
+        yield
 
 
 def _shape_and_dtype(options):
@@ -71,13 +86,3 @@ def _shape_and_dtype(options):
     if shape is not None and min(shape) < 1:
         raise ValueError(f"--shape must hold numbers of at least 1, got {options.shape}")
     return shape, None if options.dtype is None else dtypes[options.dtype]
-
-
-def _ceilings(device, dtype):
-    """What this machine can do, measured now; products in float16 only where that is what is looked at."""
-    import torch
-
-    from genengine.benchmarks import ceilings
-
-    dtypes = (torch.float32, torch.bfloat16)
-    return ceilings.measure(device, dtypes if dtype in (None, *dtypes) else (*dtypes, dtype))

@@ -47,53 +47,88 @@ def profile(
 
         bandwidth = bytes / seconds;    of_ceiling = floor(cost) / seconds
 
-    function: takes no arguments, does the same work at every call. device: that its kernels run on; default CUDA if
-    there is one, else the CPU. warmup: passes before anything is looked at, >= 0. repeats: >= 1; default as many as fit
-    into a second, 25 at most. ceilings: what `genengine.benchmarks.ceilings.measure` returns; None leaves out the
-    percentages. name: how the report calls the function. trace: file to write the Chrome trace to.
+    function: takes no arguments, does the same work at every call. device: that its kernels run on, "cpu" or a CUDA
+    device; default CUDA if a recorded op has a tensor there, else the CPU. warmup: passes before anything is looked at,
+    >= 0. repeats: >= 1; default as many as fit into a second, 25 at most. ceilings: what
+    `genengine.benchmarks.ceilings.measure` returns, or that function, which is then called with the device and the
+    dtypes of the recorded products; None leaves out the percentages. name: how the report calls the function. trace:
+    file to write the Chrome trace to, compressed if it ends in .gz.
 
     Returns a `Profile`. On a CPU a gap is time outside any op, and a host sync is what would wait on a GPU. Raises
-    ValueError on bad arguments, RuntimeError if another profiler is active, and what `function` raises.
+    ValueError on bad arguments, or a device that no op ran on; RuntimeError if another profiler is active; and what
+    `function` raises, and OSError if the trace cannot be written.
     """
     if warmup < 0 or (repeats is not None and repeats < 1):
         raise ValueError(f"profile: warmup must be >= 0 and repeats >= 1 or None, got {warmup} and {repeats}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is not None and torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"profile: device must be cpu or cuda, got {device}")
+    if trace is not None:
+        timeline.check_writable(trace)
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError("profile: another profiler is active in this process; end it first")
     for _ in range(warmup):
         function()
     recording = record(function)
-    once = timeline._seconds(function, device)
+    device = _chosen(device, recording.steps)
+    timeline.wait(device)
+    once = timeline.seconds(function, device)
     if repeats is None:
         fit = min(PROFILED_SECONDS / max(once, 1e-6), PROFILED_OPS / max(len(recording.steps), 1))
         repeats = max(1, min(MAX_REPEATS, int(fit)))
-    names = [step.name for step in recording.steps]
-    times = timeline.measure(function, names, device, repeats=repeats, trace=trace)
+    keys = [(step.name, step.first_shape) for step in recording.steps]
+    times = timeline.measure(function, keys, device, repeats=repeats, trace=trace)
+    if callable(ceilings):
+        ceilings = ceilings(device, _product_dtypes(recording.steps))
     return _summary(recording, times, device, repeats, ceilings, name)
+
+
+def _chosen(device, steps) -> torch.device:
+    """The device asked for, if an op ran there; else where the ops ran."""
+    kinds = {operand.device for step in steps for operand in step.reads + step.writes}
+    if device is None:
+        on_gpu = "cuda" in kinds if steps else torch.cuda.is_available()
+        return torch.device("cuda" if on_gpu else "cpu")
+    device = torch.device(device)
+    if steps and (("cuda" in kinds) != (device.type == "cuda")):
+        where = "cuda" if "cuda" in kinds else ", ".join(sorted(kinds))
+        raise ValueError(
+            f"profile: device is {device}, but the function's tensors are on {where}; ask for that, or None"
+        )
+    return device
+
+
+def _product_dtypes(steps) -> list[torch.dtype]:
+    """The dtypes of recorded matrix products, at least one."""
+    found = {step.dtype for step in steps if step.cost.flops}
+    return sorted(found or {torch.float32}, key=str)
 
 
 def _summary(recording: Recording, times, device, repeats, ceilings, name) -> Profile:
     steps = recording.steps
+    ran = [step for step in steps if step.index in times.durations]
     stray = [Kernel(key, "", "", calls, spent) for key, (calls, spent) in times.stray.items()]
-    kernels = sorted(_kernels(steps, times.durations, ceilings) + stray, key=lambda kernel: -kernel.seconds)
-    total = sum((step.cost for step in steps), Cost(0))
+    kernels = sorted(_kernels(ran, times.durations, ceilings) + stray, key=lambda kernel: -kernel.seconds)
+    total = sum((step.cost for step in ran), Cost(0))
     return Profile(
         name=name, device=str(device), seconds=times.plain, profiled=times.profiled,
-        busy=sum(kernel.seconds for kernel in kernels), bytes=total.bytes, flops=_products(steps), repeats=repeats,
+        busy=sum(kernel.seconds for kernel in kernels), bytes=total.bytes, flops=_products(ran), repeats=repeats,
         kernels=kernels, gaps=_gaps(steps, times.gaps, device), syncs=_syncs(steps, times.waits, device),
-        fusions=fusions.find(recording, times.durations), missing=times.missing, notes=_notes(steps, times),
-        ceilings=ceilings, flame=flame.build(steps, times.durations, times.gaps, times.ranges, name),
+        fusions=fusions.find(recording, times.durations), missing=times.missing,
+        notes=_notes(steps, times, device, ceilings),
+        ceilings=ceilings, flame=flame.build(steps, times.durations, times.gaps, times.ranges, times.stray, name),
     )  # fmt: skip
 
 
 def _kernels(steps, durations, ceilings):
-    """One row for all calls of the same op on the same shapes and dtype, of those that were seen running."""
+    """One row for all calls of the same op on the same shapes and dtype."""
     groups = defaultdict(list)
     for step in steps:
-        if step.index in durations:
-            groups[step.name, step.shapes, step.dtype].append(step)
+        groups[step.name, step.shapes, step.dtype].append(step)
     rows = []
     for (key, shapes, dtype), members in groups.items():
         cost = sum((step.cost for step in members), Cost(0))
-        floors = [] if ceilings is None else [ceilings.floor(step.cost, dtype) for step in members]
+        known = ceilings is not None and all(_has_ceiling(step, ceilings) for step in members)
+        floors = [ceilings.floor(step.cost, dtype) for step in members] if known else []
         rows.append(
             Kernel(
                 key,
@@ -112,13 +147,21 @@ def _kernels(steps, durations, ceilings):
     return rows
 
 
+def _has_ceiling(step, ceilings) -> bool:
+    """Not what waits, is copied to another device, or multiplies in a dtype whose products were not measured."""
+    copies = step.name in ("aten::_to_copy", "aten::copy_")
+    crosses = copies and len({operand.device for operand in step.reads + step.writes}) > 1
+    measured = not step.cost.flops or str(step.dtype).removeprefix("torch.") in ceilings.matmul
+    return measured and step.sync is None and not crosses
+
+
 def _products(steps):
     return sum(step.cost.flops for step in steps if step.name.startswith("aten::"))
 
 
 def _gaps(steps, gaps, device):
     nobody = {
-        -1: "(a kernel of a CUDA graph)" if device.type == "cuda" else "(after the last op)",
+        -1: "(a kernel of no recorded op)" if device.type == "cuda" else "(after the last op)",
         -2: "(compiled code)",
     }
     spent, counts = defaultdict(float), Counter()
@@ -145,18 +188,23 @@ def _syncs(steps, waits, device):
     return sorted(rows, key=lambda sync: (-(sync.seconds or 0.0), -sync.count))
 
 
-def _notes(steps: list[Step], times):
+def _notes(steps: list[Step], times, device, ceilings):
     notes = []
-    compiled = any(name.startswith(timeline.COMPILED) for name in times.stray)
-    if compiled:
+    if not steps:
+        notes.append("no op was recorded: the function calls none of torch's, or replays what it has captured")
+    if any(name.startswith(timeline.COMPILED) for name in times.stray):
         notes.append(
             "what torch.compile compiled is one row; its bytes are not known, and it is left out of the fused ops"
         )
     elif times.stray:
         notes.append("kernels without operands are of no recorded op (a CUDA graph's, or compiled): no bytes are known")
-    if times.missing > len(steps) / 50 and not times.stray:  # a composite op that calls itself hides what it calls
+    if times.missing + times.surplus > len(steps) / 50 and not times.stray:
         notes.append(
-            f"{times.missing} of {len(steps)} recorded ops were not seen in the timed passes: the function does not do "
-            "the same work every time"
+            f"{times.missing} of {len(steps)} recorded ops were not seen in the timed pass, and {times.surplus} ran "
+            "that were not recorded: the function may not do the same work every time"
+        )
+    if ceilings is not None and device.type == "cpu" and torch.get_num_threads() > 1:
+        notes.append(
+            f"the ceilings are of one thread, the function may use {torch.get_num_threads()}: compare with one"
         )
     return notes

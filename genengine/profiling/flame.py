@@ -28,13 +28,17 @@ class Box:
         return self.children.setdefault((name, kind), Box(name, kind))
 
 
-def build(steps: list[Step], durations, gaps, ranges, name: str) -> Box:
+def build(steps: list[Step], durations, gaps, ranges, stray, name: str) -> Box:
     """The tree of a pass.
 
     durations: step -> seconds of its kernels. gaps: (seconds, step that ended it or -1): time outside kernels, put
-    beside the kernel that came next. ranges: step -> the `record_function` ranges that were open.
+    beside the kernel that came next. ranges: step -> the `record_function` ranges that were open. stray: name ->
+    (calls, seconds) of kernels of no recorded op, which stand below the root.
     """
     root = Box(name, "call")
+    for label, (_, spent) in stray.items():
+        root.seconds += spent
+        root.child(short(label), "op").seconds += spent
     entries = [(spent, index, None) for index, spent in durations.items()]
     entries += [(spent, index, OUTSIDE) for spent, index in gaps]
     for spent, index, outside in sorted(entries, key=lambda entry: entry[1]):

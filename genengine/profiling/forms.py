@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
+from genengine.ops import _registry
+from genengine.ops.adaln import MAX_DIM
+from genengine.ops.attention import MAX_HEAD_DIM
+from genengine.ops.qk_norm_rope import MAX_DIM as MAX_ROTATED_DIM
 from genengine.profiling import patterns as on
 from genengine.profiling.patterns import Items, Leaf, Match, Number, Part, Pattern, either, op
 
@@ -41,15 +47,17 @@ def _modulated(y: Pattern, condition) -> Pattern:
     return op("add", either(op("mul", y, factor), op("add", y, op("mul", y, scale))), Leaf("shift", (condition,)))
 
 
-_LAYER_NORM = op("layer_norm", Leaf("x"), name="normed")
+_LAYER_NORM = op("layer_norm", Leaf("x"), name="normed", where=on.of_one_dimension)
 _GATED = op(
     "add", Leaf("x", (on.full,)), op("mul", Leaf("gate", (on.per_row,)), Leaf("branch", (on.full,))), name="x_new"
 )
+_GATED_NORM = op("layer_norm", _GATED, name="normed", where=on.of_one_dimension)
 _GROUP_NORM = op("group_norm", Leaf("x"), name="normed")
 _ADAGN = _modulated(_GROUP_NORM, on.per_channel_row)
 
-_MEAN_SQUARE = op("mean", op("square", Leaf("x")))
-_UNWEIGHTED = either(op("rms_norm", Leaf("x")), op("mul", Leaf("x"), op("rsqrt", op("add", _MEAN_SQUARE, Number()))))
+_MEAN_SQUARE = op("mean", op("square", Leaf("x")), where=on.over_last_dimension_alone)
+_RMS = op("rms_norm", Leaf("x"), where=on.of_one_dimension)
+_UNWEIGHTED = either(_RMS, op("mul", Leaf("x"), op("rsqrt", op("add", _MEAN_SQUARE, Number()))))
 _RMS_NORM = either(op("mul", _UNWEIGHTED, Leaf("weight")), _UNWEIGHTED)
 
 
@@ -122,8 +130,18 @@ _TARGETS = (
 )
 
 _U, _C = Leaf("u", (on.full, on.activation)), Leaf("c", (on.full, on.activation))
-_STRETCHED = op("mul", op("sub", _C, _U), either(Number(), Leaf(None, (on.scalar,))))
-_GUIDED = either(op("add", _U, _STRETCHED, name="guided"), op("add", _C, _STRETCHED, name="guided"))
+
+
+def _stretched(number):
+    return op("mul", op("sub", _C, _U), either(number, Leaf(None, (on.scalar,))))
+
+
+# Between u and c lies an interpolation; guidance goes beyond.
+_BEYOND = Number(test=lambda value: not 0 <= value <= 1)
+_GUIDED = either(
+    op("add", _U, _stretched(_BEYOND), name="guided"),
+    op("add", _C, _stretched(Number()), name="guided"),
+)
 
 
 def _deviation(inner):
@@ -147,9 +165,27 @@ def _weights_add_up(found: Match) -> bool:
 
 _AVERAGE, _VALUE = Leaf("average"), Leaf("value", (on.full,))
 
+# ---- what our kernels take -------------------------------------------------------------------------------------------
+
+_LIMITS: dict[str, Callable[[Match], bool]] = {
+    "adaln": lambda found: found.names["normed"].shape[-1] <= MAX_DIM,
+    "gated_adaln": lambda found: found.names["normed"].shape[-1] <= MAX_DIM,
+    "qk_norm_rope": lambda found: found.names["x"].shape[-1] <= MAX_ROTATED_DIM,
+    "attention": lambda found: found.names["q"].shape[-1] == found.names["v"].shape[-1] <= MAX_HEAD_DIM,
+    "bias_act": lambda found: len(found.names["root"].shape) > 0,
+}
+
+
+def fits(form: Form, found: Match) -> bool:
+    """Whether a kernel of the op takes tensors of these sizes and dtypes: what runs on its reference saves nothing."""
+    written = {operand.dtype for node in found.nodes for operand in node.step.writes}
+    kernels = {*_registry._KERNEL_DTYPES, torch.complex64}  # complex only in between: pairs that are turned
+    return written <= kernels and _LIMITS.get(form.op, lambda found: True)(found)
+
+
 # What a form has claimed, none of the later ones takes.
 FORMS: tuple[Form, ...] = (
-    Form("gated_adaln", _modulated(op("layer_norm", _GATED, name="normed"), on.per_row), results=("x_new",)),
+    Form("gated_adaln", _modulated(_GATED_NORM, on.per_row), results=("x_new",)),
     Form("adaln", _modulated(_LAYER_NORM, on.per_row)),
     Form("group_norm_silu", op("silu", either(_ADAGN, _GROUP_NORM))),
     Form("group_norm_silu", _ADAGN),

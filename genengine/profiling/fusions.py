@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from genengine.profiling import graph as dataflow
-from genengine.profiling.forms import FORMS, Form
+from genengine.profiling.forms import FORMS, Form, fits
 from genengine.profiling.graph import Graph, Node, Value
 from genengine.profiling.patterns import Match, full, scalar
 from genengine.profiling.record import Recording, Step
@@ -80,7 +80,7 @@ def _candidates(graph, form) -> list[Node]:
 def _match(graph, form, root, used) -> tuple[Step, ...]:
     """The steps of the first way in which the form stands at this node, () if there is none."""
     for match in form.root.match_node(root, Match({"root": root})):
-        if form.check is not None and not form.check(match):
+        if not fits(form, match) or (form.check is not None and not form.check(match)):
             continue
         results = [root, *(match.names[name] for name in form.results if name in match.names)]
         nodes = set(match.nodes)

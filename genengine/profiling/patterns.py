@@ -246,6 +246,17 @@ def over_last_dimension(node):
     return len(node.args) > 1 and node.args[1] in (-1, len(node.shape) - 1)
 
 
+def over_last_dimension_alone(node):
+    """Of a mean: over the last dimension, and no other."""
+    dims = node.args[1] if len(node.args) > 1 else None
+    return isinstance(dims, tuple) and dims in ((-1,), (len(node.shape) - 1,))
+
+
+def of_one_dimension(node):
+    """Of a norm: its normalized_shape is the last dimension alone."""
+    return len(node.args[1]) == 1
+
+
 def of_a_sample(node):
     """Of a reduction: over all but the batch."""
     return len(node.shape) > 0 and math.prod(node.shape) == node.shape[0]

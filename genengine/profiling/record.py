@@ -7,7 +7,7 @@ nothing and are no steps; they show in the operands, which say which part of whi
 from __future__ import annotations
 
 import functools
-import math
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from genengine.ops import _registry
 from genengine.ops._cost import Cost
+from genengine.profiling import costs
 
 # Modules whose frames say nothing about who asked for the work; of ours, those that no model is written in.
 _MACHINERY = ("torch", "contextlib", "functools", "threading")
@@ -30,30 +29,8 @@ _BELOW_MODELS = (
     "genengine.benchmarks.eager",
     "genengine.benchmarks.bench_adaln",
 )
+_KEYS = {"meta": "Meta"}  # of the dispatcher, where they are not the device's name in capitals
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-# op -> how a user calls it: its result, or the shape of it, is needed on the host.
-SYNCS = {
-    "aten::_local_scalar_dense": ".item(), bool(), int() or float()",
-    "aten::nonzero": "nonzero",
-    "aten::masked_select": "masked_select",
-    "aten::_unique2": "unique",
-    "aten::unique_dim": "unique",
-    "aten::unique_consecutive": "unique_consecutive",
-    "aten::equal": "torch.equal",
-    "aten::repeat_interleave": "repeat_interleave",
-    "aten::bincount": "bincount",
-}
-# Ops that write their first argument without reading it, and those that read as much of it as they return.
-_OVERWRITES = frozenset(
-    f"aten::{name}_" for name in ("copy", "fill", "zero", "normal", "uniform", "random", "bernoulli", "exponential")
-)
-_GATHERS = frozenset(f"aten::{name}" for name in ("embedding", "index_select", "gather", "index", "take"))
-# Ops that take an exponential, or what costs like one, for every element they write.
-_EXPONENTIALS = frozenset(
-    f"aten::{name}"
-    for name in ("exp", "log", "sin", "cos", "tanh", "sigmoid", "erf", "silu", "gelu", "_softmax", "softplus", "logit",
-                 "silu_backward", "gelu_backward")
-)  # fmt: skip
 _ALLOCATES = frozenset(
     f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh")
 )
@@ -126,6 +103,11 @@ class Step:
         return max(floating, key=lambda operand: operand.nbytes).dtype if floating else torch.float32
 
     @property
+    def first_shape(self) -> tuple[int, ...]:
+        """That of the first argument that is a tensor with dimensions, not a list of them; () if none is."""
+        return next((entry.shape for entry in self.args if isinstance(entry, Operand) and entry.shape), ())
+
+    @property
     def shapes(self) -> str:
         """The shapes of the (first three) tensors read, "16x256x1152, 16x1152"."""
         shown = ["x".join(map(str, operand.shape)) or "()" for operand in (self.reads or self.writes)[:3]]
@@ -134,7 +116,7 @@ class Step:
 
 @dataclass
 class Recording:
-    """All steps of one call of a function, and the storages that what it returned lives in."""
+    """All steps of one call of a function, and the storages of tensors that outlive it: returned, or kept somewhere."""
 
     steps: list[Step] = field(default_factory=list)
     returned: frozenset[int] = frozenset()
@@ -148,8 +130,8 @@ def record(function: Callable[[], object]) -> Recording:
     recorder = _Recorder()
     with torch.compiler.set_stance("force_eager"), recorder:
         result = function()
-    returned = frozenset(recorder.storage(tensor) for tensor in _tensors(result))
-    return Recording(recorder.steps, returned)
+    returned = {recorder.storage(tensor) for tensor in costs.tensors(result)}
+    return Recording(recorder.steps, frozenset(returned | recorder.held(returned)))
 
 
 class _Recorder(TorchDispatchMode):
@@ -168,19 +150,23 @@ class _Recorder(TorchDispatchMode):
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         if func.namespace in ("profiler", "prim"):
             return func(*args, **kwargs)
-        arguments = _complete(func._schema, args, kwargs)
-        reads = [self._operand(tensor) for tensor in _read(func._schema, arguments)]
+        if any(tensor.is_nested for tensor in costs.tensors((args, kwargs))):
+            raise ValueError(
+                f"profile: {func._schema.name} takes a nested tensor, whose shape is unknown here; profile a padded one"
+            )
+        arguments = costs.complete(func._schema, args, kwargs)
+        reads = [self._operand(tensor) for tensor in costs.read(func._schema, arguments)]
         shown = tuple(
             self._describe(value)
             for argument, value in zip(func._schema.arguments, arguments, strict=True)
             if not argument.is_out
         )
-        known = set(map(self.storage, _tensors(arguments)))
+        known = set(map(self.storage, costs.tensors(arguments)))
         result = func(*args, **kwargs)
         writes = self._written(func._schema, arguments, result, known)
-        if writes and func._schema.name not in _ALLOCATES or func._schema.name in SYNCS:
-            cost = _cost(func, arguments, result, reads, writes)
-            self._append(func, shown, reads, writes, cost, _sync(func, arguments, result))
+        if writes and func._schema.name not in _ALLOCATES or func._schema.name in costs.SYNCS:
+            cost = costs.cost(func, arguments, result, reads, writes)
+            self._append(func, shown, reads, writes, cost, costs.sync(func, arguments, result))
         return result
 
     def _append(self, func, args, reads, writes, cost, sync):
@@ -195,11 +181,27 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
         self.steps.append(step)
 
+    def held(self, returned: set[int]) -> set[int]:
+        """The further storages made here that a Python object still holds: an attribute, a list, a closure.
+
+        What autograd alone keeps for its backward is in no Python object.
+        """
+        made = self._made - returned
+        alive = {ref: number for ref, number in self._numbers.items() if number in made and not ref.expired()}
+        if not alive:
+            return set()
+        gc.collect()
+        tensors = [entry for entry in gc.get_objects() if issubclass(type(entry), Tensor)]
+        numbers = {id(tensor): alive.get(_reference(tensor)) for tensor in tensors}
+        ours = [tensor for tensor in tensors if numbers[id(tensor)] is not None]
+        holders = [holder for holder in gc.get_referrers(*ours) if holder is not tensors] if ours else []
+        return {numbers[id(entry)] for holder in holders if holder is not ours for entry in gc.get_referents(holder)
+                if numbers.get(id(entry)) is not None}  # fmt: skip
+
     def storage(self, tensor: Tensor) -> int:
         """A number of the tensor's storage, one for its whole life."""
-        try:
-            reference = StorageWeakRef(tensor.untyped_storage())
-        except (NotImplementedError, RuntimeError):  # sparse tensors have none
+        reference = _reference(tensor)
+        if reference is None:
             return -id(tensor)
         number = self._numbers.setdefault(reference, len(self._numbers))
         if isinstance(tensor, torch.nn.Parameter):
@@ -228,12 +230,12 @@ class _Recorder(TorchDispatchMode):
         found = []
         for argument, value in zip(schema.arguments, arguments, strict=True):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in _tensors(value):
+                for tensor in costs.tensors(value):
                     number = self.storage(tensor)
                     self._versions[number] = self._versions.get(number, 0) + 1
                     found.append(self._operand(tensor))
         mutated = {operand.storage for operand in found}
-        for tensor in _tensors(result):
+        for tensor in costs.tensors(result):
             number = self.storage(tensor)
             if number not in known and number not in mutated:
                 self._made.add(number)
@@ -241,71 +243,20 @@ class _Recorder(TorchDispatchMode):
         return found
 
 
+def _reference(tensor) -> StorageWeakRef | None:
+    """None for sparse tensors, which have no storage."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def _is_composite(func, args) -> bool:
     """Whether the op is made of others on the device of its first tensor, and has no kernel of its own there."""
     if not func.has_kernel_for_dispatch_key(_COMPOSITE):
         return False
-    device = next((tensor.device.type for tensor in _tensors(args)), "cpu")
-    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), device.upper())
-
-
-# ---- what one call costs and waits for -------------------------------------------------------------------------------
-
-
-def _complete(schema, args, kwargs) -> list:
-    """Every argument in the schema's order, defaults filled in."""
-    rest = schema.arguments[len(args) :]
-    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
-
-
-def _read(schema, arguments):
-    """The tensors an op reads: all but `out=` arguments, and what an overwriting op overwrites."""
-    for place, (argument, value) in enumerate(zip(schema.arguments, arguments, strict=True)):
-        if argument.is_out or (place == 0 and schema.name in _OVERWRITES):
-            continue
-        yield from _tensors(value)
-
-
-def _cost(func, arguments, result, reads, writes) -> Cost:
-    """The op's own formula if it is ours, else every tensor once and the operations that torch's formulas count."""
-    op = _registry.OPS.get(func._schema.name.partition("::")[2])
-    if op is not None and func.namespace in _registry.NAMESPACES.values():
-        return op.cost(tuple(arguments), result)
-    distinct = {operand.region: operand.nbytes for operand in reads}
-    written = sum(operand.nbytes for operand in writes)
-    if func._schema.name in _GATHERS and reads:
-        distinct[reads[0].region] = min(reads[0].nbytes, written)
-    exps = math.prod(writes[0].shape) if func._schema.name.rstrip("_") in _EXPONENTIALS and writes else 0
-    return Cost(sum(distinct.values()) + written, _flops(func, arguments, result), exps)
-
-
-def _flops(func, arguments, result) -> int:
-    name = func._schema.name
-    if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
-        query, key = arguments[0], arguments[1]  # (B, H, N, D), (B, H, M, D): two products
-        return 4 * query.numel() * key.shape[-2] // (2 if arguments[4] else 1)
-    formula = flop_registry.get(func._overloadpacket)
-    if formula is None:
-        return 0
-    positional = {argument.name: value for argument, value in zip(func._schema.arguments, arguments, strict=True)}
-    named = {a.name: positional.pop(a.name) for a in func._schema.arguments if a.kwarg_only}
-    return int(formula(*positional.values(), **named, out_val=result))
-
-
-def _sync(func, arguments, result) -> str | None:
-    """How a user calls this op if the host needs its result, on whatever device it ran."""
-    name = func._schema.name
-    if name in SYNCS:
-        return SYNCS[name]
-    if name in ("aten::index", "aten::index_put_", "aten::index_put"):
-        masks = [t for t in _tensors(arguments[1]) if t.dtype in (torch.bool, torch.uint8)]
-        return "indexing with a mask" if masks else None
-    if name in ("aten::_to_copy", "aten::copy_"):
-        source = arguments[0] if name == "aten::_to_copy" else arguments[1]
-        waits = not (arguments[2] if name == "aten::copy_" else arguments[5])
-        target = result if isinstance(result, Tensor) else arguments[0]
-        return "copy to the host" if waits and source.device.type != "cpu" and target.device.type == "cpu" else None
-    return None
+    device = next((tensor.device.type for tensor in costs.tensors(args)), "cpu")
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _KEYS.get(device, device.upper()))
 
 
 def _caller() -> tuple[str, bool, tuple[str, ...]]:
@@ -336,13 +287,3 @@ def _caller() -> tuple[str, bool, tuple[str, ...]]:
 def _named(code) -> str:
     name = getattr(code, "co_qualname", code.co_name).replace(".<locals>", "")
     return f"{name} ({os.path.basename(code.co_filename)})"
-
-
-def _tensors(value):
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)

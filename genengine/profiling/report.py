@@ -16,7 +16,7 @@ class Kernel:
     """All calls of one op on tensors of the same shapes and dtype.
 
     seconds: of all calls of one pass, on the device. bytes, flops: of all calls, None where no formula is known.
-    floor: seconds that the ceilings allow at least, bound: the one that binds; None without ceilings.
+    floor: seconds that the ceilings allow at least, bound: the one that binds; None where none was measured.
     elements: written, of all calls. lines: "file:line" of the user -> calls.
     """
 
@@ -49,8 +49,9 @@ class Kernel:
 
     @property
     def of_ceiling(self) -> float | None:
-        """floor / seconds: 1 is as fast as the ceiling that binds."""
-        return self.floor / self.seconds if self.floor is not None and self.seconds else None
+        """floor / seconds: 1 is as fast as the ceiling that binds. None of what is so short that a launch binds."""
+        known = self.floor is not None and self.bound != "launch" and self.seconds
+        return self.floor / self.seconds if known else None
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Profile:
     """What `profile` found out.
 
     seconds: of a pass without the profiler, the median. profiled: of one with it. busy: seconds in kernels, of the
-    latter. bytes, flops: of a pass, as far as they are known. missing: recorded ops that the timed passes did not show.
-    ceilings: as given to `profile`. flame: a `flame.Box`, the tree of calls.
+    latter. bytes, flops: of the recorded ops that were seen running. missing: recorded ops that were not.
+    ceilings: what they were measured as. flame: a `flame.Box`, the tree of calls.
     """
 
     name: str
@@ -115,6 +116,11 @@ class Profile:
     notes: list[str] = field(default_factory=list)
     ceilings: object = None
     flame: object = field(default=None, repr=False)
+
+    @property
+    def known(self) -> float:
+        """Seconds in kernels whose bytes are known."""
+        return sum(kernel.seconds for kernel in self.kernels if kernel.bytes is not None)
 
     @property
     def idle(self) -> float:
@@ -157,10 +163,12 @@ def _totals(profile):
 
 def _moved(profile):
     text = quantity(profile.bytes, "B")
-    if profile.busy:
-        text += f" ({quantity(profile.bytes / profile.busy, 'B')}/s)"
-    if profile.flops:
-        text += f"; {quantity(profile.flops, 'FLOP')} in products ({quantity(profile.flops / profile.busy, 'FLOP')}/s)"
+    if profile.known:
+        text += f" ({quantity(profile.bytes / profile.known, 'B')}/s)"
+    if profile.flops and profile.known:
+        text += f"; {quantity(profile.flops, 'FLOP')} in products ({quantity(profile.flops / profile.known, 'FLOP')}/s)"
+    if profile.known < 0.99 * profile.busy:
+        text += f", in the {seconds(profile.known)} of kernels of recorded ops"
     return text
 
 
@@ -199,10 +207,13 @@ def _gap_table(profile, top):
 
 def _sync_table(profile, top):
     if not profile.syncs:
-        return "host syncs: none"
+        return "host syncs: none" if profile.device.startswith("cuda") else (
+            "host syncs: none seen (.cpu(), .numpy() and .tolist() of a CPU tensor are not)"
+        )  # fmt: skip
     on_gpu = profile.device.startswith("cuda")
     head = "host syncs: the host waited for the device" if on_gpu else (
-        "host syncs: these would wait for the device, were their tensors on a GPU"
+        "host syncs: these would wait for the device, were their tensors on a GPU (.cpu(), .numpy() and .tolist() "
+        "would, too, and are not seen here)"
     )  # fmt: skip
     rows = [
         [f"{sync.count} x", sync.call, "" if sync.seconds is None else seconds(sync.seconds), place(sync.line)]

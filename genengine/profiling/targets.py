@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,27 +171,90 @@ def _shape(model):
 
 
 def _users(target, request):
-    """module:function; a function without arguments, or one that makes such a function."""
+    """module:function, or module:name.name: a function without arguments, or one that makes such a function."""
     _refuse(target, request)
-    module, _, name = target.partition(":")
+    function = _found(target)
+    if isinstance(function, type) or not callable(function):
+        raise ValueError(f"{target} must be a function, got {_kind(function)}")
+    _check_callable(target, function)
+    try:
+        result = function()
+    except Exception as error:
+        raise Failed(target, error) from error
+    if inspect.isgenerator(result) or inspect.iscoroutine(result) or inspect.isasyncgen(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise ValueError(
+            f"{target} returned a {_kind(result)}, which runs later; wrap it in a function that uses it up"
+        )
+    if callable(result) and not isinstance(result, (type, torch.Tensor)):
+        _check_callable(f"what {target} returns", result)
+        return Target(target, _named(target, result), f"the {_kind(result)} that {target} returned")
+    return Target(target, _named(target, function), f"{target} without arguments")
+
+
+class Failed(RuntimeError):
+    """The user's own code raised: `__cause__` is what, the message says where."""
+
+    def __init__(self, target: str, error: BaseException):
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _of_ours(frame.filename)]
+        where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        super().__init__(f"{target} raised {type(error).__name__}: {error}{where}")
+
+
+def _of_ours(filename) -> bool:
+    """Whether the code is torch's, genengine's or the interpreter's: no place for a user to look."""
+    roots = (Path(__file__).parents[1], Path(torch.__file__).parent)
+    return filename.startswith("<") or any(root in Path(filename).parents for root in roots)
+
+
+def _found(target):
+    """What the target names. "cannot find" only where it is not there: what fails while it is imported says so."""
+    module, _, path = target.partition(":")
+    if not module or not all(part.isidentifier() for part in path.split(".")):
+        raise ValueError(f"cannot find {target}: it must look like module:function")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"cannot find {target}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"{target} must be a function, got {type(function).__name__}")
-    _check_no_arguments(target, function)
-    result = function()
-    if inspect.isfunction(result) or inspect.ismethod(result) or type(result).__name__ == "partial":
-        _check_no_arguments(f"what {target} returns", result)
-        return Target(target, result, f"the function that {target} returned")
-    return Target(target, function, f"{target} without arguments")
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            raise ValueError(f"cannot find {target}: {error}") from error
+        raise Failed(target, error) from error
+    except Exception as error:
+        raise Failed(target, error) from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            of = getattr(found, "__name__", _kind(found))
+            raise ValueError(f"cannot find {target}: {of} has no attribute {name!r}")
+        found = getattr(found, name)
+    return found
 
 
-def _check_no_arguments(what, function):
+def _kind(thing) -> str:
+    return type(thing).__name__
+
+
+def _named(target, function):
+    """The function; what it raises says so, and where."""
+
+    def run():
+        try:
+            return function()
+        except Exception as error:
+            raise Failed(target, error) from error
+
+    return run
+
+
+def _check_callable(what, function):
+    """Refuse what needs arguments, or only makes a generator or coroutine."""
+    code = function.forward if isinstance(function, torch.nn.Module) else function
+    if inspect.isgeneratorfunction(code) or inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+        raise ValueError(
+            f"{what} must be a plain function, not a generator or coroutine; wrap it in one that uses it up"
+        )
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(code).parameters.values()
     except ValueError:  # some builtins tell no signature
         return
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -37,8 +37,30 @@ def test_a_captured_loop_is_reported_by_the_kernels_own_names():
     found = profiling.profile(target.function, device="cuda", repeats=2)
     assert any(kernel.bytes is None and kernel.seconds > 0 for kernel in found.kernels)
     assert any("CUDA graph" in note for note in found.notes)
+    assert all(kernel.seconds > 0 for kernel in found.kernels)
+    assert found.bytes == sum(kernel.bytes or 0 for kernel in found.kernels)
 
 
-def test_nvtx_ranges_are_taken_by_the_driver():
+def test_the_device_is_that_of_the_tensors():
+    on_cpu, on_gpu = torch.randn(64), torch.randn(64, device="cuda")
+    assert profiling.profile(lambda: on_cpu.sin(), repeats=1).device == "cpu"
+    assert profiling.profile(lambda: on_gpu.sin(), repeats=1).device == "cuda"
+    with pytest.raises(ValueError, match="device is cpu, but the function's tensors are on cuda"):
+        profiling.profile(lambda: on_gpu.sin(), device="cpu")
+
+
+def test_the_first_pass_holds_no_kernel_of_the_warm_up():
+    """One pass, whose kernels outlast the host by far: each must be there once."""
+    x = torch.randn(8192, 8192, device="cuda")
+    found = profiling.profile(lambda: x @ x, device="cuda", repeats=1)
+    assert found.busy <= found.profiled and [kernel.calls for kernel in found.kernels] == [1]
+
+
+def test_nvtx_ranges_are_taken_by_the_driver(monkeypatch):
+    opened, real = [], torch.cuda.nvtx.range_push
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda label: opened.append((label, real(label))))
     with profiling.nvtx():
         ops.normal((2, 8), seed=0, device="cuda")
+    labels = [label for label, _ in opened]
+    assert any(label.startswith("genengine::normal [") for label in labels)
+    assert all(depth >= 0 for _, depth in opened)  # negative: the call failed

@@ -1,14 +1,15 @@
 """Every form of our ops that people write is found, with its bytes; what only looks like one is not."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from genengine import ops
 from genengine.benchmarks import eager
 from genengine.benchmarks.bench_adaln import eager_adaln, eager_gated_adaln
 from genengine.nets.dit import DiT
-from genengine.profiling import fusions
+from genengine.profiling import forms, fusions, targets
 from genengine.profiling.record import record
 
 B, N, D = 3, 5, 16
@@ -307,6 +308,7 @@ def test_attention_with_its_scale_in_the_product():
 # ---- what is none ----------------------------------------------------------------------------------------------------
 
 X, Y, SMALL = draw(B, N, D), draw(B, N, D), draw(B, N, 2 * D)
+LONG, WIDE = draw(B, 2, 8200), draw(B, N, 260)
 SCALE, SHIFT, STATE = draw(B, 1, D), draw(B, 1, D), draw(B, N, D)
 NEAR_MISSES = {
     "layer norm with weights, no modulation": lambda: F.layer_norm(X, (D,), draw(D), draw(D)),
@@ -339,6 +341,17 @@ NEAR_MISSES = {
     "sums of three": lambda: X + Y + draw(B, N, D),
     "weights that do not add up": lambda: STATE.mul_(0.9).add_(Y, alpha=0.2),
     "an average that is no state": lambda: X * 0.9 + Y * 0.1,
+    "an interpolation and a sum": lambda: STATE + torch.lerp(X, Y, 0.3),
+    "adaln in float64, which no kernel takes": lambda: F.layer_norm(X.double(), (D,)) * (1 + SCALE) + SHIFT,
+    "bias_act in float64": lambda: torch.relu(X.double() + draw(D)),
+    "an activation of integers": lambda: torch.relu(torch.arange(6)) * 2,
+    "an activation of one number": lambda: torch.tanh(torch.tensor(0.5)) * 2.0,
+    "a norm over two dimensions": lambda: F.layer_norm(X, (N, D)) * (1 + SCALE) + SHIFT,
+    "a norm of rows that are too long": lambda: F.layer_norm(LONG, (8200,)) * (1 + LONG[:, :1]) + LONG[:, 1:],
+    "attention with heads that are too wide": lambda: torch.softmax(WIDE @ WIDE.mT, dim=-1) @ WIDE,
+    "attention with values of another width": lambda: torch.softmax(X @ Y.mT, dim=-1) @ SMALL,
+    "rotation of heads that are too wide": lambda: in_pairs(F.rms_norm(WIDE, (260,)), *draw(2, N, 130)),
+    "rotation after a norm over two dimensions": lambda: in_pairs(F.rms_norm(X, (N, D)), *draw(2, N, D // 2)),
 }
 
 
@@ -371,12 +384,28 @@ def test_what_autograd_keeps_is_no_use_elsewhere():
     assert name == "adaln"
 
 
-def test_our_op_in_place_of_a_match_moves_what_was_promised():
-    scale, shift = (row.contiguous() for row in rows(2))
-    x = draw(B, N, D)
-    (match,) = fusions.search(record(lambda: eager_adaln(x, scale, shift)))
-    (step,) = record(lambda: ops.adaln(x, scale, shift)).steps
-    assert step.cost.bytes == match.fused_bytes
+SHAPES = {
+    "adaln": (2, 3, 16), "gated_adaln": (2, 3, 16), "bias_act": (2, 8, 4, 4), "bias_gelu": (2, 3, 16),
+    "geglu": (2, 3, 16), "swiglu": (2, 3, 16), "group_norm_silu": (2, 8, 4, 4), "diffuse": (2, 3, 4, 4),
+    "reparameterize": (2, 3, 4, 4), "ema_update": (3, 7),
+}  # fmt: skip
+# What an op moves beside: a seed in an int64, the mean and deviation of (B, groups) for its backward.
+BESIDE = {"diffuse": 8, "reparameterize": 8, "group_norm_silu": 4 * 2 * (2 * 8)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_our_op_in_place_of_a_match_moves_what_was_promised(name):
+    request = targets.Request(torch.device("cpu"), shape=SHAPES[name])
+    plain = targets.resolve(name, dataclasses.replace(request, eager=True))
+    matches = fusions.search(record(plain.function))
+    assert matches and {match.form.op for match in matches} == {name}
+    ours = record(targets.resolve(name, request).function).steps[-1]
+    assert ours.name.startswith("genengine")
+    assert ours.cost.bytes == sum(match.fused_bytes for match in matches) + BESIDE.get(name, 0)
+
+
+def test_every_op_with_an_eager_twin_and_a_form_is_compared():
+    assert SHAPES.keys() == eager.PLAIN.keys() & {form.op for form in forms.FORMS} - {"attention"}
 
 
 def test_what_did_not_run_as_recorded_is_not_reported():

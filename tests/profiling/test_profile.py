@@ -1,5 +1,7 @@
 """`profile` end to end on a CPU: what it says, as dataclasses, JSON, text and page."""
 
+import dataclasses
+import gzip
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -7,8 +9,10 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
+from genengine import profiling
 from genengine.benchmarks.bench_adaln import eager_adaln
-from genengine.profiling import Profile, flame, page, profile, report
+from genengine.profiling import Profile, flame, page, profile, report, timeline
+from genengine.profiling.record import record
 
 
 class Ceilings:
@@ -95,7 +99,7 @@ def test_without_ceilings_there_are_no_percentages_of_them():
 
 def test_a_function_that_does_nothing():
     found = profile(lambda: None, device="cpu")
-    assert found.kernels == [] and found.bytes == 0
+    assert found.kernels == [] and found.bytes == 0 and any("no op was recorded" in note for note in found.notes)
     assert "host syncs: none" in found.table() and json.dumps(found.to_json())
 
 
@@ -117,11 +121,136 @@ def test_compiled_code_stays_compiled_and_is_one_row():
     torch._dynamo.reset()
 
 
+def test_a_compiled_region_stands_in_the_flame():
+    function = torch.compile(lambda: X.sin().cos())
+    with torch.no_grad():
+        found = profile(function, device="cpu", repeats=2)
+    assert any(name.startswith("Torch-Compiled") and kind == "op" for name, kind in found.flame.children)
+    assert found.flame.seconds == pytest.approx(found.profiled, rel=1e-6)
+    torch._dynamo.reset()
+
+
+def test_eager_work_beside_compiled_keeps_its_own_shapes():
+    """The recording sees the compiled product, too: its bytes and time are not those of the eager one."""
+    small, large = torch.randn(4, 4), torch.randn(128, 128)
+    compiled = torch.compile(lambda: (large.sin() * 2).exp())
+
+    with torch.no_grad():
+        found = profile(lambda: (compiled(), small.sin()), device="cpu", repeats=2)
+    (sine,) = [kernel for kernel in found.kernels if kernel.name == "aten::sin"]
+    assert sine.shapes == "4x4" and found.bytes == 2 * 4 * 16
+    torch._dynamo.reset()
+
+
+def test_no_percentage_where_a_launch_binds_or_the_host_waits():
+    found = profile(lambda: X[0, 0, :4].sin().sum().item(), device="cpu", repeats=1, ceilings=Ceilings())
+    rows = {kernel.name: kernel for kernel in found.kernels}
+    assert rows["aten::sin"].bound == "launch" and rows["aten::sin"].of_ceiling is None
+    assert rows["aten::_local_scalar_dense"].floor is None
+    assert all(row["of_ceiling"] is None for row in found.to_json()["kernels"])
+
+
+def test_a_copy_to_another_device_has_no_ceiling():
+    """And a number that stays on the host beside a tensor on the GPU does not take an op's away."""
+    recording = record(lambda: (X.double(), X * X[0, 0, 0]))
+    for step, operands in zip(recording.steps, ("writes", "reads"), strict=True):
+        first, *rest = getattr(step, operands)
+        setattr(step, operands, (dataclasses.replace(first, device="cuda"), *rest))
+    times = timeline.Timeline(1e-3, 1e-3, {0: 1e-4, 1: 1e-4})
+    found = profiling._summary(recording, times, torch.device("cuda"), 1, Ceilings(), "copies")
+    floors = {kernel.name: kernel.floor for kernel in found.kernels}
+    assert floors["aten::_to_copy"] is None and floors["aten::mul"] > 0
+
+
+def test_ceilings_are_measured_for_the_dtypes_of_the_products():
+    asked = []
+    a, b = torch.randn(32, 32, dtype=torch.float64), X.bfloat16()
+
+    def measure(device, dtypes):
+        asked.extend(dtypes)
+        assert device == torch.device("cpu")
+        return Ceilings()  # in which only float32 is known
+
+    found = profile(lambda: (a @ a, b @ b.mT), device="cpu", repeats=1, ceilings=measure)
+    assert asked == [torch.bfloat16, torch.float64]
+    assert all(kernel.floor is None for kernel in found.kernels if kernel.flops) and found.flops
+
+
+def test_the_threads_of_the_ceilings_are_noted(monkeypatch):
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        notes = profile(lambda: X.sin(), device="cpu", repeats=1, ceilings=Ceilings()).notes
+        assert any("ceilings are of one thread" in note for note in notes) == (threads > 1)
+
+
+def test_more_work_than_was_recorded_is_noticed():
+    calls = []
+
+    def grows():
+        calls.append(None)
+        for _ in range(1 if len(calls) <= 1 else 9):
+            X.sin()
+
+    notes = profile(grows, device="cpu", warmup=0, repeats=1).notes
+    assert any("0 of 1 recorded ops were not seen in the timed pass, and 8 ran" in note for note in notes)
+    assert not any("same work" in note for note in profile(lambda: X.sin(), device="cpu", repeats=1).notes)
+
+
+def test_ops_on_lists_of_tensors_are_matched():
+    found = profile(lambda: (torch._foreach_mul([X, ROWS], 2.0), torch.cat([X, X])), device="cpu", repeats=1)
+    assert {kernel.name for kernel in found.kernels} == {"aten::_foreach_mul", "aten::cat"}
+    assert found.missing == 0 and not found.notes
+
+
+def test_the_device_is_that_of_the_recorded_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert profile(lambda: X.sin(), repeats=1).device == "cpu"
+    with pytest.raises(ValueError, match="device is cuda, but the function's tensors are on cpu"):
+        profile(lambda: X.sin(), device="cuda")
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got meta"):
+        profile(lambda: X.sin(), device="meta")
+
+
+def test_another_profiler_is_refused_before_anything_runs():
+    calls = []
+    active = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with active, pytest.raises(RuntimeError, match="another profiler is active"):
+        profile(lambda: calls.append(None), device="cpu")
+    assert not calls
+
+
+def test_on_a_gpu_bytes_are_of_what_launched_a_kernel():
+    """A captured op was recorded, and launches nothing: neither its bytes nor a row of its own."""
+    recording = record(lambda: (X.sin(), X.cos()))
+    times = timeline.Timeline(1e-3, 1e-3, {1: 1e-4}, stray={"in_a_graph": (3, 4e-4)})
+    found = profiling._summary(recording, times, torch.device("cuda"), 1, None, "captured")
+    size = 2 * 4 * X.numel()
+    assert found.bytes == size and found.known == pytest.approx(1e-4) and found.busy == pytest.approx(5e-4)
+    assert [kernel.name for kernel in found.kernels] == ["in_a_graph", "aten::cos"]
+    assert f"({report.quantity(size / 1e-4, 'B')}/s), in the 100 us of kernels of recorded ops" in found.table()
+
+
 def test_the_trace_is_written(tmp_path):
     path = tmp_path / "folder" / "trace.json"
     profile(lambda: X.sin(), device="cpu", repeats=1, trace=path)
     events = json.loads(path.read_text())["traceEvents"]
     assert any(event["name"] == "aten::sin" for event in events)
+
+
+@pytest.mark.parametrize("name", ["trace.json.gz", "trace"])
+def test_the_trace_is_written_by_any_name(tmp_path, name):
+    path = tmp_path / name
+    assert profile(lambda: X.sin(), device="cpu", repeats=1, trace=path).kernels
+    content = path.read_bytes()
+    events = json.loads(gzip.decompress(content) if name.endswith(".gz") else content)["traceEvents"]
+    assert any(event["name"] == "aten::sin" for event in events)
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
+    calls = []
+    with pytest.raises(IsADirectoryError):
+        profile(lambda: calls.append(None), device="cpu", trace=tmp_path)
+    assert not calls
 
 
 @pytest.mark.parametrize("bad", [{"warmup": -1}, {"repeats": 0}])
@@ -180,7 +309,7 @@ def test_a_box_lasts_as_long_as_what_is_in_it(found):
 
 
 def test_names_are_escaped():
-    box = flame.build([], {}, [(1.0, -1)], {}, "<b>&")
+    box = flame.build([], {}, [(1.0, -1)], {}, {}, "<b>&")
     assert "&lt;b&gt;&amp;" in flame.svg(box) and "<b>" not in flame.svg(box)
 
 

@@ -82,18 +82,67 @@ def module(tmp_path, monkeypatch):
         def needs(a): return a
         def makes_needy(): return lambda a: a
         number = 3
+        class Net(torch.nn.Module):
+        \tdef __init__(self, needy):
+        \t\tsuper().__init__()
+        \t\tself.forward = self.needs if needy else self.free
+        \tdef needs(self, x): return x
+        \tdef free(self): return torch.ones(5) * 3
+        def model(): return Net(False)
+        def needy_model(): return Net(True)
+        class Run:
+        \tdef step(self): return torch.ones(6) + 1
+        run = Run()
+        def odd():
+        \treturn {}["x"]
+        def makes_odd(): return odd
+        def yields(): yield torch.ones(1)
+        def makes_generator(): return (x for x in [1])
+        async def waits(): return 1
     """
-    (tmp_path / "my_profile_target.py").write_text("\n".join(line.strip() for line in text.splitlines()))
+    (tmp_path / "my_profile_target.py").write_text("\n".join(line.strip(" ") for line in text.splitlines()))
+    (tmp_path / "my_broken_target.py").write_text("import torch\n1 / 0\n")
+    (tmp_path / "my_importing_target.py").write_text("import nothing_such_at_all\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     yield "my_profile_target"
-    sys.modules.pop("my_profile_target", None)
+    for name in ("my_profile_target", "my_broken_target", "my_importing_target"):
+        sys.modules.pop(name, None)
 
 
 def test_a_function_of_the_users(module):
     assert targets.resolve(f"{module}:work", CPU).function().tolist() == [2, 2]
     assert targets.resolve(f"{module}:make", CPU).function().tolist() == [2, 2, 2]
     assert targets.resolve(f"{module}:partial", CPU).function().shape == (4,)
+    assert targets.resolve(f"{module}:run.step", CPU).function().tolist() == [2] * 6
+
+
+def test_a_model_that_a_function_returns_is_what_is_profiled(module):
+    target = targets.resolve(f"{module}:model", CPU)
+    assert target.function().tolist() == [3] * 5 and "the Net that" in target.description
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_profile_target:odd", r"my_profile_target:odd raised KeyError: 'x' at my_profile_target.py:\d+"),
+        (
+            "my_broken_target:f",
+            "my_broken_target:f raised ZeroDivisionError: division by zero at my_broken_target.py:2",
+        ),
+        ("my_importing_target:f", "raised ModuleNotFoundError: No module named 'nothing_such_at_all' at my_importing"),
+    ],
+)
+def test_errors_of_the_users_code_say_where(module, name, message):
+    with pytest.raises(targets.Failed, match=message):
+        targets.resolve(name, CPU)
+
+
+def test_an_error_while_it_is_profiled_says_where(module):
+    target = targets.resolve(f"{module}:makes_odd", CPU)
+    with pytest.raises(targets.Failed, match=r"makes_odd raised KeyError: 'x' at my_profile_target.py:\d+") as caught:
+        target.function()
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +152,13 @@ def test_a_function_of_the_users(module):
         ("makes_needy", "must take no arguments, but needs a"),
         ("number", "must be a function, got int"),
         ("nothing", "cannot find .*has no attribute 'nothing'"),
+        ("run.nothing", "cannot find .*Run has no attribute 'nothing'"),
+        ("Run", "must be a function, got type"),
+        ("needy_model", "what .*:needy_model returns must take no arguments, but needs x"),
+        ("yields", "must be a plain function, not a generator or coroutine"),
+        ("waits", "must be a plain function, not a generator or coroutine"),
+        ("makes_generator", "returned a generator, which runs later"),
+        ("", "must look like module:function"),
     ],
 )
 def test_a_function_that_does_not_fit(module, name, message):

@@ -5,9 +5,9 @@ import pytest
 from genengine.profiling import timeline
 
 
-def op(name, start, end, external=0, tid=1):
+def op(name, start, end, external=0, tid=1, dims=()):
     return {"ph": "X", "cat": "cpu_op", "name": name, "ts": start, "dur": end - start, "tid": tid,
-            "args": {"External id": external}}  # fmt: skip
+            "args": {"External id": external, "Input Dims": list(dims)}}  # fmt: skip
 
 
 def kernel(name, start, end, external, stream=7, cat="kernel", correlation=0):
@@ -25,7 +25,8 @@ def whole(start, end):
 
 
 def read(events, names):
-    return timeline.read(timeline.parse({"traceEvents": events}), names, plain=1e-4)
+    keys = [name if isinstance(name, tuple) else (name, ()) for name in names]
+    return timeline.read(timeline.parse({"traceEvents": events}), keys, plain=1e-4)
 
 
 def test_nested_ops_belong_to_the_outermost_recorded_one():
@@ -131,3 +132,56 @@ def test_ranges_around_an_op_are_known_and_rows_are_one():
 def test_a_trace_without_a_pass_says_why():
     with pytest.raises(RuntimeError, match="another profiler"):
         read([op("aten::mul", 0, 1)], ["aten::mul"])
+
+
+def test_ops_of_one_name_are_told_apart_by_their_shape():
+    """An op that the recording holds eagerly, but that ran compiled, shifts no other."""
+    events = [
+        whole(0, 100),
+        op("aten::mm", 10, 30, dims=[[8, 4], [4, 2]]),
+        op("aten::mm", 40, 45, dims=[[2, 2], [2, 2]]),
+    ]
+    found = read(events, [("aten::mm", (64, 64)), ("aten::mm", (8, 4)), ("aten::mm", (2, 2))])
+    assert found.durations == pytest.approx({1: 20e-6, 2: 5e-6}) and found.missing == 1 and found.surplus == 0
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape"),
+    [([], ()), ([[], [3, 4]], (3, 4)), ([[[2, 1], [5]], [7]], (7,)), ([[], []], ())],
+)
+def test_the_shape_of_an_op_is_that_of_its_first_tensor_with_dimensions(dims, shape):
+    (event,) = timeline.parse({"traceEvents": [op("aten::mul", 0, 1, dims=dims)]})
+    assert event.shape == shape
+
+
+def test_what_ran_and_was_not_recorded_is_counted_once():
+    events = [whole(0, 100), op("aten::mul", 10, 20), op("aten::mul", 30, 40), op("aten::mul", 31, 35),
+              op("aten::sin", 50, 60)]  # fmt: skip
+    found = read(events, ["aten::mul"])
+    assert found.surplus == 1 and found.missing == 0
+
+
+def test_a_captured_op_that_launches_nothing_has_no_time():
+    """On a GPU: the ops of a graph are called while it is captured, or not at all; its kernels name none of them."""
+    events = [
+        whole(0, 100), op("aten::mul", 5, 9, external=1), op("aten::add", 10, 20, external=2),
+        runtime("cudaLaunchKernel", 11, 12, external=2, correlation=3),
+        kernel("add_kernel", 15, 18, external=2, correlation=3), kernel("in_a_graph", 40, 45, 0, correlation=4),
+    ]  # fmt: skip
+    found = read(events, ["aten::mul", "aten::add"])
+    assert found.durations == pytest.approx({1: 3e-6}) and found.missing == 0
+    assert set(found.stray) == {"in_a_graph"}
+
+
+def test_an_op_without_an_external_id_owns_no_kernel():
+    events = [whole(0, 100), op("aten::mul", 5, 9, external=0), kernel("somebodys", 15, 18, external=0)]
+    found = read(events, ["aten::mul"])
+    assert found.durations == {} and set(found.stray) == {"somebodys"}
+
+
+def test_a_compiled_region_within_another_is_counted_once():
+    outer, inner = f"{timeline.COMPILED}: 0/0", f"{timeline.COMPILED}: 1/0"
+    events = [whole(0, 100), op(outer, 10, 60), op(inner, 20, 40), op("aten::mul", 25, 30), op("aten::add", 45, 49)]
+    found = read(events, ["aten::mul", "aten::add"])
+    assert found.stray[outer] == (1, pytest.approx(26e-6)) and found.stray[inner] == (1, pytest.approx(15e-6))
+    assert sum(found.durations.values()) + 41e-6 == pytest.approx(50e-6)
