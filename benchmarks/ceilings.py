@@ -59,7 +59,7 @@ class Ceilings:
         footprint: bytes over which the inputs of successive calls rotate, if more than one call moves: the bandwidth is
         then that of so large a working set, which the cache does not hold.
         """
-        product = self.matmul.get(str(dtype).removeprefix("torch."), max(self.matmul.values()))
+        product = self._products(dtype)
         floors = {
             "bandwidth": cost.bytes / self.bandwidth(max(cost.bytes, footprint or 0)),
             "matrix products": cost.flops / product,
@@ -69,6 +69,14 @@ class Ceilings:
             floors["exponentials"] = cost.exps / self.exps
         name = max(floors, key=floors.get)
         return floors[name], name
+
+    def _products(self, dtype):
+        """The fastest product that such a kernel may take: of its own dtype, or of float32, in which it accumulates.
+
+        On a CPU without matrix units a product in bfloat16 is the slower one, and bounds nothing.
+        """
+        names = {str(dtype).removeprefix("torch."), "float32"} & self.matmul.keys()
+        return max(self.matmul[name] for name in names or self.matmul)
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -92,3 +92,12 @@ def test_measured_ceilings_are_positive_and_survive_a_file(monkeypatch):
                for key, value in found.to_json().items()}  # fmt: skip
     assert Ceilings.from_json(as_text) == found
     assert "GB/s" in lines[0] and "exponentials" in lines[0]
+
+
+def test_a_slower_product_in_the_kernels_own_dtype_bounds_nothing():
+    found = replace(CEILINGS, matmul={"float32": 1e11, "bfloat16": 5e10, "float64": 3e10})
+    assert found.floor(Cost(1, flops=10**9), torch.bfloat16)[0] == pytest.approx(1e-2)
+    assert found.floor(Cost(1, flops=10**9), torch.float64)[0] == pytest.approx(1e-2)
+    faster = replace(CEILINGS, matmul={"float32": 1e11, "bfloat16": 8e11})
+    assert faster.floor(Cost(1, flops=8 * 10**9), torch.bfloat16)[0] == pytest.approx(1e-2)
+    assert faster.floor(Cost(1, flops=10**9), torch.float32)[0] == pytest.approx(1e-2)
