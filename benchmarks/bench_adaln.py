@@ -8,9 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from genengine import testing
+from genengine.benchmarks import calls
 from genengine.benchmarks.registry import Benchmark, faster, register, within
-from genengine.ops import _registry
 
 SHAPES = {
     "DiT-XL/2": (16, 256, 1152), "DiT-S/2": (16, 256, 384), "DiT-B/2": (16, 256, 768), "DiT-L/2": (16, 256, 1024),
@@ -49,7 +48,7 @@ class Work:
         }
 
     def fused(self, name):
-        kernel = _registry.resolve(_registry.OPS[name], self.x.device, self.x.dtype)
+        kernel = calls.kernel(name, self.x)
         return lambda: kernel(*self.args[name], EPS)
 
     def copy(self):
@@ -66,24 +65,8 @@ class Work:
 
     def eager_backward(self, name):
         """autograd through eager as written, its forward outside the timing."""
-        leaves = [t.detach().requires_grad_() for t in self.args[name]]
-        with torch.enable_grad():
-            out = EAGER[name](*leaves)
         grads = (self.grad_x, self.grad_h) if name == "gated_adaln" else (self.grad_h,)
-        return lambda: torch.autograd.grad(out, leaves, grads, retain_graph=True)
-
-    def check(self, name):
-        """Against the reference in float64, within twice eager's error and a rounding."""
-        run = _registry.OPS[name].overloads["reference"]
-        args = self.args[name]
-        found = self.fused(name)(), run(*args, EPS), run(*(t.double() for t in args), EPS)
-        found = [f if isinstance(f, (tuple, list)) else (f,) for f in found]
-        for got, plain, oracle in zip(*found, strict=True):
-            testing.assert_as_good_as_eager(got, plain, oracle, name)
-
-    def cost(self, name):
-        args = self.args[name]
-        return _registry.OPS[name].cost((*args, EPS), self.fused(name)())
+        return calls.backward(EAGER[name], calls.leaves(*self.args[name]), *grads)
 
 
 GOALS = {
@@ -103,8 +86,8 @@ def forward(name, case):
         "eager, in place": lambda: work.in_place(name),
     }
     return Benchmark(
-        variants, lambda: work.check(name), inputs=work.args[name], oracle=EAGER[name],
-        compiles=(EAGER[name], work.args[name]), cost=work.cost(name), elements=work.x.numel(),
+        variants, lambda: calls.check(name, *work.args[name], EPS), inputs=work.args[name], oracle=EAGER[name],
+        compiles=(EAGER[name], work.args[name]), cost=calls.cost(name, *work.args[name], EPS), elements=work.x.numel(),
         goals=GOALS[name, case.dtype] if case.label == "DiT-XL/2" else (),
     )  # fmt: skip
 
@@ -113,8 +96,8 @@ def backward(name, case):
     work, op = Work(case), f"{name}_backward"
     variants = {"fused": work.fused(op), "copy_": work.copy, "eager, autograd": work.eager_backward(name)}
     return Benchmark(
-        variants, lambda: work.check(op), cost=work.cost(op), elements=work.x.numel(),
-        goals=(faster("eager, autograd", 1.0),),
+        variants, lambda: calls.check(op, *work.args[op], EPS), cost=calls.cost(op, *work.args[op], EPS),
+        elements=work.x.numel(), goals=(faster("eager, autograd", 1.0),),
     )  # fmt: skip
 
 

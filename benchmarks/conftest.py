@@ -10,7 +10,7 @@ import torch
 def pytest_addoption(parser):
     group = parser.getgroup("genengine")
     group.addoption("--suite", default="quick", help="a suite, op, model or benchmark (default quick)")
-    group.addoption("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
+    group.addoption("--device", choices=("cpu", "cuda"), help="cpu or cuda (default: cuda if there is one)")
     group.addoption("--budget", type=float, default=0.5, help="seconds of interleaved timing per row (default 0.5)")
 
 
