@@ -37,7 +37,7 @@ def check() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            "bench: a page needs matplotlib to draw its plots, which is missing: pip install 'genengine[plot]'"
+            "a page needs matplotlib to draw its plots, which is missing: pip install 'genengine[plot]'"
         ) from error
 
 

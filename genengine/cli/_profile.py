@@ -35,7 +35,7 @@ def add_profile(commands):
 
 
 def _profile(options):
-    from genengine.benchmarks import ceilings
+    from genengine.benchmarks import ceilings, svg
     from genengine.profiling import page, profile, targets, timeline
 
     shape, dtype = _shape_and_dtype(options)
@@ -47,7 +47,8 @@ def _profile(options):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
     for path in filter(None, (options.trace, options.html)):
         timeline.check_writable(path)
-    plotting = page.matplotlib() if options.html else None  # before the work: it may be missing
+    if options.html:
+        svg.check()  # before the work: Matplotlib may be missing
     request = targets.Request(device, shape, dtype, options.num, options.steps, options.eager, options.seed)
     measure = None if options.no_ceilings else ceilings.measure
     with contextlib.redirect_stdout(sys.stderr), _forked_seed(device, options.seed):  # stdout is the report's
@@ -57,7 +58,7 @@ def _profile(options):
     report.notes.insert(0, target.description)
     print(json.dumps(report.to_json(), indent=1) if options.json else report.table(options.top))
     if options.html:
-        page.write(report, options.html, plotting)
+        page.write(report, options.html)
     for path in filter(None, (options.trace, options.html)):
         print(f"saved: {path}", file=sys.stderr)
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import html
-import io
-import re
 from pathlib import Path
 
+from genengine.benchmarks import svg
 from genengine.profiling import flame
 from genengine.profiling.report import Kernel, Profile, place, quantity, seconds, short
 
 ROWS = 40  # of the table of kernels
 LABELLED = 12  # dots of the roofline with a number
 _MEMORY = 1 << 28  # bytes that no cache holds
-_INK = "#010203"  # stands for the page's own text colour in Matplotlib's SVG
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1b19; --paper: #fbfaf7; --faint: #7d786e; --line: #ddd7cb; --call: #e4dfd3;
-  --op: #eab676; --ours: #8fbf8f; --range: #b9c8de; --outside: #cfccc6; --dark: #1c1b19 }
+  --op: #eab676; --ours: #8fbf8f; --range: #b9c8de; --outside: #cfccc6; --dark: #1c1b19;
+  --muted: var(--faint); --grid: var(--line) }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e4dc; --paper: #191816; --faint: #98928a; --line: #3a3733;
   --call: #4a463e; --op: #a8742f; --ours: #4f7f4f; --range: #4d6180; --outside: #35332f; --dark: #f3efe7 } }
 * { box-sizing: border-box }
@@ -43,31 +42,21 @@ figure { margin: 0 } svg { width: 100%; height: auto; display: block }
 """
 
 
-def matplotlib():
-    """`matplotlib`, for the roofline. Raises RuntimeError where it is not installed."""
-    try:
-        import matplotlib as found
-        from matplotlib import figure  # noqa: F401  # loaded here, used as an attribute
-    except ImportError as error:
-        raise RuntimeError("profile: --html needs Matplotlib; pip install 'genengine[plot]'") from error
-    return found
-
-
-def write(profile: Profile, path: str | Path, plotting=None) -> Path:
-    """Write the page of a profile to a file; plotting: what `matplotlib` returned. Returns the path.
+def write(profile: Profile, path: str | Path) -> Path:
+    """Write the page of a profile to a file; returns the path.
 
     Raises RuntimeError where Matplotlib is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(profile, plotting or matplotlib()), encoding="utf-8")
+    path.write_text(render(profile), encoding="utf-8")
     return path
 
 
-def render(profile: Profile, plotting) -> str:
+def render(profile: Profile) -> str:
     """The page as one HTML document."""
     title = html.escape(f"{profile.name} on {profile.device}")
-    parts = [_head(profile), _flame(profile), _roofline(profile, plotting), _kernels(profile), _gaps(profile)]
+    parts = [_head(profile), _flame(profile), _roofline(profile), _kernels(profile), _gaps(profile)]
     body = "\n".join([*parts, _syncs(profile), _fusions(profile)])
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -173,7 +162,7 @@ def _fusions(profile):
 # ---- roofline --------------------------------------------------------------------------------------------------------
 
 
-def _roofline(profile, plotting):
+def _roofline(profile):
     dots = {
         number: kernel
         for number, kernel in enumerate(profile.kernels, start=1)
@@ -188,29 +177,24 @@ def _roofline(profile, plotting):
     if profile.ceilings is None:
         text += " Ceilings were not measured."
     return (
-        f'<h2>Roofline</h2><figure class="roofline">{_roofline_svg(profile, dots, plotting)}'
+        f'<h2>Roofline</h2><figure class="roofline">{_roofline_svg(profile, dots)}'
         f"<figcaption>{text}</figcaption></figure>"
     )
 
 
-def _roofline_svg(profile, dots, plotting):
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "genengine", "font.size": 9, "text.color": _INK}
-    settings |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    with plotting.rc_context(settings):
-        figure = plotting.figure.Figure(figsize=(9, 5), layout="constrained")
+def _roofline_svg(profile, dots):
+    with svg.style():
+        figure = svg.figure(9, 5)
+        figure.set_layout_engine("constrained")
         axes = figure.add_subplot(
             xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second"
         )
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=_INK, alpha=0.12, linewidth=0.5)
         _draw_dots(axes, dots)
         if profile.ceilings is not None:
             _draw_ceilings(axes, profile.ceilings, list(dots.values()))
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return text.replace(_INK, "currentColor")
+        svg.log_ticks(axes.xaxis, axes.get_xlim(), lambda value: f"{value:g}")
+        svg.log_ticks(axes.yaxis, axes.get_ylim(), lambda value: quantity(value, "").strip())
+        return svg.inline(figure, "roofline", "roofline of the kernels")
 
 
 def _draw_dots(axes, dots: dict[int, Kernel]):
@@ -227,7 +211,7 @@ def _draw_ceilings(axes, ceilings, dots):
     """Slanted: the bandwidth of the largest working set here, and of main memory. Level: matrix products."""
     intensities = [kernel.operations / kernel.bytes for kernel in dots]
     low, high = min(*intensities, 0.1) / 2, max(*intensities, 100.0) * 2
-    style = {"color": _INK, "linewidth": 0.9, "alpha": 0.75}
+    style = {"color": svg.COLOURS["ink"], "linewidth": 0.9, "alpha": 0.75}
     products = {name: rate for name, rate in ceilings.matmul.items() if any(kernel.dtype == name for kernel in dots)}
     top = max(products.values(), default=max(ceilings.matmul.values()))
     largest = max(kernel.bytes // kernel.calls for kernel in dots)
