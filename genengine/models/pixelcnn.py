@@ -20,27 +20,10 @@ from genengine.models.base import INNOCENCE, Model, Option, drop_labels
 from genengine.models.likelihoods import level_index, level_value
 from genengine.nets import pixelcnn as nets
 from genengine.nets.configs import is_number
-from genengine.ops.normal import exp_ieee
+from genengine.ops._categorical import inverse_cdf
 
 MARGINALS = ("mixture", "null_class")
 CHUNK = 256  # images of a batch on a CPU: their features stay in its cache
-
-
-def inverse_cdf(logits, u, temperature=1.0):
-    """The level in which u falls.
-
-        w_i = exp((l_i - max l) (1 / temperature))    float32, the polynomial exponential of `ops.normal`, so that the
-        W_i = w_0 + ... + w_i                         bits are the same everywhere; sums in float64, in order
-        level = #{i < L - 1 : W_i <= u W_{L-1}}
-
-    Args:
-        logits: (B, L, ...) float32.  u: (B, ...) float32 in (0, 1).
-    Returns:
-        (B, ...) int64 in 0 .. L - 1.
-    """
-    weights = exp_ieee((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
-    sums = weights.double().cumsum(1)
-    return (sums[:, :-1] <= (u.double() * sums[:, -1])[:, None]).sum(1)
 
 
 class PixelCNN(Model):

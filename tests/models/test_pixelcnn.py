@@ -13,7 +13,7 @@ import torch
 
 from genengine import data, models, ops
 from genengine.models import PixelCNN, checkpoint
-from genengine.models.pixelcnn import inverse_cdf
+from genengine.ops._categorical import inverse_cdf, log_prob
 from genengine.train import preset
 
 NET = {"name": "pixelcnn", "image_size": 6, "in_channels": 1, "num_classes": 3, "dim": 6, "depth": 3, "first_size": 3,
@@ -140,6 +140,8 @@ def test_inverse_cdf_is_the_formula():
     assert inverse_cdf(ends, torch.tensor([1 - 2.0**-24])).tolist() == [1]
     assert inverse_cdf(ends, torch.tensor([2.0**-24])).tolist() == [0]
     assert inverse_cdf(torch.full((1, 4), -1e30), torch.tensor([0.6])).tolist() == [2]
+    expected = torch.distributions.Categorical(logits=logits.double().movedim(1, -1) / 0.7).log_prob(level)
+    torch.testing.assert_close(log_prob(logits, level, 0.7).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
