@@ -9,7 +9,8 @@
 namespace genengine {
 namespace GENENGINE_ISA {
 
-GENENGINE_INLINE Lanes splat(float value) { return zero_lanes() + value; }
+// Less zero: of a sum with zero, which changes -0, g++ keeps the addition.
+GENENGINE_INLINE Lanes splat(float value) { return value - zero_lanes(); }
 
 GENENGINE_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   for (int i = 0; i < kParts; ++i) {
