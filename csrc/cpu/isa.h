@@ -25,6 +25,10 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 // The instruction set in use: the best the CPU has, or GENENGINE_ISA=baseline|avx2|avx512|avx512bf16 if the CPU has it.
 Isa current_isa();
 
+// Whether AVX512-BF16's product of pairs is worth its use: AMD's takes as long as a fused multiply-add does, Intel's twice as
+// long or more, which is no faster than float32. Also where GENENGINE_ISA or `cpu_isa` asks for that instruction set.
+bool pairs_are_fast();
+
 template <class F>
 F pick(F baseline, F avx2, F avx512, F avx512bf16) {
   switch (current_isa()) {
