@@ -97,6 +97,17 @@ class PixelCNNShape:
             return (group + 1) * self.part
         return group * self.entry if self.groups > 1 else 0
 
+    @property
+    def lag(self):
+        """Columns by which the wavefront keeps a row ahead of the next: one more than a pixel sees of it to the right."""
+        if self.gated:  # the vertical stack's reaches add up
+            return 1 + self.first_reach + (self.depth - 1) * self.reach
+        return 1 + max(self.reach_of(layer) for layer in range(self.depth))
+
+    def steps(self, order) -> int:
+        """Serial steps of an image: pixels, or in the wavefront lag (H - 1) + W."""
+        return self.lag * (self.size - 1) + self.size if order == "wavefront" else self.size**2
+
     def fields(self) -> list[int]:
         """The numbers that say all this to the kernels."""
         return [int(value) for value in dataclasses.astuple(self)]

@@ -154,7 +154,7 @@ def _by_rows(x, weights, draws, order, name, callback):
 def _rows_of(x, probs, weights, draws, order, name):
     run, wavefront = _registry.overload(SAMPLE, name), order == "wavefront"
     images = group_size(len(x), name)
-    state = _state(weights, len(x), images, wavefront, name)
+    state = x.new_empty(state_bytes(weights, len(x), images, wavefront, name), dtype=torch.uint8)
     fields = weights.shape.fields()
     arguments = (x, probs, state, weights.matrices, weights.vectors, fields, *draws, wavefront, images)
     return lambda first, last: run(*arguments, first, last)
@@ -166,14 +166,12 @@ def group_size(batch: int, name: str) -> int:
     return max(1, min(GROUP, -(-batch // threads)))
 
 
-def _state(weights, batch, images, wavefront, name):
-    """Room for the activations that are kept, in bytes, with the zeros beside the image."""
+def state_bytes(weights, batch, images, wavefront, name):
+    """Room for the activations that a backend keeps; the first row clears what has to be zero."""
     if name == "reference":
-        count = _reference_state_bytes(weights.shape, batch, weights.vectors.dtype)
-    else:
-        each = torch.ops.genengine.pixelcnn_state.default(weights.matrices, weights.shape.fields(), images, wavefront)
-        count = each * -(-batch // images)
-    return torch.zeros(count, dtype=torch.uint8, device=weights.device)
+        return _reference_state_bytes(weights.shape, batch, weights.vectors.dtype)
+    each = torch.ops.genengine.pixelcnn_state.default(weights.matrices, weights.shape.fields(), images, wavefront)
+    return each * -(-batch // images)
 
 
 def _default_order(shape, batch, name):
@@ -433,7 +431,8 @@ class _Cached:
         self.draw = _Draw(x, probs, weights.shape, draws)
         self.exact = weights.matrices.dtype != torch.bfloat16
         views = _reference_views(self.s, len(x))
-        flat, offset, found = state.view(self.net.dtype), 0, []
+        count = sum(torch.Size(sizes).numel() for sizes in views)
+        flat, offset, found = state[: count * self.net.dtype.itemsize].view(self.net.dtype), 0, []
         for sizes in views:
             count = torch.Size(sizes).numel()
             found.append(flat[offset : offset + count].view(sizes))
@@ -448,6 +447,9 @@ class _Cached:
         self.hidden = torch.zeros(len(x), self.s.groups, self.s.head_part, **room)
 
     def rows(self, first, last):
+        if first == 0:
+            for cache in (*self.above, *self.left):
+                cache.zero_()
         for y in range(first, last):
             self._vertical(y)
             for x in range(self.s.size):
@@ -566,8 +568,7 @@ def _cost(arguments, results):
     each = len(x) * s.size
     flops = each * (rows * (own + 10 * gates + 4 * outputs) + below * (vertical + 10 * gates * s.gated))
     exps = each * (rows * (2 * gates + outputs) + below * 2 * gates * s.gated)
-    share = rows / max(s.size, 1)
-    moved = traffic(matrices, vectors, labels, seed, ids) + share * traffic(x, probs, known)
+    moved = traffic(matrices, vectors, labels, seed, ids) + traffic(x, probs, known) * rows // s.size
     return Cost(moved, flops, exps)
 
 

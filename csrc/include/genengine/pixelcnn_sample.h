@@ -191,7 +191,7 @@ struct PixelCNNState {
   }
   GENENGINE_HD_MEMBER int64_t take(int64_t elements, int element) {
     const int64_t offset = bytes;
-    bytes += (elements * element + 63) / 64 * 64;
+    bytes += (elements * element + 255) / 256 * 256;
     return offset;
   }
 };
@@ -204,7 +204,7 @@ struct PixelCNNCall {
   const bool* known;    // (B, C, S, S) or null
   const int64_t *labels, *seed, *ids;  // labels may be null
   int64_t seed_stride, batch, state_stride;
-  char* state;  // zeros before the first row
+  char* state;  // of no value before the first row
   int images;   // of a group
   float temperature, inverse_temperature;
   bool wavefront;
@@ -301,6 +301,7 @@ struct PixelSampler {
 
   // Rows first_row .. last_row - 1 of all images of the group.
   GENENGINE_TEAM void run() const {
+    if (call.first_row == 0) clear();
     if (call.wavefront) return run_wavefront();
     for (int y = call.first_row; y < call.last_row; ++y) {
       if (y) {
@@ -314,6 +315,12 @@ struct PixelSampler {
   GENENGINE_TEAM static int count(const PixelCNNCall& call, int64_t group) {
     const int64_t left = call.batch - group * call.images;
     return static_cast<int>(left < call.images ? left : call.images);
+  }
+
+  // What lies beside the images.
+  GENENGINE_TEAM void clear() const {
+    float* rings = at<float>(0);
+    team.each(static_cast<int>(state.vertical / 256), 64, [=](int r) { return [=](int j) { rings[static_cast<int64_t>(r) * 64 + j] = 0.f; }; });
   }
 
   GENENGINE_TEAM void run_wavefront() const {
