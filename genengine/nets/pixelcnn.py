@@ -361,9 +361,9 @@ class PixelCNN(nn.Module):
     def packed(self, dtype=None, *, fold=False):
         """The weights as `ops.pixelcnn_sample` reads them; packed anew when a parameter has changed.
 
-        dtype: float32 or bfloat16; None for the parameters' own.  fold: see `ops.pack_pixelcnn`.
+        dtype: float32 or bfloat16; None for the parameters' own (float32 of float16).  fold: see `ops.pack_pixelcnn`.
         """
-        dtype = dtype or self.positions.dtype
+        dtype = dtype or (torch.float32 if self.positions.dtype == torch.float16 else self.positions.dtype)
         state = (dtype, fold, *((p.data_ptr(), p._version, p.device) for p in self.parameters()))
         if self._packed is None or self._packed[0] != state:
             config = self.config

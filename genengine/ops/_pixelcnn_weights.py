@@ -99,7 +99,7 @@ class PixelCNNShape:
 
     @property
     def lag(self):
-        """Columns by which the wavefront keeps a row ahead of the next: one more than a pixel sees of it to the right."""
+        """Columns by which the wavefront keeps a row ahead of the next: it sees one fewer of it to the right."""
         if self.gated:  # the vertical stack's reaches add up
             return 1 + self.first_reach + (self.depth - 1) * self.reach
         return 1 + max(self.reach_of(layer) for layer in range(self.depth))
