@@ -7,12 +7,15 @@ namespace genengine {
 namespace GENENGINE_ISA {
 namespace {
 
+constexpr int kAbreast = 4;  // draws whose sums, each a chain of additions, go on side by side
+
 // W: stored weights and activations. X: what products read of the latter.
 template <class X, class W>
 struct Thread {
   using Weight = W;
   using Input = X;
-  double* sums;  // of `levels` weights
+  const Sigmoid<false> sigmoid;
+  double* sums;  // kAbreast rows of kMaxLevels
 
   static GENENGINE_INLINE W narrow(float value) {
     W to;
@@ -24,13 +27,38 @@ struct Thread {
     from_float(to, to_float(value));
     return to;
   }
-  static GENENGINE_INLINE X rounded(float value) { return input(narrow(value)); }
+
+  static GENENGINE_INLINE Lanes load(const float* from) { return GENENGINE_ISA::load(from); }
+  static GENENGINE_INLINE void store(float* to, Lanes value) { GENENGINE_ISA::store(to, value); }
+  static GENENGINE_INLINE void keep(W* to, Lanes value) { GENENGINE_ISA::store(to, value); }
+  static GENENGINE_INLINE void feed(W* to, Lanes value) { keep(to, value); }
+  template <class Wide>  // where products read float, it holds what W can
+  static GENENGINE_INLINE void feed(Wide* to, Lanes value) {
+    W rounded[kLanes];
+    keep(rounded, value);
+    GENENGINE_ISA::store(to, GENENGINE_ISA::load(rounded));
+  }
+
+  static GENENGINE_INLINE Lanes positive(Lanes a) { return GENENGINE_ISA::at_least(a, 0.f); }  // NaN stays NaN
+  // tanh(a) sigmoid(b) = (2 - d) / (d e) with d = 1 + e^-2a, e = 1 + e^-b; at the bounds both factors have reached their
+  // limits, to 1e-17.
+  GENENGINE_INLINE Lanes gate(Lanes a, Lanes b) const {
+    const Lanes d = sigmoid.one_plus_exp_minus(2.f * GENENGINE_ISA::at_least(a, -20.f));
+    return (2.f - d) * reciprocal(d * sigmoid.one_plus_exp_minus(GENENGINE_ISA::at_least(b, -40.f)));
+  }
 
   template <class F>
   void each(int rows, int width, F row) const {
     for (int r = 0; r < rows; ++r) {
       const auto element = row(r);
       _Pragma("GCC ivdep") for (int j = 0; j < width; ++j) element(j);
+    }
+  }
+  template <class F>
+  void vectors(int rows, int width, F row) const {
+    for (int r = 0; r < rows; ++r) {
+      const auto element = row(r);
+      for (int j = 0; j < width; j += kLanes) element(j);
     }
   }
 
@@ -44,39 +72,73 @@ struct Thread {
   void rows(int n, F f) const {
     for (int r = 0; r < n; ++r) f(r);
   }
-  static constexpr bool leader() { return true; }
 
-  // The sums are one chain in the order of the levels: the bits of `inverse_cdf`.
-  int choose(const float* logits, int levels, float u, float inverse_temperature, float& log_prob) const {
+  template <class U, class F>
+  void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {
+    int row[kAbreast], count = 0;
+    float u[kAbreast];
+    for (int r = 0; r < n; ++r) {
+      u[count] = uniform(r);
+      row[count] = r;
+      count += u[count] > 0.f;
+      if (count < kAbreast && r + 1 < n) continue;
+      draw_some(count, row, u, logits, stride, levels, inverse_temperature, write);
+      count = 0;
+    }
+  }
+
+ private:
+  template <class F>
+  void draw_some(int count, const int* row, const float* u, const float* logits, int stride, int levels, float inverse_temperature,
+                 F write) const {
+    float largest[kAbreast];
+    for (int d = 0; d < count; ++d) largest[d] = weigh(logits + row[d] * stride, levels, inverse_temperature, sums + d * kMaxLevels);
+    if (count == kAbreast)
+      add_up<kAbreast>(sums, levels);
+    else
+      for (int d = 0; d < count; ++d) add_up<1>(sums + d * kMaxLevels, levels);
+    for (int d = 0; d < count; ++d) {
+      const double *sum = sums + d * kMaxLevels, total = sum[levels - 1];
+      const int level = level_above(sum, levels, static_cast<double>(u[d]) * total);
+      write(row[d], level, (logits[row[d] * stride + level] - largest[d]) * inverse_temperature - logarithm(static_cast<float>(total)));
+    }
+  }
+
+  // Weights e^((logit - largest) / T); returns the largest. The logits are filled up to whole panels.
+  static float weigh(const float* logits, int levels, float inverse_temperature, double* weights) {
     float largest = logits[0];
     for (int i = 1; i < levels; ++i) largest = logits[i] > largest ? logits[i] : largest;
-    double total = 0;
-    int i = 0;
-    for (; i < levels; i += kLanes) {
-      float weights[kLanes];
-      const int count = levels - i < kLanes ? levels - i : kLanes;
+    for (int i = 0; i < levels; i += kLanes) {
       _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j)
-          weights[j] = exp_ieee((logits[i + j] - largest) * inverse_temperature);  // logits are padded to whole panels
-      for (int j = 0; j < count; ++j) sums[i + j] = total += static_cast<double>(weights[j]);
+          weights[i + j] = static_cast<double>(exp_ieee((logits[i + j] - largest) * inverse_temperature));
     }
-    const double target = static_cast<double>(u) * total;
-    int low = 0, high = levels - 1;  // the first of 0 .. levels - 2 whose sum exceeds the target, else the last level
+    return largest;
+  }
+  // Each row becomes its partial sums, one chain in the order of the levels: the bits of `inverse_cdf`.
+  template <int Rows>
+  static void add_up(double* rows, int levels) {
+    double total[Rows] = {};
+    for (int i = 0; i < levels; ++i)
+      for (int d = 0; d < Rows; ++d) rows[d * kMaxLevels + i] = total[d] += rows[d * kMaxLevels + i];
+  }
+  // The first of 0 .. levels - 2 whose sum exceeds the target, else the last level.
+  static int level_above(const double* sum, int levels, double target) {
+    int low = 0, high = levels - 1;
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (sums[middle] <= target)
+      if (sum[middle] <= target)
         low = middle + 1;
       else
         high = middle;
     }
-    log_prob = (logits[low] - largest) * inverse_temperature - logarithm(static_cast<float>(total));
     return low;
   }
 };
 
 template <class X, class W>
 void run(const PixelCNNCall& call, int64_t group) {
-  double sums[kMaxLevels];
-  const Thread<X, W> thread = {sums};
+  double sums[kAbreast * kMaxLevels];
+  const Thread<X, W> thread = {{}, sums};
   PixelSampler<Thread<X, W>>(thread, call, group).run();
 }
 

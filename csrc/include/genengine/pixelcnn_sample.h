@@ -278,10 +278,14 @@ GENENGINE_HD void mixture_draw(const float* params, const float* u, int componen
 
 // Team: types Weight (of matrices and kept activations) and Input (what products read: Weight, or float holding its values);
 //   each(rows, width, row)   row(r)(j) for all r < rows, j < width; all are done when it returns, as with all that follow
+//   vectors(rows, width, row)   the same for values that go together: j steps by whole vectors, width being of whole panels;
+//                            load(float*) -> a vector, which can be added; store(float*, vector), keep(Weight*, vector),
+//                            feed(Input*, vector); gate(a, b), positive(a)
 //   product(w, matrix, x, x_stride, rows, init, init_stride, y, y_stride)    y = init + x W
-//   rows(n, f)               f(r) for all r < n, each by the threads that share a `choose`; leader(): one of them
-//   choose(logits, levels, u, inverse_temperature, log_prob)   the level of `inverse_cdf`
-//   narrow(float) -> Weight, widen(Weight) -> float, input(Weight) -> Input, rounded(float) -> Input
+//   draw(n, logits, stride, levels, inverse_temperature, u, write)   write(r, level, log p) for all r < n: the level of
+//                            `inverse_cdf` for the uniform u(r), where that is positive
+//   rows(n, f)               f(r) for all r < n
+//   narrow(float) -> Weight, input(Weight) -> Input
 template <class Team>
 struct PixelSampler {
   using Weight = typename Team::Weight;
@@ -395,7 +399,7 @@ struct PixelSampler {
     Input* inputs = at<Input>(state.inputs);
     float* sums = at<float>(state.sums);
     if (above.k != taps_rows * run)
-      team.each(rows, 1, [=](int r) { return [=](int) { inputs[r * above.k + above.k - 1] = Team::rounded(0.f); }; });
+      team.each(rows, 1, [=](int r) { return [=](int) { inputs[r * above.k + above.k - 1] = Team::input(Team::narrow(0.f)); }; });
     team.each(rows * taps_rows, run, [=, this](int q) {
       const Place p = place(line, q / taps_rows);
       const Weight* from = kept(0, layer, p.y - (taps_rows - 1) + q % taps_rows, p.m, p.x - reach);
@@ -408,25 +412,28 @@ struct PixelSampler {
       round_rows(rows, gates, sums, gates, inputs, gates);
       product(s.down(layer), inputs, gates, rows, nullptr, 0, sums, gates);
     }
-    team.each(rows, gates, [=, this](int r) {
+    team.vectors(rows, gates, [=, this](int r) {
       const Place p = place(line, r);
       const float* from = sums + r * gates;
       float* to = from_above(layer, p.y + 1, p.m, p.x);
-      return [=](int j) { to[j] = from[j]; };
+      return [=, this](int j) { team.store(to + j, team.load(from + j)); };
     });
   }
 
   // v' = gate(u + c), and the position after the first layer.
   GENENGINE_TEAM void next_vertical(const PixelLine& line, int layer, const float* sums) const {
     const int groups = s.groups(), part = s.part();
-    team.each(line.count * images * groups, part, [=, this](int q) {
+    team.vectors(line.count * images * groups, part, [=, this](int q) {
       const int r = q / groups, g = q % groups;
       const Place p = place(line, r);
       const float* u = sums + r * s.gates() + g * 2 * part;
       const float* c = class_bias(p.m, layer, 0) + g * 2 * part;
       const float* position = vector(layer ? s.zeros() : s.position(0, p.y, p.x) + g * part);
       Weight* to = kept(0, layer + 1, p.y, p.m, p.x) + g * part;
-      return [=](int j) { to[j] = Team::narrow(pixelcnn_gate(u[j] + c[j], u[part + j] + c[part + j]) + position[j]); };
+      return [=, this](int j) {
+        const auto a = team.load(u + j) + team.load(c + j), b = team.load(u + part + j) + team.load(c + part + j);
+        team.keep(to + j, team.gate(a, b) + team.load(position + j));
+      };
     });
   }
 
@@ -459,25 +466,25 @@ struct PixelSampler {
     Input* inputs = at<Input>(state.inputs);
     float *sums = at<float>(state.sums), *residual = at<float>(state.residual);
     gather_left(line, layer, g, left.k);
-    team.each(rows, 2 * part, [=, this](int r) {
+    team.vectors(rows, 2 * part, [=, this](int r) {
       const Place p = place(line, r);
       const float* from = (p.y ? from_above(layer, p.y, p.m, p.x) : vector(s.gated ? s.zeros() : s.above_bias(layer))) + g * 2 * part;
       const float* c = class_bias(p.m, layer, 1) + g * 2 * part;
       float* to = sums + r * 2 * part;
-      return [=](int j) { to[j] = from[j] + c[j]; };
+      return [=, this](int j) { team.store(to + j, team.load(from + j) + team.load(c + j)); };
     });
     product(left, inputs, left.k, rows, sums, 2 * part, sums, 2 * part);
     Input* gates = gated(layer);
     const float* bias = vector(s.out_bias(layer)) + g * part;
-    team.each(rows, part, [=, this](int r) {
+    team.vectors(rows, part, [=, this](int r) {
       const Place p = place(line, r);
       const float* u = sums + r * 2 * part;
       float* h = residual + r * part;
       const float* before = layer ? h : vector(s.position(1, p.y, p.x)) + g * part;
       Input* to = gates + r * width + g * part;
-      return [=](int j) {
-        to[j] = Team::rounded(pixelcnn_gate(u[j], u[part + j]));
-        h[j] = before[j] + bias[j];
+      return [=, this](int j) {
+        team.feed(to + j, team.gate(team.load(u + j), team.load(u + part + j)));
+        team.store(h + j, team.load(before + j) + team.load(bias + j));
       };
     });
     if (s.folded) round_rows(rows, part, residual, part, shifted(layer) + g * part, width);
@@ -491,19 +498,19 @@ struct PixelSampler {
   GENENGINE_TEAM void keep(const PixelLine& line, int layer, int g, int kind) const {
     const int part = s.part();
     const float* residual = at<float>(state.residual);
-    team.each(line.count * images, part, [=, this](int r) {
+    team.vectors(line.count * images, part, [=, this](int r) {
       const Place p = place(line, r);
       const float* h = residual + r * part;
       Weight* to = kept(kind, layer, p.y, p.m, p.x) + g * part;
-      return [=](int j) { to[j] = Team::narrow(h[j]); };
+      return [=, this](int j) { team.keep(to + j, team.load(h + j)); };
     });
   }
 
   GENENGINE_TEAM void round_rows(int rows, int width, const float* from, int from_stride, Input* to, int to_stride) const {
-    team.each(rows, width, [=](int r) {
+    team.vectors(rows, width, [=, this](int r) {
       const float* a = from + r * from_stride;
       Input* b = to + r * to_stride;
-      return [=](int j) { b[j] = Team::rounded(a[j]); };
+      return [=, this](int j) { team.feed(b + j, team.load(a + j)); };
     });
   }
 
@@ -514,7 +521,7 @@ struct PixelSampler {
     const int rows = line.count * images, reach = s.reach_of(layer), centre = s.centre(layer, g), width = s.width();
     const bool in_parts = s.folded && layer;
     const int run = reach * s.inputs(layer) + (in_parts ? 0 : centre), used = run + (in_parts ? 2 * centre : 0);
-    if (used != k) team.each(rows, 1, [=](int r) { return [=](int) { inputs[r * k + k - 1] = Team::rounded(0.f); }; });
+    if (used != k) team.each(rows, 1, [=](int r) { return [=](int) { inputs[r * k + k - 1] = Team::input(Team::narrow(0.f)); }; });
     team.each(rows, run, [=, this](int r) {
       const Place p = place(line, r);
       const Weight* from = kept(1, layer, p.y, p.m, p.x - reach);
@@ -545,10 +552,10 @@ struct PixelSampler {
   }
 
   GENENGINE_TEAM void rectify(int rows, int width, const float* from, Input* to, int stride) const {
-    team.each(rows, width, [=](int r) {
+    team.vectors(rows, width, [=, this](int r) {
       const float* a = from + r * width;
       Input* b = to + r * stride;
-      return [=](int j) { b[j] = Team::rounded(a[j] < 0.f ? 0.f : a[j]); };  // NaN stays NaN
+      return [=, this](int j) { team.feed(b + j, team.positive(team.load(a + j))); };
     });
   }
 
@@ -566,16 +573,17 @@ struct PixelSampler {
   GENENGINE_TEAM void draw_level(const PixelLine& line, int g) const {
     const float* logits = at<float>(state.outputs);
     const float last = static_cast<float>(s.levels - 1);
-    team.rows(line.count * images, [=, this](int r) {
+    const auto u = [=, this](int r) {
       const Place p = place(line, r);
-      if (call.known && call.known[pixel(p, g)]) return;
-      const float u = uniform(p, static_cast<uint32_t>((p.y * s.size + p.x) * s.channels + g));
-      float log_p;
-      const int level = team.choose(logits + r * s.outputs(), s.levels, u, call.inverse_temperature, log_p);
-      if (!team.leader()) return;
+      if (call.known && call.known[pixel(p, g)]) return 0.f;
+      return uniform(p, static_cast<uint32_t>((p.y * s.size + p.x) * s.channels + g));
+    };
+    const auto write = [=, this](int r, int level, float log_p) {
+      const Place p = place(line, r);
       call.x[pixel(p, g)] = bin_value(static_cast<float>(level), last);
       log_prob(p) += log_p;
-    });
+    };
+    team.draw(line.count * images, logits, s.outputs(), s.levels, call.inverse_temperature, u, write);
   }
 
   GENENGINE_TEAM void draw_mixture(const PixelLine& line) const {
@@ -584,7 +592,7 @@ struct PixelSampler {
     const Bins bins = {last, 1.f / last, logarithm(2.f / last)};
     team.rows(line.count * images, [=, this](int r) {
       const Place p = place(line, r);
-      if (!team.leader() || (call.known && call.known[pixel(p, 0)])) return;
+      if (call.known && call.known[pixel(p, 0)]) return;
       float u[1 + kMaxChannels], x[kMaxChannels];
       const uint32_t element = static_cast<uint32_t>((p.y * s.size + p.x) * (1 + s.channels));
       for (int j = 0; j <= s.channels; ++j) u[j] = uniform(p, element + static_cast<uint32_t>(j));
