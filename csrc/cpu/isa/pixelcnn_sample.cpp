@@ -106,13 +106,23 @@ struct Thread {
 
   // Weights e^((logit - largest) / T); returns the largest. The logits are filled up to whole panels.
   static float weigh(const float* logits, int levels, float inverse_temperature, double* weights) {
-    float largest = logits[0];
-    for (int i = 1; i < levels; ++i) largest = logits[i] > largest ? logits[i] : largest;
+    const float largest = largest_of(logits, levels);
     for (int i = 0; i < levels; i += kLanes) {
       _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j)
           weights[i + j] = static_cast<double>(exp_ieee((logits[i + j] - largest) * inverse_temperature));
     }
     return largest;
+  }
+  static float largest_of(const float* logits, int levels) {
+    float lanes[kLanes];
+    for (float& lane : lanes) lane = logits[0];
+    int i = 0;
+    for (; i + kLanes <= levels; i += kLanes) {
+      _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
+    }
+    for (; i < levels; ++i) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
+    for (const float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
+    return lanes[0];
   }
   // Each row becomes its partial sums, one chain in the order of the levels: the bits of `inverse_cdf`.
   template <int Rows>
