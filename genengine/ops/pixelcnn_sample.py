@@ -564,10 +564,12 @@ def _cost(arguments, results):
     below = rows - (first == 0)  # rows with one above
     vertical = sum(2 * k * n for (name, _, _), (k, n) in sizes if name in ("above", "down"))
     own = sum(2 * k * n for (name, _, _), (k, n) in sizes if name not in ("above", "down"))
-    gates, outputs = s.depth * s.width, s.groups * s.outputs
-    each = len(x) * s.size
-    flops = each * (rows * (own + 10 * gates + 4 * outputs) + below * (vertical + 10 * gates * s.gated))
-    exps = each * (rows * (2 * gates + outputs) + below * 2 * gates * s.gated)
+    outputs, each = s.groups * s.outputs, len(x) * s.size
+    gates = s.width * (
+        rows * s.depth + below * s.gated * (s.depth - 1)
+    )  # of the last layer no vertical ones are needed
+    flops = each * (rows * (own + 4 * outputs) + below * vertical + 10 * gates)
+    exps = each * (rows * outputs + 2 * gates)
     moved = traffic(matrices, vectors, labels, seed, ids) + traffic(x, probs, known) * rows // s.size
     return Cost(moved, flops, exps)
 
