@@ -38,7 +38,7 @@ struct PanelMatrix {
 // Features come in groups, one for each ordered colour channel, each filled up to whole panels; a gate's two halves lie
 // side by side within a group.
 struct PixelCNNShape {
-  int size, channels, levels, classes, dim, depth, reach, first_reach, embedding, head_dim, components, gated, folded;
+  int size, channels, levels, classes, dim, depth, reach, first_reach, embedding, head_dim, components, gated, folded, early, rectified;
 
   GENENGINE_HD_MEMBER int groups() const { return components ? 1 : channels; }
   GENENGINE_HD_MEMBER int part() const { return to_panels(dim / groups()); }            // features of a group
@@ -303,14 +303,12 @@ struct PixelSampler {
       : team(team_), call(call_), s(call_.shape), state(call_.shape, call_.images, call_.wavefront, sizeof(Weight), sizeof(Input)),
         images(count(call_, group)), first(group * call_.images), base(call_.state + group * call_.state_stride) {}
 
-  // Rows first_row .. last_row - 1 of all images of the group.
+  // Rows first_row .. last_row - 1 of all images of the group. An early vertical stack has a row above the image.
   GENENGINE_TEAM void run() const {
     if (call.first_row == 0) clear();
     if (call.wavefront) return run_wavefront();
     for (int y = call.first_row; y < call.last_row; ++y) {
-      if (y) {
-        for (int layer = 0; layer < s.depth; ++layer) in_chunks({y - 1, 0, 0, 1, s.size}, layer);
-      }
+      if (y || s.early) whole_vertical(y - 1);
       for (int x = 0; x < s.size; ++x) pixels({y, x, 0, 0, 1});
     }
   }
@@ -327,8 +325,13 @@ struct PixelSampler {
     team.each(static_cast<int>(state.vertical / 256), 64, [=](int r) { return [=](int j) { rings[static_cast<int64_t>(r) * 64 + j] = 0.f; }; });
   }
 
+  GENENGINE_TEAM void whole_vertical(int y) const {
+    for (int layer = 0; layer < s.depth; ++layer) in_chunks({y, 0, 0, 1, s.size}, layer);
+  }
+
   GENENGINE_TEAM void run_wavefront() const {
     const Wavefront front(s);
+    if (call.first_row == 0 && s.early) whole_vertical(-1);
     for (int t = front.steps(call.first_row); t < front.steps(call.last_row); ++t) {
       in_chunks(front.at(t, s.size), -1);
       for (int layer = 0; layer < s.depth; ++layer) in_chunks(front.at(t - Wavefront::ready(s, layer), s.size - 1), layer);
@@ -357,7 +360,7 @@ struct PixelSampler {
   GENENGINE_TEAM const Weight* matrix(const PanelMatrix& m) const { return static_cast<const Weight*>(call.matrices) + m.offset; }
   GENENGINE_TEAM const float* vector(int64_t offset) const { return call.vectors + offset; }
 
-  // The input of a layer at (y, x) of an image; x from -reach on, y from -reach on.
+  // The input of a layer at (y, x) of an image; x from -reach on, y from -reach - 1 on.
   GENENGINE_TEAM Weight* kept(int kind, int layer, int y, int m, int x) const {
     const int rows = state.ring_rows(s, layer, kind), reach = s.reach_of(layer);
     const int64_t row = static_cast<int64_t>((y + rows) % rows) * state.images + m;
@@ -369,6 +372,11 @@ struct PixelSampler {
     const int rows = state.vertical_rows();
     const int64_t row = (static_cast<int64_t>(layer) * rows + y % rows) * state.images + m;
     return at<float>(state.vertical) + (row * s.size + x) * s.gates();
+  }
+  template <class P>
+  GENENGINE_TEAM const float* sums_from_above(int layer, const P& p) const {
+    if (p.y || s.early) return from_above(layer, p.y, p.m, p.x);
+    return vector(s.gated ? s.zeros() : s.above_bias(layer));
   }
   GENENGINE_TEAM const float* class_bias(int m, int layer, int stack) const {
     return vector(s.class_bias(call.labels ? call.labels[first + m] : s.classes, layer, stack));
@@ -428,7 +436,7 @@ struct PixelSampler {
       const Place p = place(line, r);
       const float* u = sums + r * s.gates() + g * 2 * part;
       const float* c = class_bias(p.m, layer, 0) + g * 2 * part;
-      const float* position = vector(layer ? s.zeros() : s.position(0, p.y, p.x) + g * part);
+      const float* position = vector(layer || p.y < 0 ? s.zeros() : s.position(0, p.y, p.x) + g * part);
       Weight* to = kept(0, layer + 1, p.y, p.m, p.x) + g * part;
       return [=, this](int j) {
         const auto a = team.load(u + j) + team.load(c + j), b = team.load(u + part + j) + team.load(c + part + j);
@@ -468,7 +476,7 @@ struct PixelSampler {
     gather_left(line, layer, g, left.k);
     team.vectors(rows, 2 * part, [=, this](int r) {
       const Place p = place(line, r);
-      const float* from = (p.y ? from_above(layer, p.y, p.m, p.x) : vector(s.gated ? s.zeros() : s.above_bias(layer))) + g * 2 * part;
+      const float* from = sums_from_above(layer, p) + g * 2 * part;
       const float* c = class_bias(p.m, layer, 1) + g * 2 * part;
       float* to = sums + r * 2 * part;
       return [=, this](int j) { team.store(to + j, team.load(from + j) + team.load(c + j)); };
@@ -539,13 +547,16 @@ struct PixelSampler {
     });
   }
 
-  // logits = O relu(P relu(h) + b) + b'
+  // logits = O relu(P relu(h) + b) + b'; not rectified: P h
   GENENGINE_TEAM void head(const PixelLine& line, int g) const {
     const int rows = line.count * images, part = s.part(), width = s.width(), head = s.head_part(), across = s.groups() * head;
     Input *hidden = at<Input>(state.hidden), *last = at<Input>(state.head);
     const float* h = at<float>(state.residual);
     float* outputs = at<float>(state.outputs);
-    rectify(rows, part, h, hidden + g * part, width);
+    if (s.rectified)
+      rectify(rows, part, h, hidden + g * part, width);
+    else
+      round_rows(rows, part, h, part, hidden + g * part, width);
     product(s.hidden(g), hidden, width, rows, vector(s.hidden_bias(g)), 0, outputs, head);
     rectify(rows, head, outputs, last + g * head, across);
     product(s.logits(g), last, across, rows, vector(s.logits_bias(g)), 0, outputs, s.outputs());
