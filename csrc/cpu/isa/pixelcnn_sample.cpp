@@ -12,6 +12,7 @@ template <class X, class W>
 struct Thread {
   using Weight = W;
   using Input = X;
+  static constexpr int kPad = 0;
   double* sums;  // of `levels` weights
 
   static GENENGINE_INLINE W narrow(float value) {
@@ -32,6 +33,11 @@ struct Thread {
       const auto element = row(r);
       _Pragma("GCC ivdep") for (int j = 0; j < width; ++j) element(j);
     }
+  }
+
+  template <class F>
+  void begin(int rows, int width, F row) const {
+    each(rows, width, row);
   }
 
   void product(const W* w, const PanelMatrix& m, const X* x, int x_stride, int rows, const float* init, int init_stride, float* y,
@@ -77,7 +83,7 @@ template <class X, class W>
 void run(const PixelCNNCall& call, int64_t group) {
   double sums[kMaxLevels];
   const Thread<X, W> thread = {sums};
-  PixelSampler<Thread<X, W>>(thread, call, group).run();
+  PixelSampler<Thread<X, W>>(thread, call, group, call.state + group * call.state_stride + call.layout.bytes).run();
 }
 
 }  // namespace
