@@ -5,7 +5,7 @@
 #include "cuda/pixelcnn_team.h"
 #include "pixelcnn_sample_checks.h"
 
-// inspect: pixelcnn_group<genengine::Bf16 needs=HMMA
+// inspect: pixelcnn_group<Bf16 needs=HMMA
 
 namespace genengine {
 
