@@ -1,8 +1,8 @@
 """A gated PixelCNN of your own, in plain PyTorch with masked convolutions, sampled pixel by pixel and in one call.
 
 The network is written as many are (van den Oord et al. 2016): whole square kernels with zeros in the future, a first
-layer that leaves out the pixel itself, logits of 256 levels, classes. Its weights go to `pack_pixelcnn` as they are, and
-`pixelcnn_sample` draws the pixels of the naive loop.
+layer that leaves out the pixel itself, logits of 256 levels, classes. Its weights go to `pack_pixelcnn` as they
+are, and `pixelcnn_sample` draws the pixels of the naive loop.
 
     python examples/fast_pixelcnn.py
 """
