@@ -90,6 +90,11 @@ def reach(row: dict) -> str:
     return f"{rate(row)}, {row['ceiling']['percent']:.0f} % of {row['ceiling']['name']}"
 
 
+def extrapolated(row: dict) -> dict[str, str]:
+    """Of each variant of which a part was timed, how its time came about: "784 passes, one timed"."""
+    return {name: f"{count:,} passes, one timed" for name, count in row.get("repeats", {}).items()}
+
+
 def accuracy(row: dict) -> str:
     """The largest error against float64, and what was allowed; "-" where bits or samples are compared instead."""
     found = row.get("accuracy")
@@ -142,6 +147,7 @@ def lines(row: dict, *, colour: bool = False) -> str:
     if "hot" in row:
         body.append(f"inputs in the cache: {duration(row['hot']['variants']['fused']['median'])}")
     body += _wrapped(_ratio(name, entry, colour) for name, entry in row["ratios"].items())
+    body += [painted(f"{name}: {how}", DIM, colour) for name, how in extrapolated(row).items()]
     body += [painted(f"{name}: its results are not checked", DIM, colour) for name in row["unchecked"]]
     body += [painted(f"{name}: skipped, {why}", DIM, colour) for name, why in row["skipped"].items()]
     body += [_goal(goal, colour) for goal in row["goals"]]
@@ -232,7 +238,10 @@ def markdown(report: dict) -> str:
 def markdown_row(row: dict) -> str:
     if "error" in row:
         return _markdown_line(row["name"], work(row), "failed", "", "", row["error"].splitlines()[0], "")
-    others = ", ".join(f"{name} {_bold_loss(name, entry['ratio'])}" for name, entry in row["ratios"].items())
+    told = {name: f" ({how})" for name, how in extrapolated(row).items()}
+    others = ", ".join(
+        f"{name} {_bold_loss(name, entry['ratio'])}{told.get(name, '')}" for name, entry in row["ratios"].items()
+    )
     goals = "; ".join(
         f"{goal['goal']}: {goal['value']:.2f}" + ("" if goal["reached"] else " **missed**") for goal in row["goals"]
     )
