@@ -171,4 +171,4 @@ def _notes(rows):
         f"<li><b>{escape(name)}</b> {escape(note)} <small>(row {', '.join(map(str, numbers))})</small></li>"
         for (name, note), numbers in found.items()
     )
-    return f'\n<ul class="skipped">{lines}</ul>'
+    return f'\n<ul class="notes">{lines}</ul>'
