@@ -131,8 +131,8 @@ def _ratio(name, side, row):
     title = f"{name}: {table.duration(timing['median'])}" if timing else ""
     if name in row["first_call"]:
         title += f"; its first call took {table.duration(row['first_call'][name])}"
-    note = f"{entry['low']:.2f} – {entry['high']:.2f}"
-    return _cell(f"{value:.2f}×", value, css=css or "even", note=note, title=title)
+    note = f"{table.times(entry['low'])} – {table.times(entry['high'])}"
+    return _cell(f"{table.times(value)}×", value, css=css or "even", note=note, title=title)
 
 
 def _share(row):

@@ -125,7 +125,7 @@ def _bar(axes, y, kind, variant, entry):
     )  # fmt: skip
     axes.plot((low, high), (y, y), color=COLOURS["ink"], linewidth=0.8, zorder=4, clip_on=False)
     axes.annotate(
-        f"{value:.2f}×" + (" loss" if loss else ""), (max(value, high, 1), y), xytext=(4, 0),
+        f"{table.times(value)}×" + (" loss" if loss else ""), (max(value, high, 1), y), xytext=(4, 0),
         textcoords="offset points", va="center_baseline", fontsize=7.5, fontweight="bold" if loss else "normal",
         color=COLOURS["ink"], annotation_clip=False,
     )  # fmt: skip

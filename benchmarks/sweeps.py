@@ -36,15 +36,25 @@ def timed(report: dict) -> list[tuple[int, dict]]:
 
 
 def growths(rows: Sequence[tuple[int, dict]]) -> list[str]:
-    """Of every sweep whose rows count elements our time per element: the same at all sizes, if time is linear."""
+    """Of every sweep whose rows count elements our time per element: the same at all sizes, if time is linear.
+
+    Layers that differ make work itself a little more or less per element, so time per operation stands beside it.
+    """
     lines = []
     for (name, dtype, _, axis), sizes in sweeps(rows).items():
         each = {size: row["ns_per_element"] for size, row in sorted(sizes.items()) if "ns_per_element" in row}
         if len(each) == len(sizes):
             told = ", ".join(f"{table.duration(ns * 1e-9)} at {size}" for size, ns in each.items())
-            spread = max(each.values()) / min(each.values())
-            lines.append(f"{name}, {dtype}, per element by {axis}: {told}; largest over smallest {spread:.2f}")
+            spread = f"largest over smallest {_spread(each.values()):.2f}"
+            if all(row.get("cost", {}).get("flops") for row in sizes.values()):
+                spread += f", per operation {_spread(1 / row['TFLOP_per_s'] for row in sizes.values()):.2f}"
+            lines.append(f"{name}, {dtype}, per element by {axis}: {told}; {spread}")
     return lines
+
+
+def _spread(values):
+    values = list(values)
+    return max(values) / min(values)
 
 
 # ---- beside what is published ------------------------------------------------------------------------------------

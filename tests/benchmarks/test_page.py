@@ -195,6 +195,9 @@ def test_the_terminal_shows_growth_and_published_figures():
         "    published: on other hardware, against the paper's own baseline",
     ]
     assert sweeps.lines(made.report([made.row()])) == []
+    costly = [row | made.costly(flops=1000 * row["shape"][0], seconds=row["shape"][0]) for row in batches()]
+    costly[1]["TFLOP_per_s"] /= 1.1
+    assert sweeps.growths([*enumerate(costly)])[0].endswith("largest over smallest 1.33, per operation 1.10")
 
 
 def test_a_loss_is_named_in_the_bars():
