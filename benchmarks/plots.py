@@ -243,7 +243,7 @@ def _comparison(found, name):
     for index, curve in enumerate(found.curves):
         _speedup_curve(axes, curve, _comparison_look(curve, index))
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.7), high * 1.3)
+    axes.set_ylim(min(low, 0.7), high * 1.6)  # room for the figures
     svg.log_ticks(axes.yaxis, axes.get_ylim(), "{:,g}×".format)
     drawn.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.01, 0), ncols=2)
     return svg.inline(drawn, name, f"beside published figures, {title}, by {found.axis}")
@@ -256,12 +256,17 @@ def _comparison_look(curve, index):
 
 
 def _speedup_curve(axes, curve, look):
-    """A line, with its last figure beside it."""
+    """A line; of "fused" and of what is published the first and last figures stand beside it."""
     sizes = sorted(curve.speedups)
     values = [curve.speedups[size] for size in sizes]
     label = f"published: {curve.label}" if curve.published else curve.label
     axes.plot(sizes, values, label=svg.line(label, 64), **look)
-    axes.annotate(
-        f"{table.figure(values[-1])}×", (sizes[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
-        va="center_baseline", fontsize=7.5, color=COLOURS["ink"], annotation_clip=False,
-    )  # fmt: skip
+    if not (curve.published or curve.label == "fused"):
+        return
+    below = curve.published
+    for end in (0, -1):
+        axes.annotate(
+            f"{table.figure(values[end])}×", (sizes[end], values[end]), xytext=(0, -6 if below else 6),
+            textcoords="offset points", ha="center", va="top" if below else "bottom", fontsize=7.5,
+            color=COLOURS["ink"], annotation_clip=False,
+        )  # fmt: skip

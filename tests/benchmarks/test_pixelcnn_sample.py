@@ -42,7 +42,10 @@ def test_as_many_naive_passes_as_the_row_says_are_the_whole_loop(shape):
 
 def test_many_images_are_passes_over_parts_of_them():
     work = work_of((20, 3, 2))
-    assert work.part == 10 and work.repeats == {"eager, naive": 2 * 4}
+    assert len(work.naive.x) == 10 and work.repeats == {"eager, naive": 2 * 4}
+    work = work_of((68, 1, 2))
+    assert len(work.cached.x) == 34 and work.repeats == {"eager, naive": 17 * 4, "eager, cached": 2}
+    work.check()
 
 
 def test_images_may_part_at_an_edge_alone():
