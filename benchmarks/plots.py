@@ -35,7 +35,7 @@ def sections(report: dict) -> list[Section]:
         found = [
             Section("Roofline", roofline.CAPTION, roofline.draw(report["ceilings"], timed)),
             Section("Speed-up", _speedup_caption(timed), speedups(timed)),
-            Section("Scaling", SCALING_CAPTION, scalings(timed), sweeps.growths(timed)),
+            Section("Scaling", SCALING_CAPTION, scalings(timed), [*sweeps.growths(timed), *sweeps.ways(timed)]),
             Section("Beside published figures", PUBLISHED_CAPTION, publisheds(timed)),
         ]
     return [section for section in found if section.drawn]

@@ -1,4 +1,5 @@
-"""What a sweep says beyond its rows: how time grows along the axis, and ours beside what papers report of such work."""
+"""What a sweep says beyond its rows: how time grows along the axis, what other ways to use ours gain, and ours beside
+what papers report of such work."""
 
 from __future__ import annotations
 
@@ -49,6 +50,19 @@ def growths(rows: Sequence[tuple[int, dict]]) -> list[str]:
             if all(row.get("cost", {}).get("flops") for row in sizes.values()):
                 spread += f", per operation {_spread(1 / row['TFLOP_per_s'] for row in sizes.values()):.2f}"
             lines.append(f"{name}, {dtype}, per element by {axis}: {told}; {spread}")
+    return lines
+
+
+def ways(rows: Sequence[tuple[int, dict]]) -> list[str]:
+    """Of every sweep what the other ways to use ours gain over "fused", at each size: above 1 they are faster."""
+    lines = []
+    for (name, dtype, _, axis), sizes in sweeps(rows).items():
+        gains: dict[str, list[str]] = {}
+        for size, row in sorted(sizes.items()):
+            for variant, entry in row["ratios"].items():
+                if table.is_ours(variant):
+                    gains.setdefault(variant, []).append(f"{table.times(1 / entry['ratio'])} at {size}")
+        lines += [f"{name}, {dtype}, fused / {way} by {axis}: {', '.join(told)}" for way, told in gains.items()]
     return lines
 
 
@@ -119,9 +133,9 @@ def _speedups(sizes, over):
 
 
 def lines(report: dict) -> list[str]:
-    """Both as text, to stand below the rows."""
+    """All of it as text, to stand below the rows."""
     rows = timed(report)
-    return [*growths(rows), *(line for found in comparisons(rows) for line in _table(found))]
+    return [*growths(rows), *ways(rows), *(line for found in comparisons(rows) for line in _table(found))]
 
 
 def _table(found):

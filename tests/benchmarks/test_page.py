@@ -145,7 +145,7 @@ def batches(sizes=(1, 4, 16), published=True, **changes):
     curve = {"label": "A paper & co, 2017", "axis": "batch", "over": "eager, naive", "speedups": {"1": 2.0, "8": 10.0}}
     rows = []
     for size, ratio in zip(sizes, (100.0, 150.0, 300.0), strict=True):
-        others = {"eager, naive": ratio, "eager, cached": ratio / 10, "copy_": 0.5}
+        others = {"eager, naive": ratio, "eager, cached": ratio / 10, "copy_": 0.5, "fused, wide": size / 4}
         more = {"published": [curve]} if published else {}
         more |= {"repeats": {"eager, naive": 784}, "ns_per_element": 2000.0 if size == 4 else 1500.0}
         rows.append(made.row(label=f"batch {size}", shape=(size, 7), others=others, **more, **changes))
@@ -160,6 +160,7 @@ def test_a_published_curve_stands_beside_ours():
     assert curves == {
         "fused": ({1: 100, 4: 150, 16: 300}, False),
         "eager, cached": ({size: pytest.approx(10) for size in (1, 4, 16)}, False),
+        "fused, wide": ({1: 400, 4: 150, 16: 75}, False),
         "A paper & co, 2017": ({1: 2, 8: 10}, True),
     }
     (section,) = (s for s in plots.sections(report) if s.heading == "Beside published figures")
@@ -187,10 +188,12 @@ def test_a_published_curve_needs_a_sweep_of_its_axis_against_its_baseline():
 def test_the_terminal_shows_growth_and_published_figures():
     assert sweeps.lines(made.report(batches())) == [
         "adaln, float32, per element by batch: 1.5 us at 1, 2 us at 4, 1.5 us at 16; largest over smallest 1.33",
+        "adaln, float32, fused / fused, wide by batch: 4.00 at 1, 1.00 at 4, 0.25 at 16",
         "adaln, float32: speed-up over eager, naive",
         "    batch                            1    4   8   16",
         "    fused                          100  150      300",
         "    eager, cached                   10   10       10",
+        "    fused, wide                    400  150       75",
         "    A paper & co, 2017, published    2       10",
         "    published: on other hardware, against the paper's own baseline",
     ]
