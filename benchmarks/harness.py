@@ -268,7 +268,7 @@ def _timed(passes, entry, case, compile_modes, budget):
         "skipped": skipped, "first_call": first_call,
         "unchecked": [] if benchmark.oracle else [name for name in entry.baseline_names if name in timings],
     }  # fmt: skip
-    if repeats := {name: count for name, count in benchmark.repeats.items() if name in timings}:
+    if repeats := {name: count for name, count in benchmark.repeats.items() if count > 1 and name in timings}:
         row["repeats"] = repeats
     if benchmark.published:
         row["published"] = [_published(curve) for curve in benchmark.published]

@@ -218,9 +218,9 @@ def _positive(whiskers: list[list[float]]) -> list[list[float]]:
 
 
 PUBLISHED_CAPTION = (
-    "Time of one variant over the time of each other, against the size of an axis, with the speed-ups that papers "
-    "report of such work. Dashed lines are as published: on other hardware, against the paper's own baseline. Compare "
-    "how they grow, not how high they are."
+    "How many times as fast as one variant, such as a naive loop, each of the others is, against the size of an axis, "
+    "with the speed-ups that papers report of such work. Dashed lines are as published: on other hardware, against the "
+    "paper's own baseline. Compare how they grow, not how high they are."
 )
 
 
@@ -251,7 +251,7 @@ def _comparison(found, name):
 
 def _comparison_look(curve, index):
     if curve.published:
-        return {"color": COLOURS["muted"], "marker": "", "linestyle": "--", "linewidth": 1.5}
+        return {"color": COLOURS["muted"], "marker": "x", "markersize": 4, "linestyle": "--", "linewidth": 1.3}
     return _curve_look(curve.label, index)
 
 
