@@ -131,11 +131,11 @@ class Step(NamedTuple):
 
 
 class Cached:
-    """Every activation once, in as few and as cheap calls as we found: of a row three per layer, of a pixel four.
+    """Every activation once, in as few and as cheap calls as we found: four for a layer of a pixel, two of them addmm.
 
-    Buffers and their views are made before; a product over a row gathers its taps by one copy, as BLAS reads no
-    overlapping rows; the row before last is overwritten by the last, with the weights for either order at hand; sums,
-    sigmoids and gates stay in place; a pixel and the one to its left are one strided view.
+    Buffers and their views are made before; what a row sees above is two products for all its pixels, the taps gathered
+    by one copy, as BLAS reads no overlapping rows; a new row overwrites the one before last, with the weights for
+    either order at hand; sums, sigmoids and gates stay in place; a pixel and the one to its left are one strided view.
     """
 
     def __init__(self, net, u):
@@ -258,11 +258,15 @@ class Sampling:
             torch.set_num_threads(threads)
 
     def check(self):
-        """The baseline's images are ours, but where a uniform lies at the edge of two levels."""
+        """Baseline and wavefront draw the images of "fused", but where a uniform lies at the edge of two levels."""
         ours, theirs = self.draw(), self.cached()
         parted, count = images_that_part(ours[: len(theirs)], theirs, CONFIG["num_levels"]), len(theirs)
         assert parted <= max(1, count // 8), f"{parted} of {count} images part from the cached sampler's"
-        parted = images_that_part(self.draw(order="wavefront"), ours, CONFIG["num_levels"])
+        try:
+            other = self.draw(order="wavefront")
+        except ValueError:  # the reference has no such order, and the row will say so
+            return
+        parted = images_that_part(other, ours, CONFIG["num_levels"])
         assert parted <= max(1, self.batch // 8), f"{parted} of {self.batch} images part between the two orders"
 
     def cost(self) -> Cost:
