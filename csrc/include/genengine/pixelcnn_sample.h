@@ -92,10 +92,10 @@ struct PixelCNNShape {
     return logits_bias(groups()) + ((label * depth + layer) * 2 + stack) * gates();
   }
   GENENGINE_HD_MEMBER int64_t level_entry(int channel, int level) const {
-    return class_bias(classes + 1, 0, 0) + (static_cast<int64_t>(channel) * levels + level) * embedding;
+    return zeros() + gates() + (static_cast<int64_t>(channel) * levels + level) * embedding;
   }
-  GENENGINE_HD_MEMBER int64_t zeros() const { return level_entry(channels, 0); }  // as many as gates
-  GENENGINE_HD_MEMBER int64_t vector_elements() const { return zeros() + gates(); }
+  GENENGINE_HD_MEMBER int64_t zeros() const { return class_bias(classes + 1, 0, 0); }  // as many as gates
+  GENENGINE_HD_MEMBER int64_t vector_elements() const { return level_entry(channels, 0); }
 
  private:
   GENENGINE_HD_MEMBER int64_t layer_offset(int layer) const {
@@ -191,7 +191,8 @@ struct PixelCNNState {
   // Elements before layer `layer` of the rings of rows above (kind 0) or of columns to the left (1).
   GENENGINE_HD_MEMBER int64_t ring(const PixelCNNShape& s, int layer, int kind) const {
     if (layer == 0) return 0;
-    return ring_size(s, 0, kind) + (layer - 1) * ring_size(s, 1, kind);
+    const int64_t first = (ring_size(s, 0, kind) + kPanelColumns - 1) / kPanelColumns * kPanelColumns;  // vectors are aligned
+    return first + (layer - 1) * ring_size(s, 1, kind);
   }
 
  private:
@@ -222,12 +223,6 @@ struct PixelCNNCall {
 };
 
 // ---- scalar formulas -----------------------------------------------------------------------------------------------------
-
-// tanh(a) sigmoid(b), with one division.
-GENENGINE_HD float pixelcnn_gate(float a, float b) {
-  const float ea = exponential_within(-2.f * absolute(a)), eb = exponential_within(-b);
-  return with_sign_of((1.f - ea) / ((1.f + ea) * (1.f + eb)), a) + a * 0.f + b * 0.f;  // NaN of NaN
-}
 
 GENENGINE_HD float uniform_at(uint64_t seed, uint32_t sample, uint32_t element) {
   const Words four = philox(element / 4, sample, 0, kMixtureStream, seed);  // chosen from without an index: registers have none
