@@ -38,10 +38,21 @@ struct PanelMatrix {
 // Features come in groups, one for each ordered colour channel, each filled up to whole panels; a gate's two halves lie
 // side by side within a group.
 struct PixelCNNShape {
+  static constexpr int kFields = 15;
   int size, channels, levels, classes, dim, depth, reach, first_reach, embedding, head_dim, components, gated, folded, early, rectified;
+  // What would be worked out again at every step.
+  int features;                              // of a group, as stored
+  int64_t first_elements, layer_elements;  // elements of the matrices of the first layer and of each of the others
+
+  // Called once the fields are there.
+  GENENGINE_HD_MEMBER void prepare() {
+    features = to_panels(dim / groups());
+    first_elements = end_of_layer(0, 0);
+    layer_elements = end_of_layer(1, first_elements) - first_elements;
+  }
 
   GENENGINE_HD_MEMBER int groups() const { return components ? 1 : channels; }
-  GENENGINE_HD_MEMBER int part() const { return to_panels(dim / groups()); }            // features of a group
+  GENENGINE_HD_MEMBER int part() const { return features; }
   GENENGINE_HD_MEMBER int width() const { return groups() * part(); }
   GENENGINE_HD_MEMBER int gates() const { return 2 * width(); }
   GENENGINE_HD_MEMBER int head_part() const { return to_panels(head_dim / groups()); }
@@ -98,10 +109,8 @@ struct PixelCNNShape {
   GENENGINE_HD_MEMBER int64_t vector_elements() const { return level_entry(channels, 0); }
 
  private:
-  GENENGINE_HD_MEMBER int64_t layer_offset(int layer) const {
-    if (layer == 0) return 0;
-    const int64_t first = end_of_layer(0, 0);
-    return layer == 1 ? first : first + (layer - 1) * (end_of_layer(1, first) - first);
+  GENENGINE_HD_MEMBER int64_t layer_offset(int i) const {
+    return i == 0 ? 0 : first_elements + (i - 1) * layer_elements;
   }
   // Where a layer of this kind that began at `offset` would end.
   GENENGINE_HD_MEMBER int64_t end_of_layer(int layer, int64_t offset) const {
@@ -380,14 +389,14 @@ struct PixelSampler {
   // The input of a layer at (y, x) of an image; x from -reach on, y from -reach - 1 on.
   GENENGINE_TEAM Weight* kept(int kind, int layer, int y, int m, int x) const {
     const int rows = state.ring_rows(s, layer, kind), reach = s.reach_of(layer);
-    const int64_t row = static_cast<int64_t>((y + rows) % rows) * state.images + m;
+    const int64_t row = static_cast<int64_t>(rows == 1 ? 0 : (y + rows) % rows) * state.images + m;
     return at<Weight>(kind ? state.left : state.above) + state.ring(s, layer, kind) +
            (row * (s.size + 2 * reach) + x + reach) * s.inputs(layer);
   }
   // What the rows above give to the sums of a layer at (y, x): (gates) float32.
   GENENGINE_TEAM float* from_above(int layer, int y, int m, int x) const {
     const int rows = state.vertical_rows();
-    const int64_t row = (static_cast<int64_t>(layer) * rows + y % rows) * state.images + m;
+    const int64_t row = (static_cast<int64_t>(layer) * rows + (rows == 1 ? 0 : y % rows)) * state.images + m;
     return at<float>(state.vertical) + (row * s.size + x) * s.gates();
   }
   template <class P>
