@@ -2,7 +2,7 @@
 //
 // One algorithm for CPU and GPU. A group of images is worked on by a Team: one CPU thread with vectors, or a block of GPU
 // threads. The algorithm knows which activations there are, where they are kept and in which order they become known; the
-// Team knows how to run a loop over elements (`each`), a small product (`product`) and a draw (`rows`, `choose`).
+// Team knows how to run a loop over elements (`each`), a small product (`product`) and the draws of a step (`draw`).
 //
 // Per pixel and image, of D features, L layers and kernels of three: 21 D^2 L multiply-adds, two thirds of them of the
 // vertical stack; the weights once per step and group, from L2. Sums are float32, in the order of k, and no result depends
