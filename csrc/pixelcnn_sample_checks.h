@@ -10,11 +10,12 @@ namespace genengine {
 using IntList = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 
 inline PixelCNNShape pixelcnn_shape(const char* op, const IntList& fields) {
-  constexpr size_t kFields = sizeof(PixelCNNShape) / sizeof(int);
+  constexpr size_t kFields = PixelCNNShape::kFields;
   STD_TORCH_CHECK(fields.size() == kFields, op, ": fields must be ", kFields, " numbers, got ", fields.size());
   PixelCNNShape shape;
   int* to = &shape.size;
   for (size_t i = 0; i < kFields; ++i) to[i] = static_cast<int>(fields[i]);
+  shape.prepare();
   return shape;
 }
 

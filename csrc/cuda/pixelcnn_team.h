@@ -164,13 +164,26 @@ GENENGINE_DEVICE void product_tile(const TeamProduct<float>& p, int first, int r
 
 // ---- the team ------------------------------------------------------------------------------------------------------------
 
+struct alignas(4) TwoBf16 {
+  Bf16 value[2];
+};
+
+GENENGINE_DEVICE TwoFloats operator+(TwoFloats a, TwoFloats b) { return {{a.value[0] + b.value[0], a.value[1] + b.value[1]}}; }
+
+// tanh(a) sigmoid(b) = (2 - d) / (d e) with d = 1 + e^-2a, e = 1 + e^-b; at the bounds both factors have reached their limits,
+// to 1e-17.
+GENENGINE_DEVICE float gate_of(float a, float b) {
+  const float d = 1.f + exponential(-2.f * at_least(a, -20.f)), e = 1.f + exponential(-at_least(b, -40.f));
+  return quotient(2.f - d, d * e);
+}
+
 template <class T>
 struct BlockTeam {
   using Weight = T;
   using Input = T;
   static constexpr bool kPairs = sizeof(T) == 2;
   static constexpr int kPad = kPairs ? 8 : 0;  // the rows of a tile then lie in different banks
-  static constexpr int kVector = 1;
+  static constexpr int kVector = 2;
 
   GENENGINE_DEVICE static T narrow(float value) {
     if constexpr (kPairs) {
@@ -181,32 +194,38 @@ struct BlockTeam {
   }
   GENENGINE_DEVICE static T input(T value) { return value; }
 
-  GENENGINE_DEVICE static float load(const float* from) { return *from; }
-  GENENGINE_DEVICE static void store(float* to, float value) { *to = value; }
-  GENENGINE_DEVICE static void keep(T* to, float value) { *to = narrow(value); }
-  GENENGINE_DEVICE static void feed(T* to, float value) { *to = narrow(value); }
-  GENENGINE_DEVICE static float gate(float a, float b) { return pixelcnn_gate(a, b); }
-  GENENGINE_DEVICE static float positive(float a) { return a < 0.f ? 0.f : a; }  // NaN stays NaN
-
-  GENENGINE_DEVICE static int lane() { return thread_index() % kWarpThreads; }
-  GENENGINE_DEVICE static int warp() { return thread_index() / kWarpThreads; }
+  GENENGINE_DEVICE static TwoFloats load(const float* from) { return *reinterpret_cast<const TwoFloats*>(from); }
+  GENENGINE_DEVICE static void store(float* to, TwoFloats vector) { *reinterpret_cast<TwoFloats*>(to) = vector; }
+  GENENGINE_DEVICE static void keep(T* to, TwoFloats vector) {
+    if constexpr (kPairs) {
+      *reinterpret_cast<TwoBf16*>(to) = {{to_bf16(vector.value[0]), to_bf16(vector.value[1])}};
+    } else {
+      store(to, vector);
+    }
+  }
+  GENENGINE_DEVICE static void feed(T* to, TwoFloats vector) { keep(to, vector); }
+  GENENGINE_DEVICE static TwoFloats positive(TwoFloats a) { return {{at_least(a.value[0], 0.f), at_least(a.value[1], 0.f)}}; }
+  GENENGINE_DEVICE static TwoFloats gate(TwoFloats a, TwoFloats b) {
+    return {{gate_of(a.value[0], b.value[0]), gate_of(a.value[1], b.value[1])}};
+  }
 
   // A warp takes whole rows, or where these are few, `across` warps share each: what is computed for a row counts.
   template <class F>
-  GENENGINE_DEVICE void begin(int rows, int width, F row, int = kVector) const {
+  GENENGINE_DEVICE void begin(int rows, int width, F row, int step = 1) const {
+    const int pass = kWarpThreads * step;
     int shift = 0;
-    while ((rows << shift) < kTeamWarps && (kWarpThreads << shift) < width && (1 << shift) < kTeamWarps) ++shift;
-    const int across = 1 << shift;
+    while ((rows << shift) < kTeamWarps && (pass << shift) < width && (1 << shift) < kTeamWarps) ++shift;
 #pragma unroll 1
     for (int r = warp() >> shift; r < rows; r += kTeamWarps >> shift) {
       const auto element = row(r);
+      const int part = warp() & ((1 << shift) - 1);
 #pragma unroll 1
-      for (int j = (warp() & (across - 1)) * kWarpThreads + lane(); j < width; j += kWarpThreads * across) element(j);
+      for (int j = part * pass + lane() * step; j < width; j += pass << shift) element(j);
     }
   }
   template <class F>
-  GENENGINE_DEVICE void each(int rows, int width, F row, int = kVector) const {
-    begin(rows, width, row);
+  GENENGINE_DEVICE void each(int rows, int width, F row, int step = 1) const {
+    begin(rows, width, row, step);
     block_barrier();
   }
 
@@ -225,11 +244,10 @@ struct BlockTeam {
     block_barrier();
   }
 
+  // Each by one thread, in different warps as long as there are more of those.
   template <class F>
   GENENGINE_DEVICE void rows(int n, F f) const {
-#pragma unroll 1
-    for (int r = warp(); r < n; r += kTeamWarps)
-      if (lane() == 0) f(r);
+    for (int r = warp() + lane() * kTeamWarps; r < n; r += kTeamThreads) f(r);
     block_barrier();
   }
 
@@ -238,30 +256,34 @@ struct BlockTeam {
 #pragma unroll 1
     for (int r = warp(); r < n; r += kTeamWarps) {
       const float u = uniform(r);
-      if (u > 0.f) {
-        float log_prob;
-        const int level = choose(logits + r * stride, levels, u, inverse_temperature, log_prob);
-        if (lane() == 0) write(r, level, log_prob);
-      }
+      float log_p;
+      if (u <= 0.f) continue;
+      const int level = choose(logits + r * stride, levels, u, inverse_temperature, log_p);
+      if (lane() == 0) write(r, level, log_p);
     }
     block_barrier();
   }
 
  private:
-  // As `inverse_cdf`, but for the order of the sums: each lane adds the weights of neighbouring levels, then the lanes' sums
-  // are added up. Levels agree but where a uniform lies within the rounding of float64 of the edge of two.
-  GENENGINE_DEVICE int choose(const float* logits, int levels, float u, float inverse_temperature, float& log_prob) const {
+  GENENGINE_DEVICE static int lane() { return thread_index() % kWarpThreads; }
+  GENENGINE_DEVICE static int warp() { return thread_index() / kWarpThreads; }
+
+  GENENGINE_DEVICE static void tile(const TeamProduct<T>& p, int first, int rows) {
+    const int left = rows - first;
+    if constexpr (kPairs)
+      left > 16 ? product_tile<2>(p, first, rows, lane()) : product_tile<1>(p, first, rows, lane());
+    else
+      left > 4 ? product_tile<8>(p, first, rows, lane())
+               : left > 1 ? product_tile<4>(p, first, rows, lane()) : product_tile<1>(p, first, rows, lane());
+  }
+
+  // A warp's draw, the level of `inverse_cdf` but for the order of the sums: each lane adds the weights of neighbouring levels,
+  // then the lanes' sums are added up. Levels agree but where a uniform lies within the rounding of float64 of the edge of two.
+  GENENGINE_DEVICE static int choose(const float* logits, int levels, float u, float inverse_temperature, float& log_prob) {
+    const float largest = largest_of(logits, levels);
+    const auto weight = [=](int i) { return static_cast<double>(exp_ieee((logits[i] - largest) * inverse_temperature)); };
     const int each = (levels + kWarpThreads - 1) / kWarpThreads, first = lane() * each;
     const int end = first + each < levels ? first + each : levels;
-    float largest = logits[0];
-#pragma unroll 1
-    for (int i = lane(); i < levels; i += kWarpThreads) largest = logits[i] > largest ? logits[i] : largest;
-#pragma unroll
-    for (int mask = kWarpThreads / 2; mask; mask /= 2) {
-      const float other = shuffle_xor(largest, mask);
-      largest = other > largest ? other : largest;
-    }
-    const auto weight = [=](int i) { return static_cast<double>(exp_ieee((logits[i] - largest) * inverse_temperature)); };
     double own = 0;
 #pragma unroll 1
     for (int i = first; i < end; ++i) own += weight(i);
@@ -272,27 +294,29 @@ struct BlockTeam {
       if (lane() >= by) upto = below + upto;
     }
     const double total = shuffle_from(upto, kWarpThreads - 1), target = static_cast<double>(u) * total;
-    double before = shuffle_up(upto, 1);
-    if (lane() == 0) before = 0;
+    double sum = shuffle_up(upto, 1);
+    if (lane() == 0) sum = 0;
     int level = 0;
 #pragma unroll 1
     for (int i = first; i < end; ++i) {
-      before += weight(i);
-      level += before <= target && i + 1 < levels ? 1 : 0;
+      sum += weight(i);
+      level += sum <= target && i + 1 < levels ? 1 : 0;
     }
 #pragma unroll
     for (int mask = kWarpThreads / 2; mask; mask /= 2) level += shuffle_xor(level, mask);
     log_prob = (logits[level] - largest) * inverse_temperature - logarithm(static_cast<float>(total));
     return level;
   }
-
-  GENENGINE_DEVICE static void tile(const TeamProduct<T>& p, int first, int rows) {
-    const int left = rows - first;
-    if constexpr (kPairs)
-      left > 16 ? product_tile<2>(p, first, rows, lane()) : product_tile<1>(p, first, rows, lane());
-    else
-      left > 4 ? product_tile<8>(p, first, rows, lane())
-               : left > 1 ? product_tile<4>(p, first, rows, lane()) : product_tile<1>(p, first, rows, lane());
+  GENENGINE_DEVICE static float largest_of(const float* logits, int levels) {
+    float largest = logits[0];
+#pragma unroll 1
+    for (int i = lane(); i < levels; i += kWarpThreads) largest = logits[i] > largest ? logits[i] : largest;
+#pragma unroll
+    for (int mask = kWarpThreads / 2; mask; mask /= 2) {
+      const float other = shuffle_xor(largest, mask);
+      largest = other > largest ? other : largest;
+    }
+    return largest;
   }
 };
 

@@ -17,6 +17,9 @@ struct Bf16 {
 struct alignas(8) TwoWords {
   uint32_t word[2];
 };
+struct alignas(8) TwoFloats {
+  float value[2];
+};
 struct alignas(16) FourFloats {
   float value[4];
 };
@@ -33,6 +36,9 @@ GENENGINE_DEVICE FourFloats read_only(const FourFloats* from) {
   const float4 raw = __ldg(reinterpret_cast<const float4*>(from));
   return {{raw.x, raw.y, raw.z, raw.w}};
 }
+
+// a / b by the approximate reciprocal, to two units in the last place; |b| below 2^126.
+GENENGINE_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 
 GENENGINE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 GENENGINE_DEVICE void block_barrier() { __syncthreads(); }

@@ -144,8 +144,8 @@ class PixelCNNShape:
         shapes["hidden_bias", 0] = (self.groups, self.head_part)
         shapes["logits_bias", 0] = (self.groups, self.outputs)
         shapes["classes", 0] = (self.classes + 1, self.depth, 2, 2 * self.width)
-        shapes["table", 0] = (self.channels, self.levels, self.embedding)
         shapes["zeros", 0] = (2 * self.width,)
+        shapes["table", 0] = (self.channels, self.levels, self.embedding)
         return shapes
 
 

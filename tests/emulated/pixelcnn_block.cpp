@@ -41,7 +41,8 @@ struct BlockCall {
 
 static PixelCNNCall call_of(const BlockCall& b) {
   PixelCNNCall call{};
-  std::copy(b.fields, b.fields + sizeof(PixelCNNShape) / sizeof(int), &call.shape.size);
+  std::copy(b.fields, b.fields + PixelCNNShape::kFields, &call.shape.size);
+  call.shape.prepare();
   call.matrices = b.matrices;
   call.vectors = b.vectors;
   call.x = b.x;

@@ -40,7 +40,8 @@ def block(tmp_path_factory):
         f"-I{ROOT / path}" for path in ("tests/emulated", "csrc/include", "csrc")
     ]  # the first stands in for cuda/
     subprocess.run(
-        [compiler, "-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
+        [compiler, "-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=alignment",
+         "-fsanitize-undefined-trap-on-error", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas", *includes, "-o", library, ROOT / "tests/emulated/pixelcnn_block.cpp"],
         check=True,
     )  # fmt: skip

@@ -38,10 +38,21 @@ struct PanelMatrix {
 // Features come in groups, one for each ordered colour channel, each filled up to whole panels; a gate's two halves lie
 // side by side within a group.
 struct PixelCNNShape {
+  static constexpr int kFields = 15;
   int size, channels, levels, classes, dim, depth, reach, first_reach, embedding, head_dim, components, gated, folded, early, rectified;
+  // What would be worked out again at every step.
+  int features;                              // of a group, as stored
+  int64_t first_elements, layer_elements;  // elements of the matrices of the first layer and of each of the others
+
+  // Called once the fields are there.
+  GENENGINE_HD_MEMBER void prepare() {
+    features = to_panels(dim / groups());
+    first_elements = end_of_layer(0, 0);
+    layer_elements = end_of_layer(1, first_elements) - first_elements;
+  }
 
   GENENGINE_HD_MEMBER int groups() const { return components ? 1 : channels; }
-  GENENGINE_HD_MEMBER int part() const { return to_panels(dim / groups()); }            // features of a group
+  GENENGINE_HD_MEMBER int part() const { return features; }
   GENENGINE_HD_MEMBER int width() const { return groups() * part(); }
   GENENGINE_HD_MEMBER int gates() const { return 2 * width(); }
   GENENGINE_HD_MEMBER int head_part() const { return to_panels(head_dim / groups()); }
@@ -92,16 +103,14 @@ struct PixelCNNShape {
     return logits_bias(groups()) + ((label * depth + layer) * 2 + stack) * gates();
   }
   GENENGINE_HD_MEMBER int64_t level_entry(int channel, int level) const {
-    return class_bias(classes + 1, 0, 0) + (static_cast<int64_t>(channel) * levels + level) * embedding;
+    return zeros() + gates() + (static_cast<int64_t>(channel) * levels + level) * embedding;
   }
-  GENENGINE_HD_MEMBER int64_t zeros() const { return level_entry(channels, 0); }  // as many as gates
-  GENENGINE_HD_MEMBER int64_t vector_elements() const { return zeros() + gates(); }
+  GENENGINE_HD_MEMBER int64_t zeros() const { return class_bias(classes + 1, 0, 0); }  // as many as gates
+  GENENGINE_HD_MEMBER int64_t vector_elements() const { return level_entry(channels, 0); }
 
  private:
-  GENENGINE_HD_MEMBER int64_t layer_offset(int layer) const {
-    if (layer == 0) return 0;
-    const int64_t first = end_of_layer(0, 0);
-    return layer == 1 ? first : first + (layer - 1) * (end_of_layer(1, first) - first);
+  GENENGINE_HD_MEMBER int64_t layer_offset(int i) const {
+    return i == 0 ? 0 : first_elements + (i - 1) * layer_elements;
   }
   // Where a layer of this kind that began at `offset` would end.
   GENENGINE_HD_MEMBER int64_t end_of_layer(int layer, int64_t offset) const {
@@ -191,7 +200,8 @@ struct PixelCNNState {
   // Elements before layer `layer` of the rings of rows above (kind 0) or of columns to the left (1).
   GENENGINE_HD_MEMBER int64_t ring(const PixelCNNShape& s, int layer, int kind) const {
     if (layer == 0) return 0;
-    return ring_size(s, 0, kind) + (layer - 1) * ring_size(s, 1, kind);
+    const int64_t first = (ring_size(s, 0, kind) + kPanelColumns - 1) / kPanelColumns * kPanelColumns;  // vectors are aligned
+    return first + (layer - 1) * ring_size(s, 1, kind);
   }
 
  private:
@@ -222,12 +232,6 @@ struct PixelCNNCall {
 };
 
 // ---- scalar formulas -----------------------------------------------------------------------------------------------------
-
-// tanh(a) sigmoid(b), with one division.
-GENENGINE_HD float pixelcnn_gate(float a, float b) {
-  const float ea = exponential_within(-2.f * absolute(a)), eb = exponential_within(-b);
-  return with_sign_of((1.f - ea) / ((1.f + ea) * (1.f + eb)), a) + a * 0.f + b * 0.f;  // NaN of NaN
-}
 
 GENENGINE_HD float uniform_at(uint64_t seed, uint32_t sample, uint32_t element) {
   const Words four = philox(element / 4, sample, 0, kMixtureStream, seed);  // chosen from without an index: registers have none
@@ -385,14 +389,14 @@ struct PixelSampler {
   // The input of a layer at (y, x) of an image; x from -reach on, y from -reach - 1 on.
   GENENGINE_TEAM Weight* kept(int kind, int layer, int y, int m, int x) const {
     const int rows = state.ring_rows(s, layer, kind), reach = s.reach_of(layer);
-    const int64_t row = static_cast<int64_t>((y + rows) % rows) * state.images + m;
+    const int64_t row = static_cast<int64_t>(rows == 1 ? 0 : (y + rows) % rows) * state.images + m;
     return at<Weight>(kind ? state.left : state.above) + state.ring(s, layer, kind) +
            (row * (s.size + 2 * reach) + x + reach) * s.inputs(layer);
   }
   // What the rows above give to the sums of a layer at (y, x): (gates) float32.
   GENENGINE_TEAM float* from_above(int layer, int y, int m, int x) const {
     const int rows = state.vertical_rows();
-    const int64_t row = (static_cast<int64_t>(layer) * rows + y % rows) * state.images + m;
+    const int64_t row = (static_cast<int64_t>(layer) * rows + (rows == 1 ? 0 : y % rows)) * state.images + m;
     return at<float>(state.vertical) + (row * s.size + x) * s.gates();
   }
   template <class P>

@@ -26,6 +26,9 @@ struct Bf16 {
 struct alignas(8) TwoWords {
   uint32_t word[2];
 };
+struct alignas(8) TwoFloats {
+  float value[2];
+};
 struct alignas(16) FourFloats {
   float value[4];
 };
@@ -218,6 +221,8 @@ inline void multiply_tiles(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_l
   });
   memcpy(sum, found.value, sizeof(found.value));
 }
+
+inline float quotient(float a, float b) { return a / b; }
 
 inline TwoWords read_only(const TwoWords* from) { return *from; }
 inline FourFloats read_only(const FourFloats* from) { return *from; }
