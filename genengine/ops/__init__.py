@@ -14,6 +14,7 @@ from genengine.ops.normal import normal, uniform
 from genengine.ops.qk_norm_rope import qk_norm_rope
 from genengine.ops.reparameterize import reparameterize
 from genengine.ops.sampler_step import advance, sampler_step
+from genengine.ops.transformer_sample import transformer_sample
 
 # Loaded after every schema is defined: the shared object holds implementations only.
 EXTENSION = _registry.load_extension()
@@ -23,5 +24,6 @@ backend = _registry.backend
 __all__ = [
     "EXTENSION", "adaln", "advance", "attention", "backend", "bias_act", "bias_gelu", "diffuse", "ema_update",
     "gated_adaln", "geglu", "group_norm_silu", "guidance_moments", "logistic_mixture_log_prob",
-    "logistic_mixture_sample", "normal", "qk_norm_rope", "reparameterize", "sampler_step", "swiglu", "uniform",
+    "logistic_mixture_sample", "normal", "qk_norm_rope", "reparameterize", "sampler_step", "swiglu",
+    "transformer_sample", "uniform",
 ]  # fmt: skip
