@@ -43,6 +43,14 @@ int64_t cpu_isa(int64_t wanted) {
 
 Isa current_isa() { return static_cast<Isa>(isa().load(std::memory_order_relaxed)); }
 
+bool pairs_are_fast() {
+#if defined(__x86_64__)
+  return current_isa() == Isa::avx512bf16 && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace genengine
 
 STABLE_TORCH_LIBRARY_IMPL(genengine, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&genengine::cpu_isa)); }

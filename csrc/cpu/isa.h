@@ -25,6 +25,10 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 // The instruction set in use: the best the CPU has, or GENENGINE_ISA=baseline|avx2|avx512|avx512bf16 if the CPU has it.
 Isa current_isa();
 
+// Whether AVX512-BF16's product of pairs is the instruction to use. Intel's cores start one in the time of two ordinary
+// multiply-adds of float32, and gain nothing by it but the bytes, which widened weights save as well.
+bool pairs_are_fast();
+
 template <class F>
 F pick(F baseline, F avx2, F avx512, F avx512bf16) {
   switch (current_isa()) {

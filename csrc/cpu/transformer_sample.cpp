@@ -53,6 +53,7 @@ void sample(const Tensor& matrices, const Tensor& vectors, int64_t dim, int64_t 
   TransformerCall call{};
   call.type = type_of(op, "matrices", matrices);
   call.sizes = check_weights(matrices, vectors, {dim, num_heads, depth, hidden, num_levels, tokens.size(1)}, call.type);
+  call.pairs = pairs_are_fast();
   const int64_t batch = tokens.size(0);
   STD_TORCH_CHECK(0 <= first && first <= last && last <= call.sizes.length, op, ": first .. last must lie within the tokens");
   STD_TORCH_CHECK(cache.scalar_type() == matrices.scalar_type() && cache.is_contiguous() &&

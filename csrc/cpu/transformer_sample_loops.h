@@ -14,6 +14,7 @@ constexpr int64_t kMostTogether = 16;  // samples that read a weight together
 struct TransformerCall {
   TransformerSizes sizes;
   Type type;
+  bool pairs;  // bfloat16 by AVX512-BF16's products
   const void* matrices;
   const float* vectors;
   const int64_t *labels, *seed, *ids;  // ids may be null

@@ -31,7 +31,9 @@ from genengine.ops._transformer import (
 )
 from genengine.ops.normal import reference_uniform
 
-__all__ = ["NORM_EPS", "Sequences", "TransformerWeights", "pack_transformer", "transformer_sample"]
+__all__ = [
+    "NORM_EPS", "Sequences", "Sizes", "TransformerWeights", "cache_numel", "pack_transformer", "transformer_sample",
+]  # fmt: skip
 
 ORDERS = ("cached", "naive")
 _STREAM = random.STREAMS["uniform"]
@@ -105,7 +107,7 @@ def transformer_sample(
     _check.no_grad_needed(op, (matrices, weights.vectors))
     name = _choose(device, matrices.dtype, cached, backend)
     kernel = _registry.overload(_OP, name)
-    cache = matrices.new_empty(_cache_numel(sizes, num) if cached else 0)
+    cache = matrices.new_empty(cache_numel(sizes, num) if cached else 0)
     log_prob = torch.zeros(num, sizes.length, dtype=weights.vectors.dtype, device=device)
     options = (*sizes[:5], labels, float(temperature), seed, sample_ids, known)
     fresh, done = tokens.clone(), 0
@@ -143,7 +145,7 @@ def _ranges(sizes, num, callback, backend):
     return [(first, min(first + count, sizes.length)) for first in range(0, sizes.length, count)]
 
 
-def _cache_numel(sizes, num):
+def cache_numel(sizes, num):
     """Room for the keys and values of every token, whose layout is each backend's own: rows in whole vectors."""
     padded = [-(-size // _LANES) * _LANES for size in (sizes.length, sizes.dim // sizes.num_heads)]
     return 2 * sizes.depth * num * sizes.num_heads * padded[0] * padded[1]

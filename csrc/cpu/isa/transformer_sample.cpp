@@ -296,10 +296,9 @@ void run(const TransformerCall& call, int64_t begin, int64_t count, float* scrat
 
 void transformer_sample(const TransformerCall& call, int64_t begin, int64_t count, float* scratch) {
 #if defined(__AVX512BF16__)
-  if (call.type == Type::bf16) return run<BFloat, BFloat>(call, begin, count, scratch);
-#else
-  if (call.type == Type::bf16) return run<float, BFloat>(call, begin, count, scratch);
+  if (call.type == Type::bf16 && call.pairs) return run<BFloat, BFloat>(call, begin, count, scratch);
 #endif
+  if (call.type == Type::bf16) return run<float, BFloat>(call, begin, count, scratch);
   run<float, float>(call, begin, count, scratch);
 }
 
