@@ -57,7 +57,7 @@ def test_the_plain_form_is_the_op(name):
 
 def test_every_op_that_a_model_differentiates_has_a_plain_form():
     left = set(ops.__all__) - set(eager.PLAIN)
-    inference = {"advance", "guidance_moments", "logistic_mixture_sample", "sampler_step"}
+    inference = {"advance", "guidance_moments", "logistic_mixture_sample", "sampler_step", "transformer_sample"}
     assert left == {"EXTENSION", "backend", "qk_norm_rope"} | inference
 
 

@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from genengine import random
 from genengine.ops import _check, _panels
 from genengine.ops._categorical import inverse_cdf, log_prob
 from genengine.ops.attention import MAX_HEAD_DIM, reference_attention
+from genengine.ops.normal import reference_uniform
 
 NORM_EPS = 1e-6
+_STREAM = random.STREAMS["uniform"]
 MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -239,6 +242,23 @@ class State:
         """Before the step at position `first`."""
         self.position.fill_(first)
         self.row.copy_(net.levels[self.tokens[:, first - 1]] if first else net.start[labels])
+
+
+def uniforms(tokens, seed, sample_ids):
+    """The uniform of every token (B, N)."""
+    u = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
+    reference_uniform(u, seed, sample_ids, 0, _STREAM)
+    return u
+
+
+def new_state(sizes, temperature, u, known, tokens, log_prob, cache):
+    """A State on these tensors, its cache in the reference's layout."""
+    batch, head = len(tokens), sizes.dim // sizes.num_heads
+    shape = (sizes.depth, 2, batch, sizes.num_heads, sizes.length, head)
+    cache = cache[: torch.Size(shape).numel()].view(shape)
+    position = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+    row = log_prob.new_empty(batch, sizes.dim)
+    return State(tokens, log_prob, u, known, cache, position, row, temperature)
 
 
 def step(net: Network, state: State, seen: int, *, exact: bool) -> None:

@@ -14,29 +14,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genengine import random
-from genengine.ops import _check, _registry
+from genengine.ops import _check, _registry, _transformer_graph
 from genengine.ops._categorical import inverse_cdf, log_prob
 from genengine.ops._cost import Cost, traffic
 from genengine.ops._transformer import (
     NORM_EPS,
     Sizes,
-    State,
     TransformerWeights,
+    new_state,
     pack_transformer,
     prefix_logits,
     sizes_of,
     step,
+    uniforms,
     unpack_transformer,
 )
-from genengine.ops.normal import reference_uniform
 
 __all__ = [
     "NORM_EPS", "Sequences", "Sizes", "TransformerWeights", "cache_numel", "pack_transformer", "transformer_sample",
 ]  # fmt: skip
 
 ORDERS = ("cached", "naive")
-_STREAM = random.STREAMS["uniform"]
 _LANES = 16
 _RANGE_FLOPS = 2e9  # of a call between two looks for Ctrl-C: some hundredths of a second on one core
 _REPORTS = 16  # calls of the callback, at least
@@ -247,21 +245,11 @@ def _naive(net, labels, temperature, u, known, first, last, tokens, log_probs):
         tokens[:, i], log_probs[:, i] = token, logs
 
 
-def uniforms(tokens, seed, sample_ids):
-    """The uniform of every token (B, N)."""
-    u = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device)
-    reference_uniform(u, seed, sample_ids, 0, _STREAM)
-    return u
-
-
-def new_state(sizes, temperature, u, known, tokens, log_prob, cache):
-    """A State on these tensors, its cache in the reference's layout."""
-    batch, head = len(tokens), sizes.dim // sizes.num_heads
-    shape = (sizes.depth, 2, batch, sizes.num_heads, sizes.length, head)
-    cache = cache[: torch.Size(shape).numel()].view(shape)
-    position = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-    row = log_prob.new_empty(batch, sizes.dim)
-    return State(tokens, log_prob, u, known, cache, position, row, temperature)
+def _cuda(*arguments):
+    """On a GPU; in a graph that the caller records, the steps themselves are recorded."""
+    run = reference if torch.cuda.is_current_stream_capturing() else _transformer_graph.sample
+    with torch.cuda.device(arguments[0].device):
+        run(*arguments)
 
 
 # ---- shapes, schema --------------------------------------------------------------------------------------------------
@@ -293,5 +281,6 @@ _OP = _registry.define(
     fake=lambda *args: None,
     module="transformer_sample",
     kernels=("cpu", "cuda"),
+    cuda=_cuda,
     cost=_cost,
 )

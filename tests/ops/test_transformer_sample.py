@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.library import opcheck
 from genengine import backend as backend_context
 from genengine import testing
 from genengine.nets.transformer import Transformer
-from genengine.ops import EXTENSION, _registry, _verify, transformer_sample, uniform
+from genengine.ops import EXTENSION, _registry, _transformer_graph, _verify, transformer_sample, uniform
 from genengine.ops.transformer_sample import Sequences, Sizes, pack_transformer
 from genengine.testing.transformer_sample import arguments, tensors
 
@@ -272,6 +273,88 @@ def test_weights_that_overflow_are_no_danger():
         drawn = [transformer_sample(weights, 5, seed=1, backend=name) for name in ("cpu", "reference")]
         for found in drawn:
             assert found.tokens.min() >= 0 and found.tokens.max() <= 10
+
+
+# ---- the loop that a GPU records, run step by step on a CPU ----------------------------------------------------------
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """Steps run where a GPU would replay them; the recordings that were asked for."""
+    made = []
+
+    def recorded(run):
+        run()  # as the warm-up does
+        made.append(run)
+        return run
+
+    monkeypatch.setattr(_transformer_graph, "recorded", recorded)
+    monkeypatch.setattr(_transformer_graph, "_loops", OrderedDict())
+    return made
+
+
+def by_graph(args, ranges=None):
+    """The op by its recorded steps, in calls of these ranges; (tokens, log_prob)."""
+    args = [value.clone() if i in (15, 16, 17) else value for i, value in enumerate(args)]
+    args[17].fill_(float("nan"))
+    for first, last in ranges or [(0, args[13])]:
+        _transformer_graph.sample(*args[:12], first, last, *args[14:])
+    return Sequences(args[15], args[16], args[13])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("ranges", [None, [(0, 1), (1, 9), (9, 23)], [(0, 23)]])
+def test_recorded_steps_draw_what_the_reference_draws(unrecorded, dtype, ranges):
+    net, labels = make(), torch.tensor([0, 3, 1, 2, 2])
+    args = arguments(net.packed(dtype), labels, torch.tensor(9), ids=torch.arange(5) + 7)
+    found = by_graph(args, ranges)
+    assert_draws(found, net, labels, dtype, seed=9, ids=torch.arange(5) + 7)
+    assert len(unrecorded) == 4  # of 6, 12, 18 and 23 keys
+
+
+def test_recordings_serve_later_calls_and_other_weights(unrecorded):
+    nets, labels = [make(), make(seed=1)], torch.tensor([0, 3])
+    for net in (*nets, nets[0]):
+        for seed in (1, 2):
+            found = by_graph(arguments(net.packed(), labels, torch.tensor(seed)))
+            assert_draws(found, net, labels, F32, seed=seed)
+    assert len(unrecorded) == 4
+    given, known = torch.full((2, 23), 5), torch.rand(2, 23) < 0.5
+    for _ in range(2):
+        args = arguments(nets[0].packed(), labels, torch.tensor(4), given=given, known=known)
+        assert_draws(by_graph(args), nets[0], labels, F32, seed=4, known=known)
+    assert len(unrecorded) == 8
+    for temperature in (0.5, 0.6, 0.7, 0.8, 0.9):
+        by_graph(arguments(nets[0].packed(), labels, torch.tensor(4), temperature=temperature, last=2))
+    assert len(_transformer_graph._loops) == 4
+
+
+def test_calls_that_take_turns_do_not_disturb_each_other(unrecorded):
+    """A callback may draw sequences itself: what a call needs between its ranges is in its own cache."""
+    net, labels = make(), torch.tensor([0, 3])
+    both = [list(arguments(net.packed(), labels, torch.tensor(seed))) for seed in (1, 2)]
+    for first, last in ((0, 5), (5, 17), (17, 23)):
+        for args in both:
+            _transformer_graph.sample(*args[:12], first, last, *args[14:])
+    for seed, args in zip((1, 2), both, strict=True):
+        assert_draws(Sequences(args[15], args[16], 23), net, labels, F32, seed=seed)
+
+
+def test_recordings_work_in_and_out_of_inference_mode(unrecorded):
+    net, labels = make(), torch.tensor([0, 3])
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            found = by_graph(arguments(net.packed(), labels, torch.tensor(1)))
+        assert_draws(found, net, labels, F32, seed=1)
+
+
+def test_recorded_steps_need_the_cache_and_may_be_none(unrecorded):
+    args = arguments(make().packed(), torch.tensor([0]), torch.tensor(1))
+    with pytest.raises(RuntimeError, match="without a cache only the reference runs"):
+        _transformer_graph.sample(*args[:14], False, *args[15:])
+    by_graph(args, [(3, 3)])
+    by_graph(arguments(make().packed(), torch.tensor([], dtype=torch.int64), torch.tensor(1)))
+    assert not unrecorded
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
