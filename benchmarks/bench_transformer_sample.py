@@ -1,9 +1,9 @@
 """transformer_sample: sequences from a decoder-only transformer, against the same network in plain PyTorch.
 
 Shapes are (B, tokens, D, blocks, values of a token). "eager, cached" is the strong form: keys and values preallocated,
-`scaled_dot_product_attention` over those there are, weights of the case's dtype. "torch.compile" compiles its step as
-is customary, with the position on the device and attention over the whole, masked cache. "eager, naive", a pass over
-all tokens so far for every token, is what people write first; it is left out where a run would take minutes.
+`scaled_dot_product_attention` over those there are, weights of the case's dtype. "torch.compile" compiles its step, for
+any number of keys. "eager, naive", a pass over all tokens so far for every token, is what people write first; it is
+left out where a run would take minutes.
 """
 
 import torch
@@ -48,24 +48,26 @@ class EagerCached:
         self.out = cast(net.out)
         self.levels, self.positions = net.levels.weight.detach(), net.positions.detach()
         self.start = net.start.embedding_table.weight.detach()[net.null_class]
-        shape = (config.depth, 2, len(u), config.num_heads, config.length, config.dim // config.num_heads)
-        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (len(u), config.num_heads, config.length, config.dim // config.num_heads)
+        # Whole tensors: torch.compile writes to a part of one in place, and copies a part of a part.
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in net.blocks] for _ in range(2)
+        )
         self.places = torch.arange(config.length, device=device)
         self.compiled_step = None
 
     def linear(self, x, layer):
         return F.linear(x.to(self.dtype), *layer)
 
-    def step(self, row, position, seen, masked):
-        """The token at `position` (1,) from the embedding of the one before it, with attention to `seen` keys."""
+    def step(self, row, position, seen):
+        """The token at `position` (1,) from the embedding of the one before it, with attention to the `seen` keys."""
         heads = self.config.num_heads
-        mask = (self.places <= position)[None, None, None] if masked else None
         x = row + self.positions[position]
-        for block, cache in zip(self.blocks, self.cache, strict=True):
+        for block, keys, values in zip(self.blocks, self.keys, self.values, strict=True):
             q, k, v = self.linear(self.norm(x), block[0]).view(len(x), 3, heads, 1, -1).unbind(1)  # (B, H, 1, D / H)
-            cache[0].index_copy_(2, position, k)
-            cache[1].index_copy_(2, position, v)
-            o = F.scaled_dot_product_attention(q, cache[0, :, :, :seen], cache[1, :, :, :seen], mask)
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v)
+            o = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen])
             x = x + self.linear(o.flatten(1), block[1])
             x = x + self.linear(F.gelu(self.linear(self.norm(x), block[2]), approximate="tanh"), block[3])
         sums = torch.softmax(self.linear(self.norm(x), self.out).float(), 1).cumsum(1)
@@ -74,24 +76,23 @@ class EagerCached:
     def norm(self, x):
         return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
-    def draw(self, step, masked):
+    def draw(self, step):
         tokens = torch.empty(self.u.shape, dtype=torch.int64, device=self.u.device)
         row = self.start.expand(len(tokens), -1)
         for i in range(self.config.length):
-            seen = self.config.length if masked else i + 1
-            tokens[:, i] = step(row, self.places[i : i + 1], seen, masked)
+            tokens[:, i] = step(row, self.places[i : i + 1], i + 1)
             row = self.levels[tokens[:, i]]
         return tokens
 
     def eager(self):
         with torch.inference_mode():
-            return self.draw(self.step, masked=False)
+            return self.draw(self.step)
 
     def compiled(self):
         if self.compiled_step is None:
             self.compiled_step = torch.compile(self.step)
         with torch.no_grad():
-            return self.draw(self.compiled_step, masked=True)
+            return self.draw(self.compiled_step)
 
 
 class Sampling:

@@ -79,6 +79,23 @@ GENENGINE_INLINE void enter_one(X& to, float value) {
   from_float(to, to_float(stored));
 }
 
+// The largest of n values, of which there is one; a NaN is passed over.
+GENENGINE_INLINE float largest_of(const float* v, int64_t n) {
+  float largest = v[0];
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Lanes most = load(v);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) {
+      const Lanes next = load(v + i);
+      for (int k = 0; k < kParts; ++k) most.part[k] = next.part[k] > most.part[k] ? next.part[k] : most.part[k];
+    }
+    const Elements each(most);
+    for (int k = 0; k < kLanes; ++k) largest = each[k] > largest ? each[k] : largest;
+  }
+  for (; i < n; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
 // y = init + x W for every row of the group.
 template <class X, class W>
 GENENGINE_INLINE void product(const Group<X, W>& g, const W* w, int64_t k, int64_t columns, const float* init,
@@ -172,8 +189,7 @@ struct HeadCache {
 // Scores become e^(scale (score - the largest)), zero beyond n; returns their sum.
 GENENGINE_INLINE float softmax(float* __restrict scores, int64_t n, float scale) {
   const int64_t whole = whole_panels(n);
-  float largest = scores[0];
-  for (int64_t i = 1; i < n; ++i) largest = scores[i] > largest ? scores[i] : largest;
+  const float largest = largest_of(scores, n);
   Lanes total = zero_lanes();
   for (int64_t i = 0; i < whole; i += kLanes) {
     Lanes weight = exponential((load(scores + i) - largest) * scale);
@@ -238,8 +254,7 @@ template <class X, class W>
 void draw(const Group<X, W>& g, int64_t b, int64_t position, float* __restrict logits) {
   const TransformerCall& call = g.call;
   const int64_t levels = g.sizes.levels, at = b * g.sizes.length + position;
-  float largest = logits[0];
-  for (int64_t i = 1; i < levels; ++i) largest = logits[i] > largest ? logits[i] : largest;
+  const float largest = largest_of(logits, levels);
   float* __restrict weights = g.weights;
   _Pragma("GCC ivdep") for (int64_t i = 0; i < levels; ++i) weights[i] = level_weight(logits[i], largest, call.inverse_temperature);
   double total = 0;
