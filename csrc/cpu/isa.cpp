@@ -28,6 +28,11 @@ int initial_isa() {
   return best;
 }
 
+std::atomic<bool>& asked_for() {
+  static std::atomic<bool> value{std::getenv("GENENGINE_ISA") != nullptr};
+  return value;
+}
+
 std::atomic<int>& isa() {
   static std::atomic<int> value{initial_isa()};
   return value;
@@ -35,21 +40,25 @@ std::atomic<int>& isa() {
 
 // Sets the instruction set if `wanted` is one the CPU has; returns the one in use.
 int64_t cpu_isa(int64_t wanted) {
-  if (wanted >= 0 && wanted <= best_isa()) isa() = static_cast<int>(wanted);
+  if (wanted >= 0 && wanted <= best_isa()) {
+    isa() = static_cast<int>(wanted);
+    asked_for() = true;
+  }
   return isa();
 }
 
 }  // namespace
 
-Isa current_isa() { return static_cast<Isa>(isa().load(std::memory_order_relaxed)); }
-
 bool pairs_are_fast() {
 #if defined(__x86_64__)
-  return current_isa() == Isa::avx512bf16 && !__builtin_cpu_is("intel");
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd || asked_for().load(std::memory_order_relaxed);
 #else
   return false;
 #endif
 }
+
+Isa current_isa() { return static_cast<Isa>(isa().load(std::memory_order_relaxed)); }
 
 }  // namespace genengine
 

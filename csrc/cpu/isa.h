@@ -25,8 +25,8 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 // The instruction set in use: the best the CPU has, or GENENGINE_ISA=baseline|avx2|avx512|avx512bf16 if the CPU has it.
 Isa current_isa();
 
-// Whether AVX512-BF16's product of pairs is the instruction to use. Intel's cores start one in the time of two ordinary
-// multiply-adds of float32, and gain nothing by it but the bytes, which widened weights save as well.
+// Whether AVX512-BF16's product of pairs is worth its use: AMD's takes as long as a fused multiply-add does, Intel's twice as
+// long or more, which is no faster than float32. Also where GENENGINE_ISA or `cpu_isa` asks for that instruction set.
 bool pairs_are_fast();
 
 template <class F>

@@ -83,7 +83,7 @@ void sample(const Tensor& matrices, const Tensor& vectors, int64_t dim, int64_t 
   call.cache = cache.data_ptr();
   const auto run = GENENGINE_PICK(transformer_sample);
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    const int64_t most = end - begin < kMostTogether ? end - begin : kMostTogether;
+    const int64_t groups = (end - begin + kMostTogether - 1) / kMostTogether, most = (end - begin + groups - 1) / groups;
     std::vector<float> room(static_cast<size_t>(transformer_scratch(call.sizes, most) + 16));
     const uintptr_t misaligned = reinterpret_cast<uintptr_t>(room.data()) % 64;
     float* scratch = room.data() + (misaligned ? (64 - misaligned) / sizeof(float) : 0);

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +23,18 @@ from genengine.models.likelihoods import level_index, level_value
 from genengine.nets import pixelcnn as nets
 from genengine.nets.configs import is_number
 from genengine.ops._categorical import inverse_cdf
+from genengine.ops._registry import automatic
+from genengine.ops.pixelcnn_sample import ORDERS as CACHED_ORDERS
+from genengine.ops.pixelcnn_sample import SAMPLE
 
 MARGINALS = ("mixture", "null_class")
-CHUNK = 256  # images of a batch on a CPU: their features stay in its cache
+ORDERS = (*CACHED_ORDERS, "fixed_point")
+CHUNK = 256  # images of a whole-image pass on a CPU: their features stay in its cache
+CACHED = 64  # images whose caches a CPU keeps at a time, some hundred kilobytes each
+
+
+def _slices(count, most):
+    return [slice(start, min(start + most, count)) for start in range(0, count, most)]
 
 
 class PixelCNN(Model):
@@ -142,20 +153,21 @@ class PixelCNN(Model):
     # ---- sampling ------------------------------------------------------------------------------------------------
 
     def sample(
-        self, num, labels=None, *, temperature=1.0, seed=0, first_id=0, given=None, known=None, progress=False,
-        check_finite=False,
+        self, num, labels=None, *, temperature=1.0, seed=0, first_id=0, given=None, known=None, order=None,
+        progress=False, check_finite=False,
     ):  # fmt: skip
         """Draw images, each pixel from the network's distribution given those before it, by its inverse CDF.
 
-        Pixel (row y, column x, channel c) takes the uniform of index (y W + x) C + c of the stream "uniform", step 0,
-        through `inverse_cdf`; a mixture of logistics takes (y W + x) (1 + C) + j, j = 0 .. C, as
-        `ops.logistic_mixture_sample` says. So sample i is a function of (seed, first_id + i) and its label alone, up to
-        rounding in products, which may move a pixel whose uniform lies at the edge of two levels.
+        Pixel (row y, column x, channel c) takes the uniform of index (y W + x) C + c of the stream "uniform", step 0; a
+        mixture of logistics takes (y W + x) (1 + C) + j, j = 0 .. C, as `ops.logistic_mixture_sample` says. So sample i
+        is a function of (seed, first_id + i) and its label alone, up to rounding in products, which may move a pixel
+        whose uniform lies at the edge of two levels.
 
-        As the uniforms are known beforehand, the image is the only solution of x = F(x), where F draws every pixel from
-        the distribution that the network gives at x. Repeated whole-image passes x <- F(x) settle at least one more
-        pixel each, usually many, and end when nothing changes: the same image as pixel by pixel. Images that are done,
-        and settled rows further above than the network reaches, are not computed again.
+        `ops.pixelcnn_sample` computes every activation once. For networks that it cannot read, and where it has no
+        kernel, there is the fixed point: as the uniforms are known beforehand, the image is the only solution of
+        x = F(x), where F draws every pixel from the distribution that the network gives at x. Repeated whole-image
+        passes x <- F(x) settle at least one more pixel each, usually many, and end when nothing changes. Images that
+        are done, and settled rows further above than the network reaches, are not computed again.
 
         Args:
             num: number of images, 0 too.
@@ -165,33 +177,73 @@ class PixelCNN(Model):
             given, known: images (num or 1, C, H, W) to complete, and where they are known: bool, broadcastable to
                 them. Known pixels stay, taken at their nearest levels. Every other pixel sees the known and drawn ones
                 *before* it: the exact conditional distribution if all known pixels come first in raster order.
-            progress: show a progress bar.
-            check_finite: look at every output of the network.
+            order: "raster", "wavefront" or "naive" of `ops.pixelcnn_sample`, or "fixed_point"; None: "raster" where the
+                op has a kernel for the device, else "fixed_point". The images are the same.
+            progress: show a progress bar.  check_finite: look at every output of the network.
         Returns:
-            (num, C, H, W) float32 on the network's device, on the levels 2 i / (L - 1) - 1.
+            (num, C, H, W) float32 on the network's device, on the levels 2 i / (L - 1) - 1. After Ctrl-C between rows
+            what was drawn so far, with a warning; the rest is 0. The fixed point passes KeyboardInterrupt on.
         Raises:
-            ValueError: labels, first_id, temperature out of range or of the wrong number; given without known.
+            ValueError: labels, first_id, temperature or order out of range or of the wrong number; given without known.
             TypeError: labels that are not integers, a num or first_id that is no int.
             FloatingPointError: with check_finite, an output of the network that is not finite.
         """
         if not is_number(temperature, 1e-6) or temperature > 1e6:
             raise ValueError(f"models/PixelCNN.sample: temperature must be in [1e-6, 1e6], got {temperature!r}")
+        if order is not None and order not in ORDERS:
+            raise ValueError(f"models/PixelCNN.sample: order must be one of {', '.join(ORDERS)} or None, got {order!r}")
         ids = self._sample_ids(num, first_id)
         labels = self._labels(num, labels)
         given, known = self._given(num, given, known)
+        if order is None:
+            order = "raster" if self._has_kernel() else "fixed_point"
         out = torch.zeros((num, *self.image_shape), device=self.device)
-        if known is not None:
-            out = torch.where(known, given, out)
         if num == 0:
             return out
-        chunk = CHUNK if out.device.type == "cpu" else num
-        with torch.inference_mode(), progress_bar(progress, num, self.family, "image") as bar:
-            for start in range(0, num, chunk):
-                part = slice(start, start + chunk)
-                fixed = None if known is None else (given[part], known[part])
-                draw = self._drawer(ids[part], temperature, seed)
-                self._settle(out[part], None if labels is None else labels[part], draw, fixed, bar, check_finite)
+        settle = self._settle_all if order == "fixed_point" else partial(self._draw_all, order)
+        with torch.inference_mode():
+            settle(out, ids, labels, temperature, seed, (given, known), progress, check_finite)
         return out
+
+    def _has_kernel(self):
+        if not hasattr(self.net, "packed"):
+            return False
+        parameter = next(self.net.parameters())
+        return automatic(SAMPLE, parameter.device, parameter.dtype) != "reference"
+
+    def _draw_all(self, order, out, ids, labels, temperature, seed, fixed, progress, check_finite):
+        """`ops.pixelcnn_sample` for as many images at a time as its caches are kept small by."""
+        num, size = len(out), self.image_shape[1]
+        weights = self.net.packed()
+        with progress_bar(progress, num * size, self.family, "row") as bar:
+            for part in _slices(num, CACHED if out.device.type == "cpu" else num):
+                count = len(ids[part])
+                callback = None if bar is None else lambda done, rows, count=count: bar.update(count)
+                given, known = (None if tensor is None else tensor[part] for tensor in fixed)
+                drawn = ops.pixelcnn_sample(
+                    weights, count, labels=None if labels is None else labels[part], temperature=float(temperature),
+                    seed=seed, sample_ids=ids[part], given=given, known=known, order=order, callback=callback,
+                )  # fmt: skip
+                if check_finite and not torch.isfinite(drawn.log_prob).all():
+                    raise FloatingPointError("models/PixelCNN.sample: the network's output is not finite")
+                out[part] = drawn.x
+                if drawn.rows < size:
+                    warnings.warn(
+                        f"models/PixelCNN.sample: interrupted after {part.start} images and {drawn.rows} of {size} "
+                        f"rows of {count} more; the rest of the {num} images is 0",
+                        stacklevel=4,
+                    )
+                    return
+
+    def _settle_all(self, out, ids, labels, temperature, seed, fixed, progress, check_finite):
+        given, known = fixed
+        if known is not None:
+            out.copy_(torch.where(known, given, out))
+        with progress_bar(progress, len(out), self.family, "image") as bar:
+            for part in _slices(len(out), CHUNK if out.device.type == "cpu" else len(out)):
+                draw = self._drawer(ids[part], temperature, seed)
+                some = None if known is None else (given[part], known[part])
+                self._settle(out[part], None if labels is None else labels[part], draw, some, bar, check_finite)
 
     def panels(self, x0, labels=None, *, seed=0, columns=6):
         """Completions: the upper half as given, draws of the rest, and the image it was cut from."""

@@ -169,8 +169,11 @@ class Left(nn.Module):
             mask[..., -1:] = group_mask(_groups(in_features, groups), outs, first)
         self.register_buffer("mask", mask, persistent=False)
 
+    def weight(self):
+        return self.conv.weight if self.mask is None else self.conv.weight * self.mask
+
     def forward(self, x):
-        weight = self.conv.weight if self.mask is None else self.conv.weight * self.mask
+        weight = self.weight()
         if self.centre:
             return F.conv2d(F.pad(x, (self.reach, 0)), weight)
         return F.conv2d(F.pad(x, (self.reach, -1)), weight)  # the last column is to the left of nobody
@@ -197,6 +200,12 @@ class Layer(nn.Module):
         self.down = None if self.plain else _conv(2 * dim, 2 * dim, (1, 1), bias=False)
         self.left = Left(in_features, 2 * dim, self.reach, groups, first=first)
         self.out = PixelProduct(dim, dim, groups)
+
+    def kernels(self):
+        """Name -> tensor of the layer's weights, masks applied."""
+        found = {"above": self.above.weight, "above_bias": self.above.bias, "left": self.left.weight(),
+                 "out": self.out.weight()[..., 0, 0], "out_bias": self.out.conv.bias}  # fmt: skip
+        return found if self.plain else found | {"down": self.down.weight[..., 0, 0]}
 
     def forward(self, v, h, bias, keep):
         """v, h (B, F, H, W); bias (B, 2, 2 D) of the class or None; keep (B, D, H, W) dropout factors or None."""
@@ -258,6 +267,7 @@ class PixelCNN(nn.Module):
             self.classes = layers.LabelEmbedder(config.num_classes, config.depth * 4 * config.dim)
         self.hidden = PixelProduct(config.dim, config.head_dim, config.groups)
         self.out = PixelProduct(config.head_dim, config.out_features, config.groups)
+        self._packed = None  # (what it was made of, the weights of `packed`)
         self.reset_parameters(seed)
 
     @classmethod
@@ -332,6 +342,36 @@ class PixelCNN(nn.Module):
         if config.head == "categorical":
             return h.unflatten(1, (config.in_channels, config.num_levels)).transpose(1, 2)
         return h
+
+    def kernels(self):
+        """Name -> tensor of all weights, masks applied, as `ops.pack_pixelcnn` takes them."""
+        found = {"positions": self.positions}
+        for name, product in (("hidden", self.hidden), ("logits", self.out)):
+            found |= {name: product.weight()[..., 0, 0], f"{name}_bias": product.conv.bias}
+        for i, layer in enumerate(self.layers):
+            found |= {f"layers.{i}.{name}": tensor for name, tensor in layer.kernels().items()}
+        if self.classes is not None:
+            found["classes"] = self.classes.embedding_table.weight.unflatten(
+                1, (self.config.depth, 2, 2 * self.config.dim)
+            )
+        if self.table is not None:
+            found["table"] = self.table.weight
+        return found
+
+    def packed(self, dtype=None, *, fold=False):
+        """The weights as `ops.pixelcnn_sample` reads them; packed anew when a parameter has changed.
+
+        dtype: float32 or bfloat16; None for the parameters' own (float32 of float16).  fold: see `ops.pack_pixelcnn`.
+        """
+        dtype = dtype or (torch.float32 if self.positions.dtype == torch.float16 else self.positions.dtype)
+        state = (dtype, fold, *((p.data_ptr(), p._version, p.device) for p in self.parameters()))
+        if self._packed is None or self._packed[0] != state:
+            config = self.config
+            sizes = {"size": config.image_size, "channels": config.in_channels, "levels": config.num_levels}
+            components = config.components if config.head == "logistic_mixture" else 0
+            weights = ops.pack_pixelcnn(self.kernels(), **sizes, components=components, dtype=dtype, fold=fold)
+            self._packed = state, weights
+        return self._packed[1]
 
     def _features(self, x):
         """What the first layer sees: the pixels, or the embeddings of their levels (B, C E, H, W)."""

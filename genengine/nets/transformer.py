@@ -168,6 +168,8 @@ class Transformer(nn.Module):
     def packed(self, dtype=None):
         """The weights as `ops.transformer_sample` takes them, packed anew only after a parameter has changed.
 
+        What is written through `.data` counts as no change, to torch neither: write under `torch.no_grad()` instead.
+
         Args:
             dtype: of the matrices: float32, bfloat16 or float64; None for the parameters' own.
         Raises:
@@ -175,7 +177,8 @@ class Transformer(nn.Module):
         """
         weights = self.named_weights()
         dtype = dtype or self.positions.dtype
-        state = tuple((tensor.data_ptr(), tensor._version, tensor.device) for tensor in weights.values())
+        version = lambda tensor: 0 if tensor.is_inference() else tensor._version  # noqa: E731
+        state = tuple((tensor.data_ptr(), version(tensor), tensor.device) for tensor in weights.values())
         if dtype not in self._packed or self._packed[dtype][0] != state:
             packed = pack_transformer(weights, num_heads=self.config.num_heads, dtype=dtype)
             self._packed[dtype] = (state, packed)

@@ -40,6 +40,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in sorted(set(NAMESPACES.values()))}
 # Implemented by the extension alone: sets the instruction set of the CPU loops (-1: only asks), returns the one in use.
 _LIBRARIES["genengine"].define("cpu_isa(int wanted) -> int")
+# Too: the bytes that `pixelcnn_sample` keeps of a group of images.
+_LIBRARIES["genengine"].define("pixelcnn_state(Tensor matrices, int[] fields, int images, bool wavefront) -> int")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

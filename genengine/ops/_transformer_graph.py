@@ -63,7 +63,7 @@ class Loop:
         self.sizes, self.source, self.replays = sizes, None, {}
         self.lengths = sorted({-(-sizes.length * k // _QUARTERS) for k in range(1, _QUARTERS + 1)})
         with torch.inference_mode(False), torch.no_grad():
-            self.net = unpack_transformer(matrices, vectors.clone(), sizes)
+            self.net = unpack_transformer(matrices.clone(), vectors.clone(), sizes)  # some are views
             cache = matrices.new_zeros(2 * sizes.depth * len(tokens) * sizes.length * sizes.dim)
             u = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
             known = None if known is None else torch.zeros_like(known)

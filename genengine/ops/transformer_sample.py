@@ -37,7 +37,7 @@ __all__ = [
 ORDERS = ("cached", "naive")
 _LANES = 16
 _RANGE_FLOPS = 2e9  # of a call between two looks for Ctrl-C: some hundredths of a second on one core
-_REPORTS = 16  # calls of the callback, at least
+_REPORTS = 16  # calls of the callback, about
 
 
 class Sequences(NamedTuple):
@@ -138,7 +138,7 @@ def _ranges(sizes, num, callback, backend):
     if backend == "cpu":
         flops = 2 * num * (sum(rows * columns for _, rows, columns in sizes.products()) + sizes.dim * count)
         count = max(1, min(count, int(_RANGE_FLOPS / max(flops, 1))))
-    if callback is not None:
+    if callback is not None or backend == "reference":
         count = min(count, -(-sizes.length // _REPORTS))
     return [(first, min(first + count, sizes.length)) for first in range(0, sizes.length, count)]
 

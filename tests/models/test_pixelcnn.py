@@ -1,5 +1,6 @@
 """PixelCNN: the likelihood is exact, sampling is the pixel-by-pixel loop, and samples come as often as they should."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import torch
 
 from genengine import data, models, ops
 from genengine.models import PixelCNN, checkpoint
+from genengine.models.pixelcnn import ORDERS
 from genengine.ops._categorical import inverse_cdf, log_prob
 from genengine.train import preset
 
@@ -179,9 +181,10 @@ def test_sampling_is_the_pixel_by_pixel_loop_bit_for_bit(net, temperature):
     made = model(**net)
     labels = torch.tensor([0, 1, 2, 1])
     ids = torch.arange(7, 11)
-    got = made.sample(4, labels, seed=11, first_id=7, temperature=temperature)
     expected = naive(made, labels, temperature, 11, ids)
-    assert torch.equal(got, expected)
+    for order in ORDERS:
+        got = made.sample(4, labels, seed=11, first_id=7, temperature=temperature, order=order)
+        assert torch.equal(got, expected), order
     assert got.std() > 0.1 and torch.equal(made.pixels(made.levels(got)), got)
     assert not got.requires_grad and not got.is_inference()
 
@@ -196,12 +199,30 @@ def test_a_sample_does_not_depend_on_its_batch():
         assert torch.equal(whole, made.sample(6, seed=4)) and not torch.equal(whole, made.sample(6, seed=5))
 
 
+def test_what_was_drawn_before_ctrl_c_is_returned(monkeypatch):
+    made = model()
+    whole = made.sample(70, seed=3)
+    rows = []
+
+    class Bar:
+        def update(self, count):
+            rows.append(count)
+            if len(rows) == 9:  # of the second batch the third row
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("genengine.models.pixelcnn.progress_bar", lambda *_: contextlib.nullcontext(Bar()))
+    with pytest.warns(UserWarning, match="interrupted after 64 images and 3 of 6 rows of 6 more"):
+        part = made.sample(70, seed=3, order="raster", progress=True)
+    assert torch.equal(part[:64], whole[:64]) and torch.equal(part[64:, :, :3], whole[64:, :, :3])
+    assert not part[64:, :, 3:].any()
+
+
 def test_few_passes_are_needed():
     made = PixelCNN.from_config({"net": {"name": "pixelcnn", "config": "tiny"}, "num_levels": 17})
     calls = []
     forward = made.net.forward
     made.net.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-    made.sample(8, seed=0)
+    made.sample(8, seed=0, order="fixed_point")
     assert len(calls) <= 2  # untrained, pixels are independent: one pass, and one that finds no change
 
 
@@ -273,9 +294,18 @@ def test_bad_arguments_are_named():
         made.log_prob(x, 3)
     with pytest.raises(ValueError, match=r"class_drop must be in \[0, 1\)"):
         model(class_drop=1.0)
+    with pytest.raises(ValueError, match="order must be one of raster, wavefront, naive, fixed_point or None"):
+        made.sample(1, order="spiral")
+    with torch.no_grad():
+        made.net.out.conv.weight.mul_(1e38)
+    for order in ("fixed_point", "raster"):
+        with pytest.raises(FloatingPointError, match="output is not finite"):
+            made.sample(1, order=order, check_finite=True)
     torch.nn.init.constant_(made.net.out.conv.bias, math.nan)
     with pytest.raises(FloatingPointError, match="output is not finite"):
-        made.sample(1, check_finite=True)
+        made.sample(1, order="fixed_point", check_finite=True)
+    with pytest.raises(ValueError, match="logits_bias has values that are not finite"):
+        made.sample(1, order="raster")
     config = made.config()
     for change, message in (
         ({"family": "vae"}, "entry 'family' must be 'pixelcnn'"), ({"net": {"name": "dit"}}, "entry 'net' must be"),

@@ -133,6 +133,12 @@ def test_packed_weights_follow_the_parameters():
     assert net.double().packed().matrices.dtype == torch.float64
 
 
+def test_weights_made_in_inference_mode_are_packed_too():
+    with torch.inference_mode():
+        net = make(torch.float32)
+        assert net.packed() is net.packed()
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_packed_weights_follow_their_moving_average(backend):
     if backend == "cpu" and not ops.EXTENSION.loaded:

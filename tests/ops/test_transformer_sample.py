@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -218,6 +219,19 @@ def test_reports_change_nothing(backend):
     assert seen == [(done, 23) for done in range(2, 23, 2)] + [(23, 23)]
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_long_calls_are_cut_for_ctrl_c_without_changing_a_bit(dtype, monkeypatch):
+    weights = make().packed(dtype)
+    whole = transformer_sample(weights, 5, seed=4, backend="cpu")
+    module = sys.modules["genengine.ops.transformer_sample"]  # the package has the function by this name
+    for flops, calls in ((1, 23), (5 * 2 * 4 * weights.matrices.numel(), 8)):
+        monkeypatch.setattr(module, "_RANGE_FLOPS", flops)
+        assert abs(len(module._ranges(weights.sizes, 5, None, "cpu")) - calls) <= 1
+        cut = transformer_sample(weights, 5, seed=4, backend="cpu")
+        assert torch.equal(cut.tokens, whole.tokens) and torch.equal(cut.log_prob, whole.log_prob)
+
+
 @pytest.mark.parametrize("how", ["raised", "signal"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ctrl_c_returns_what_is_there(backend, how):
@@ -313,12 +327,15 @@ def test_recorded_steps_draw_what_the_reference_draws(unrecorded, dtype, ranges)
 
 
 def test_recordings_serve_later_calls_and_other_weights(unrecorded):
-    nets, labels = [make(), make(seed=1)], torch.tensor([0, 3])
+    nets, labels = [make(dim=16, num_heads=2, seed=seed) for seed in (0, 1)], torch.tensor([0, 3])
+    packed = [net.packed() for net in nets]
+    kept = [weights.matrices.clone() for weights in packed]
     for net in (*nets, nets[0]):
         for seed in (1, 2):
             found = by_graph(arguments(net.packed(), labels, torch.tensor(seed)))
             assert_draws(found, net, labels, F32, seed=seed)
     assert len(unrecorded) == 4
+    assert all(torch.equal(weights.matrices, matrices) for weights, matrices in zip(packed, kept, strict=True))
     given, known = torch.full((2, 23), 5), torch.rand(2, 23) < 0.5
     for _ in range(2):
         args = arguments(nets[0].packed(), labels, torch.tensor(4), given=given, known=known)

@@ -100,6 +100,16 @@ GENENGINE_INLINE Lanes over(Lanes a, Lanes d) {
   return a;
 }
 
+// 1 / d for d >= 1 below 2^126: an estimate and a step of Newton's, which is exact to 1.5 units in the last place.
+GENENGINE_INLINE Lanes reciprocal(Lanes d) {
+#if defined(__AVX512F__)
+  const __m512 x = (__m512)d.part[0], r = _mm512_maskz_rcp14_ps(0xffff, x);
+  return {{(Native)_mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(2.f)))}};
+#else
+  return over<false>(splat(1.f), d);
+#endif
+}
+
 // A constant that the compiler keeps in a register across a loop, where there are registers enough: left to itself g++
 // reads it from memory each time, and a core with one 64-byte load per cycle then waits for its loads.
 GENENGINE_INLINE Lanes held(float value) {

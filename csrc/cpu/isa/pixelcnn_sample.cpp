@@ -1,0 +1,166 @@
+// pixelcnn_sample on one thread: a group of images, its products in register tiles, its gates and draws in vectors.
+#include "cpu/pixelcnn_sample_loops.h"
+
+#include "cpu/isa/panel_products.h"
+
+namespace genengine {
+namespace GENENGINE_ISA {
+namespace {
+
+constexpr int kAbreast = 4;  // draws whose sums, each a chain of additions, go on side by side
+
+// W: stored weights and activations. X: what products read of the latter.
+template <class X, class W>
+struct Thread {
+  using Weight = W;
+  using Input = X;
+  const Sigmoid<false> sigmoid;
+  double* sums;  // kAbreast rows of kMaxLevels
+
+  static GENENGINE_INLINE W narrow(float value) {
+    W to;
+    from_float(to, value);
+    return to;
+  }
+  static GENENGINE_INLINE X input(W value) {
+    X to;
+    from_float(to, to_float(value));
+    return to;
+  }
+
+  static GENENGINE_INLINE Lanes load(const float* from) { return GENENGINE_ISA::load(from); }
+  static GENENGINE_INLINE void store(float* to, Lanes value) { GENENGINE_ISA::store(to, value); }
+  static GENENGINE_INLINE void keep(W* to, Lanes value) { GENENGINE_ISA::store(to, value); }
+  static GENENGINE_INLINE void feed(W* to, Lanes value) { keep(to, value); }
+  template <class Wide>  // where products read float, it holds what W can
+  static GENENGINE_INLINE void feed(Wide* to, Lanes value) {
+    W rounded[kLanes];
+    keep(rounded, value);
+    GENENGINE_ISA::store(to, GENENGINE_ISA::load(rounded));
+  }
+
+  static GENENGINE_INLINE Lanes positive(Lanes a) { return GENENGINE_ISA::at_least(a, 0.f); }  // NaN stays NaN
+  // tanh(a) sigmoid(b) = (2 - d) / (d e) with d = 1 + e^-2a, e = 1 + e^-b; at the bounds both factors have reached their
+  // limits, to 1e-17.
+  GENENGINE_INLINE Lanes gate(Lanes a, Lanes b) const {
+    const Lanes d = sigmoid.one_plus_exp_minus(2.f * GENENGINE_ISA::at_least(a, -20.f));
+    return (2.f - d) * reciprocal(d * sigmoid.one_plus_exp_minus(GENENGINE_ISA::at_least(b, -40.f)));
+  }
+
+  template <class F>
+  void each(int rows, int width, F row) const {
+    for (int r = 0; r < rows; ++r) {
+      const auto element = row(r);
+      _Pragma("GCC ivdep") for (int j = 0; j < width; ++j) element(j);
+    }
+  }
+  template <class F>
+  void vectors(int rows, int width, F row) const {
+    for (int r = 0; r < rows; ++r) {
+      const auto element = row(r);
+      for (int j = 0; j < width; j += kLanes) element(j);
+    }
+  }
+
+  void product(const W* w, const PanelMatrix& m, const X* x, int x_stride, int rows, const float* init, int init_stride, float* y,
+               int y_stride) const {
+    const PanelProduct<X, W> p = {x, w, x_stride, static_cast<int64_t>(m.k) * kPanelColumns, m.k, init, y, init_stride, y_stride};
+    panel_product(p, rows, m.n / kPanelColumns);
+  }
+
+  template <class F>
+  void rows(int n, F f) const {
+    for (int r = 0; r < n; ++r) f(r);
+  }
+
+  template <class U, class F>
+  void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {
+    int row[kAbreast], count = 0;
+    float u[kAbreast];
+    for (int r = 0; r < n; ++r) {
+      u[count] = uniform(r);
+      row[count] = r;
+      count += u[count] > 0.f;
+      if (count < kAbreast && r + 1 < n) continue;
+      draw_some(count, row, u, logits, stride, levels, inverse_temperature, write);
+      count = 0;
+    }
+  }
+
+ private:
+  template <class F>
+  void draw_some(int count, const int* row, const float* u, const float* logits, int stride, int levels, float inverse_temperature,
+                 F write) const {
+    float largest[kAbreast];
+    for (int d = 0; d < count; ++d) largest[d] = weigh(logits + row[d] * stride, levels, inverse_temperature, sums + d * kMaxLevels);
+    if (count == kAbreast)
+      add_up<kAbreast>(sums, levels);
+    else
+      for (int d = 0; d < count; ++d) add_up<1>(sums + d * kMaxLevels, levels);
+    for (int d = 0; d < count; ++d) {
+      const double *sum = sums + d * kMaxLevels, total = sum[levels - 1];
+      const int level = level_above(sum, levels, static_cast<double>(u[d]) * total);
+      write(row[d], level, (logits[row[d] * stride + level] - largest[d]) * inverse_temperature - logarithm(static_cast<float>(total)));
+    }
+  }
+
+  // Weights e^((logit - largest) / T); returns the largest. The logits are filled up to whole panels.
+  static float weigh(const float* logits, int levels, float inverse_temperature, double* weights) {
+    const float largest = largest_of(logits, levels);
+    for (int i = 0; i < levels; i += kLanes) {
+      _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j)
+          weights[i + j] = static_cast<double>(exp_ieee((logits[i + j] - largest) * inverse_temperature));
+    }
+    return largest;
+  }
+  static float largest_of(const float* logits, int levels) {
+    float lanes[kLanes];
+    for (float& lane : lanes) lane = logits[0];
+    int i = 0;
+    for (; i + kLanes <= levels; i += kLanes) {
+      _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
+    }
+    for (; i < levels; ++i) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
+    for (const float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
+    return lanes[0];
+  }
+  // Each row becomes its partial sums, one chain in the order of the levels: the bits of `inverse_cdf`.
+  template <int Rows>
+  static void add_up(double* rows, int levels) {
+    double total[Rows] = {};
+    for (int i = 0; i < levels; ++i)
+      for (int d = 0; d < Rows; ++d) rows[d * kMaxLevels + i] = total[d] += rows[d * kMaxLevels + i];
+  }
+  // The first of 0 .. levels - 2 whose sum exceeds the target, else the last level.
+  static int level_above(const double* sum, int levels, double target) {
+    int low = 0, high = levels - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (sum[middle] <= target)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+template <class X, class W>
+void run(const PixelCNNCall& call, int64_t group) {
+  double sums[kAbreast * kMaxLevels];
+  const Thread<X, W> thread = {{}, sums};
+  PixelSampler<Thread<X, W>>(thread, call, group).run();
+}
+
+}  // namespace
+
+void pixelcnn_sample(const PixelCNNCall& call, int64_t group, Type type, [[maybe_unused]] bool pairs) {
+  if (type == Type::f32) return run<float, float>(call, group);
+#if defined(__AVX512BF16__)
+  if (pairs) return run<BFloat, BFloat>(call, group);
+#endif
+  run<float, BFloat>(call, group);
+}
+
+}  // namespace GENENGINE_ISA
+}  // namespace genengine
