@@ -104,19 +104,28 @@ def transformer_sample(
     sample_ids = _check.sample_ids(op, sample_ids, device, num)
     _check.no_grad_needed(op, (matrices, weights.vectors))
     name = _choose(device, matrices.dtype, cached, backend)
-    kernel = _registry.overload(_OP, name)
+    fixed = (matrices, weights.vectors, *sizes[:5], labels, float(temperature), seed, sample_ids, known)
     cache = matrices.new_empty(cache_numel(sizes, num) if cached else 0)
     log_prob = torch.zeros(num, sizes.length, dtype=weights.vectors.dtype, device=device)
-    options = (*sizes[:5], labels, float(temperature), seed, sample_ids, known)
+    run = _registry.overload(_OP, name)
+
+    def call(first, last):
+        run(*fixed, first, last, cached, tokens, log_prob, cache)
+
+    return _draw(call, _ranges(sizes, num, callback, name), tokens, log_prob, callback)
+
+
+def _draw(call, ranges, tokens, log_prob, callback):
+    """call(first, last) for every range, reported on; what is there when a KeyboardInterrupt comes."""
     fresh, done = tokens.clone(), 0
     try:
-        for first, last in _ranges(sizes, num, callback, name):
-            kernel(matrices, weights.vectors, *options, first, last, cached, tokens, log_prob, cache)
+        for first, last in ranges:
+            call(first, last)
             done = last
             if callback is not None:
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()
-                callback(done, sizes.length)
+                if tokens.device.type == "cuda":
+                    torch.cuda.current_stream(tokens.device).synchronize()
+                callback(done, tokens.shape[1])
     except KeyboardInterrupt:
         tokens[:, done:], log_prob[:, done:] = fresh[:, done:], 0.0
     return Sequences(tokens, log_prob, done)

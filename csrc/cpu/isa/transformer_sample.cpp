@@ -79,7 +79,7 @@ GENENGINE_INLINE void enter_one(X& to, float value) {
   from_float(to, to_float(stored));
 }
 
-// The largest of n values, of which there is one; a NaN is passed over.
+// The largest of n >= 1 values; with a NaN among them, any.
 GENENGINE_INLINE float largest_of(const float* v, int64_t n) {
   float largest = v[0];
   int64_t i = 0;
