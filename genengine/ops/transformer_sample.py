@@ -84,7 +84,7 @@ def transformer_sample(
     for every token, on the reference alone.
     callback: callback(done, N) after every few tokens, on a GPU once they are there. Ctrl-C, or a KeyboardInterrupt
     that the callback raises, ends the call with the tokens drawn so far. backend: see `genengine.backend`; "cuda"
-    replays a CUDA graph of torch's kernels.
+    replays CUDA graphs of torch's kernels, which the first call of a batch size and temperature records.
 
     Returns Sequences. Not differentiable.
     Raises TypeError or ValueError on bad arguments, RuntimeError if a named backend cannot run.
