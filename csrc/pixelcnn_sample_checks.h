@@ -39,7 +39,7 @@ inline PixelCNNCall pixelcnn_call(const char* op, const Tensor& x, const Tensor&
   STD_TORCH_CHECK(matrices.numel() == s.matrix_elements() && vectors.numel() == s.vector_elements(), op, ": weights must hold ",
                   s.matrix_elements(), " and ", s.vector_elements(), " numbers, got ", matrices.numel(), " and ", vectors.numel());
   STD_TORCH_CHECK(s.levels <= kMaxLevels, op, ": at most ", kMaxLevels, " levels, got ", s.levels);
-  STD_TORCH_CHECK(images >= 1 && images <= kRowChunk, op, ": groups must be of 1 to ", kRowChunk, " images, got ", images);
+  STD_TORCH_CHECK(images >= 1 && images <= kMaxImages, op, ": groups must be of 1 to ", kMaxImages, " images, got ", images);
   STD_TORCH_CHECK(0 <= first_row && first_row <= last_row && last_row <= s.size, op, ": rows must be within the image");
   require_seed(op, seed, call.batch);
   require_sample_ids(op, sample_ids, call.batch);

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -78,3 +79,14 @@ def test_bench_your_kernel():
 def test_every_example_is_tested():
     tested = Path(__file__).read_text()
     assert [p.stem for p in EXAMPLES.glob("*.py") if f'load("{p.stem}")' not in tested] == []
+
+
+def test_fast_pixelcnn():
+    module = load("fast_pixelcnn")
+    drawn, expected = module.main(3)
+    assert torch.equal(drawn.x, expected) and drawn.x.std() > 0.1
+    with torch.no_grad():
+        logits = module.network()(drawn.x, torch.arange(3))
+    level = torch.round((drawn.x[:, 0] + 1) * 127.5).long()
+    log_prob = torch.log_softmax(logits, 1).gather(1, level[:, None])[:, 0]
+    torch.testing.assert_close(drawn.log_prob, log_prob, rtol=1e-4, atol=1e-4)

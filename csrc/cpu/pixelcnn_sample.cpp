@@ -8,14 +8,17 @@ namespace {
 
 bool multiplies_pairs(Type type) { return type == Type::bf16 && current_isa() == Isa::avx512bf16 && pairs_are_fast(); }
 
-int64_t state_bytes(const PixelCNNShape& shape, Type type, int64_t images, bool wavefront) {
-  const int element = type == Type::f32 ? 4 : 2;
-  return PixelCNNState(shape, static_cast<int>(images), wavefront, element, input_size(type, multiplies_pairs(type))).bytes;
+constexpr int kRows = 64;  // of a product: what is gathered for it stays in the nearest cache
+
+PixelCNNState layout(const PixelCNNShape& shape, Type type, int64_t images, bool wavefront) {
+  const PixelCNNStyle style = {type == Type::f32 ? 4 : 2, input_size(type, multiplies_pairs(type)), 0, kRows};
+  return PixelCNNState(shape, static_cast<int>(images), wavefront, style);
 }
 
 int64_t pixelcnn_state(const Tensor& matrices, IntList fields, int64_t images, bool wavefront) {
   const char* op = "pixelcnn_state";
-  return state_bytes(pixelcnn_shape(op, fields), pixelcnn_type(op, matrices), images, wavefront);
+  const PixelCNNState state = layout(pixelcnn_shape(op, fields), pixelcnn_type(op, matrices), images, wavefront);
+  return state.bytes + state.scratch_bytes;
 }
 
 void pixelcnn_sample(Tensor x, Tensor log_prob, Tensor state, const Tensor& matrices, const Tensor& vectors, IntList fields,
@@ -26,7 +29,8 @@ void pixelcnn_sample(Tensor x, Tensor log_prob, Tensor state, const Tensor& matr
                                     wavefront, images, first_row, last_row);
   if (call.batch == 0) return;
   const Type type = pixelcnn_type(op, matrices);
-  call.state_stride = state_bytes(call.shape, type, images, call.wavefront);
+  call.layout = layout(call.shape, type, images, call.wavefront);
+  call.state_stride = call.layout.bytes + call.layout.scratch_bytes;
   const int64_t groups = (call.batch + images - 1) / images;
   STD_TORCH_CHECK(state.numel() >= groups * call.state_stride, op, ": state must hold ", groups * call.state_stride, " bytes, got ",
                   state.numel());

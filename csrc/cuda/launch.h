@@ -22,6 +22,8 @@ constexpr int kThreads = 256;
 // The second number keeps ptxas from spilling a few bytes for the sake of more blocks per multiprocessor.
 #define GENENGINE_BOUNDS __launch_bounds__(kThreads, 2)
 
+constexpr size_t kSharedUnasked = 48 << 10;  // bytes that every GPU gives a block without being asked
+
 struct Grid {
   dim3 blocks, threads;
   size_t shared = 0;
@@ -77,6 +79,7 @@ class Launcher {
       require_code(reinterpret_cast<const void*>(Kernel));
       seen.fetch_or(bit, std::memory_order_relaxed);
     }
+    if (grid.shared > kSharedUnasked) ask_for_shared(reinterpret_cast<const void*>(Kernel), grid.shared);
     launch(Kernel, grid, arguments...);
   }
 
@@ -88,6 +91,13 @@ class Launcher {
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid.blocks, grid.threads, addresses, grid.shared, stream_);
     if (error != cudaSuccess) cudaGetLastError();  // else the next check, perhaps PyTorch's, would report it again
     STD_TORCH_CHECK(error == cudaSuccess, op_, ": the CUDA launch failed: ", cudaGetErrorString(error));
+  }
+
+  void ask_for_shared(const void* kernel, size_t bytes) const {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, op_, ": CUDA device ", device_, " has too little shared memory: ", bytes,
+                    " bytes a block are needed (", cudaGetErrorString(error), "); use backend=\"reference\"");
   }
 
   // Instead of "no kernel image is available" later on. May not stand under capture; the first, eager call did it then.

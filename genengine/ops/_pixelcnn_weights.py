@@ -31,6 +31,7 @@ class PixelCNNShape:
         embedding: features of a level, 0 if it enters as a number.  head_dim: hidden features of the head.
         components: of the mixture of logistics, 0 for a categorical head.  gated: two stacks, or one plain.
         folded: the product of a residual sum is split, W (h + R g) = W h + (W R) g.
+        early: the vertical stack has a row above the image.  rectified: the head begins with a ReLU.
     """
 
     size: int
@@ -46,6 +47,8 @@ class PixelCNNShape:
     components: int
     gated: bool
     folded: bool = False
+    early: bool = False
+    rectified: bool = True
 
     @property
     def groups(self):
@@ -188,7 +191,7 @@ def unpack(shape: PixelCNNShape, matrices: Tensor, vectors: Tensor) -> tuple[dic
 
 def pack_pixelcnn(
     kernels: Mapping[str, Tensor], *, size: int, channels: int, levels: int, components: int = 0,
-    dtype: torch.dtype = torch.float32, fold: bool = False,
+    dtype: torch.dtype = torch.float32, fold: bool = False, early: bool = False, rectified: bool = True,
 ) -> PixelCNNWeights:  # fmt: skip
     """Pack the kernels of a PixelCNN for `pixelcnn_sample`.
 
@@ -207,8 +210,10 @@ def pack_pixelcnn(
     would see a later one.
 
     size, channels, levels: of an image. components: of a mixture of logistics, 0 for a categorical head. dtype:
-    float32, bfloat16 or float64. fold: store what `W (h + R g) = W h + (W R) g` needs: one product less between two
-    gates, more work, another rounding.
+    float32, bfloat16 or float64. early: row y of the vertical stack has seen the rows before y, as where the first
+    layer's mask leaves out the middle row, and is not moved down on its way to the horizontal one: the same stack, but
+    it begins a row above the image, of biases alone. Without positions. rectified: a ReLU before `hidden`. fold: store
+    what W (h + R g) = W h + (W R) g needs: one product less between two gates, more work, another rounding.
 
     Raises ValueError for a kernel of the wrong shape, one that sees the future, a number that is not finite: each with
     its name; TypeError for another dtype.
@@ -221,7 +226,10 @@ def pack_pixelcnn(
             raise ValueError(
                 f"{OP}: {name} has values that are not finite; the network has diverged, load an earlier one"
             )
-    shape = _shape_of(kernels, size, channels, levels, components, fold)
+    if early:
+        kernels = _moved_up(kernels)
+    options = {"folded": bool(fold), "early": bool(early), "rectified": bool(rectified)}
+    shape = _shape_of(kernels, size, channels, levels, components, options)
     _check_shapes(kernels, shape)
     device = kernels["hidden"].device
     found, vectors = _Packing(kernels, shape), shape.vectors()
@@ -240,7 +248,7 @@ def _kernel(kernels, name):
     return kernels[name]
 
 
-def _shape_of(kernels, size, channels, levels, components, fold):
+def _shape_of(kernels, size, channels, levels, components, options):
     depth = 0
     while f"layers.{depth}.above" in kernels:
         depth += 1
@@ -251,7 +259,7 @@ def _shape_of(kernels, size, channels, levels, components, fold):
         size=size, channels=channels, levels=levels, classes=len(classes) - 1 if classes is not None else 0,
         dim=len(first) // 2, depth=depth, reach=above.shape[-1] // 2, first_reach=first.shape[-1] // 2,
         embedding=table.shape[-1] if table is not None else 0, head_dim=len(_kernel(kernels, "hidden")),
-        components=components, gated="layers.0.down" in kernels, folded=bool(fold),
+        components=components, gated="layers.0.down" in kernels, **options,
     )  # fmt: skip
     if not 2 <= levels <= MAX_LEVELS:
         raise ValueError(f"{OP}: levels must be 2 to {MAX_LEVELS}, got {levels}")
@@ -263,6 +271,26 @@ def _shape_of(kernels, size, channels, levels, components, fold):
             f"{shape.head_dim}"
         )
     return shape
+
+
+def _moved_up(kernels):
+    """The kernels of an early vertical stack as those of one whose rows count from one less: the first layer's move."""
+    name = "layers.0.above"
+    above = _kernel(kernels, name)
+    if "positions" in kernels:
+        raise ValueError(
+            f"{OP}: positions must be absent for an early vertical stack, which has a row outside the image"
+        )
+    if "layers.0.down" not in kernels:
+        raise ValueError(f"{OP}: early must be False for a plain network, which has no vertical stack")
+    reach = above.shape[-1] // 2
+    if above.dim() == 4 and above[:, :, reach:].any():
+        count = int((above[:, :, reach:] != 0).sum())
+        raise ValueError(
+            f"{OP}: {name} sees the future: it has {count} weights for its own row and those below, expected zeros of "
+            "an early vertical stack; multiply it by its mask first"
+        )
+    return {**kernels, name: F.pad(above[:, :, :reach], (0, 0, 1, 0))}
 
 
 def _check_shapes(kernels, s):

@@ -278,7 +278,7 @@ class _Network:
 
     def head(self, h, group):
         """h (..., width) -> outputs of the group."""
-        h = self.rounded(torch.relu(h))[..., : (group + 1) * self.s.part]
+        h = self.rounded(torch.relu(h) if self.s.rectified else h)[..., : (group + 1) * self.s.part]
         return h @ self.matrices["hidden", 0, group] + self.vectors["hidden_bias", 0][group]
 
     def logits(self, hidden, group):
@@ -367,6 +367,8 @@ class _Naive:
         """(B, H, W, O) of a group."""
         net, s = self.net, self.s
         v = h = net.enter(self.x)
+        if s.early:  # a row of zeros above the image
+            v = torch.nn.functional.pad(v, (0, 0, 0, 0, 1, 0))
         before = None
         for layer in range(s.depth):
             u, v = self._vertical(v if s.gated else h, layer)
@@ -379,17 +381,19 @@ class _Naive:
         net, s = self.net, self.s
         rows, reach = s.rows_above(layer), s.reach_of(layer)
         padded = torch.nn.functional.pad(net.rounded(v), (0, 0, reach, reach, rows - 1, 0))
-        size = s.size
-        taps = [padded[:, i : i + size, j : j + size] for i in range(rows) for j in range(s.taps(layer))]
+        height, size = v.shape[1], s.size
+        taps = [padded[:, i : i + height, j : j + size] for i in range(rows) for j in range(s.taps(layer))]
         bias = net.vectors["above_bias", layer]
         above = torch.cat(taps, dim=-1) @ net.matrices["above", layer, 0] + bias
-        shifted = torch.cat(
-            [torch.zeros_like(above[:, :1]) if s.gated else bias.expand_as(above[:, :1]), above[:, :-1]], 1
-        )
+        if s.early:
+            shifted = above[:, :-1]
+        else:
+            first = torch.zeros_like(above[:, :1]) if s.gated else bias.expand_as(above[:, :1])
+            shifted = torch.cat([first, above[:, :-1]], dim=1)
         if not s.gated:
             return shifted, None
         v = net.gate(above + self.biases[:, layer, 0])
-        if layer == 0:
+        if layer == 0 and not s.early:
             v = v + net.positions[0]
         return net.rounded(shifted) @ net.matrices["down", layer, 0], v
 
@@ -462,7 +466,7 @@ class _Cached:
         net, s = self.net, self.s
         for layer in range(s.depth):
             bias, own = net.vectors["above_bias", layer], self.biases[:, layer, 1, None]
-            if y == 0:
+            if y == 0 and not s.early:
                 self.vertical[layer].copy_(own if s.gated else own + bias)
                 continue
             rows, reach, ring = s.rows_above(layer), s.reach_of(layer), self.above[layer]
@@ -476,7 +480,7 @@ class _Cached:
             torch.add(net.rounded(above) @ net.matrices["down", layer, 0], own, out=self.vertical[layer])
             if layer + 1 < s.depth:
                 v = net.gate(above + self.biases[:, layer, 0, None])
-                self._keep_above(layer + 1, y - 1, v + net.positions[0, y - 1] if layer == 0 else v)
+                self._keep_above(layer + 1, y - 1, v + net.positions[0, y - 1] if layer == 0 and y else v)
 
     def _keep_above(self, layer, y, v):
         reach = self.s.reach_of(layer)
@@ -561,13 +565,13 @@ def _cost(arguments, results):
     s = PixelCNNShape(*fields)
     sizes = s.matrices().items()
     rows = last - first
-    below = rows - (first == 0)  # rows with one above
+    below = rows - (first == 0 and not s.early)  # rows with one above
     vertical = sum(2 * k * n for (name, _, _), (k, n) in sizes if name in ("above", "down"))
     own = sum(2 * k * n for (name, _, _), (k, n) in sizes if name not in ("above", "down"))
-    gates, outputs = s.depth * s.width, s.groups * s.outputs
-    each = len(x) * s.size
-    flops = each * (rows * (own + 10 * gates + 4 * outputs) + below * (vertical + 10 * gates * s.gated))
-    exps = each * (rows * (2 * gates + outputs) + below * 2 * gates * s.gated)
+    outputs, each = s.groups * s.outputs, len(x) * s.size
+    gates = s.width * (rows * s.depth + below * s.gated * (s.depth - 1))
+    flops = each * (rows * (own + 4 * outputs) + below * vertical + 10 * gates)
+    exps = each * (rows * outputs + 2 * gates)
     moved = traffic(matrices, vectors, labels, seed, ids) + traffic(x, probs, known) * rows // s.size
     return Cost(moved, flops, exps)
 

@@ -17,7 +17,9 @@ NETWORKS = {
     "colour codes, plain": (4, 2, 4, 1, 8, 2, 1, 1, 3, 8, 0, False),
     "mixture": (4, 3, 256, 2, 12, 2, 1, 1, 0, 12, 3, True),
     "grey mixture": (5, 1, 32, 0, 20, 2, 1, 2, 0, 12, 4, True),
+    "early": (5, 1, 7, 2, 16, 3, 1, 2, 0, 20, 0, True),
 }
+EARLY = ("early",)  # without positions, and without a ReLU before the head
 
 
 def kernels(name, generator) -> tuple[dict, dict]:
@@ -56,13 +58,17 @@ def kernels(name, generator) -> tuple[dict, dict]:
         found["classes"] = draw(classes + 1, depth, 2, 2 * dim, scale=0.5)
     if embedding:
         found["table"] = draw(channels * levels, embedding)
+    if name in EARLY:
+        found["layers.0.above"][:, :, first:] = 0
+        del found["positions"]
     return found, {"size": size, "channels": channels, "levels": levels, "components": components}
 
 
 def packed(name, dtype=torch.float32, seed=0, fold=False):
     """Weights of one of `NETWORKS`; the same for every dtype, up to its rounding."""
     found, sizes = kernels(name, torch.Generator().manual_seed(seed))
-    return pack_pixelcnn(found, **sizes, dtype=dtype, fold=fold)
+    early = name in EARLY
+    return pack_pixelcnn(found, **sizes, dtype=dtype, fold=fold, early=early, rectified=not early)
 
 
 def _cases(generator, device) -> list[Case]:

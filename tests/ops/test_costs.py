@@ -14,10 +14,19 @@ from genengine import ops, testing
 from genengine.ops import _registry
 from genengine.ops._activations import ACTIVATIONS
 from genengine.ops._cost import Cost, bytes_alone, each, per_element, traffic
+from genengine.ops._pixelcnn_weights import PixelCNNShape
+from genengine.ops.pixelcnn_sample import reference as pixelcnn_reference
 
 CPU = torch.device("cpu")
+WRITES_ARGUMENTS = (
+    "sampler_step_out", "advance", "ema_update", "normal_out", "uniform_out", "qk_norm_rope_", "pixelcnn_sample",
+    "transformer_sample_out",
+)  # fmt: skip
 OPS = sorted(_registry.OPS)
-PUBLIC = sorted(set(ops.__all__) - {"EXTENSION", "backend"})
+HELPERS = ("EXTENSION", "backend")
+PUBLIC = sorted(
+    name for name in set(ops.__all__) - {*HELPERS} if name[0].islower() and not name.startswith("pack_")
+)  # neither the classes beside the ops, nor what prepares weights
 
 
 def tensors(value):
@@ -67,6 +76,8 @@ def needless(name, args):
         return size(args[2]) - 64 * len(args[0])
     if name == "advance":
         return size(args[1]) - 8 * len(args[0])
+    if name == "pixelcnn_sample":  # what it keeps between rows
+        return size(args[2])
     return 0
 
 
@@ -86,11 +97,6 @@ def test_bytes_are_those_of_the_tensors_that_are_needed(name):
         assert found.flops > 0 or name == "advance", case.label
 
 
-IN_PLACE = (
-    "advance", "ema_update", "normal_out", "qk_norm_rope_", "sampler_step_out", "transformer_sample_out", "uniform_out",
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_fake_and_meta_tensors_cost_as_real_ones(name):
     op = _registry.OPS[name]
@@ -100,7 +106,7 @@ def test_fake_and_meta_tensors_cost_as_real_ones(name):
             fake = mapped(case.args, mode.from_tensor)
             assert op.cost(fake, op.overloads["reference"](*fake)) == real, case.label
         meta = mapped(case.args, lambda t: t.to("meta"))
-        if name in IN_PLACE:
+        if name in WRITES_ARGUMENTS:
             assert op.cost(meta, None) == real, case.label
         else:
             assert op.cost(meta, op.overloads["reference"](*mapped(meta, torch.empty_like))) == real, case.label
@@ -155,7 +161,8 @@ def spelt_out(name, args):
 
 # Elsewhere a reference computes something twice or in vain, and 1 + scale, which stands at every element, row by row.
 EXACT = ("bias_act", "glu", "ema_update", "diffuse", "reparameterize")
-PRODUCTS = {"attention", "attention_backward", "transformer_sample_out"}  # of which flops are those of products alone
+# Of which flops are those of products alone.
+PRODUCTS = {"attention", "attention_backward", "pixelcnn_sample", "transformer_sample_out"}
 DRAWN = {"normal_out", "uniform_out", "logistic_mixture_sample"}
 COUNTED = set(OPS) - {"advance"} - PRODUCTS - DRAWN
 
@@ -346,6 +353,22 @@ def test_a_sampled_pixel_needs_one_component():
     found = cost("logistic_mixture_sample", params, channels, 256, 1.0, torch.tensor(1), None, 0)
     assert found.bytes == 40 * (k + 9 + 3) * 4 + 8
     assert (found.flops, found.exps) == (40 * (40 + 45 + 9 + 3), 40 * (10 + 9 + 3))
+
+
+def test_products_of_a_pixelcnn_are_those_that_its_cached_reference_runs():
+    for case in testing.cases("pixelcnn_sample", CPU):
+        with FlopCounterMode(display=False) as counter:
+            pixelcnn_reference(*mapped(case.args, torch.clone))
+        s = PixelCNNShape(*case.args[5])
+        pixels = len(case.args[0]) * s.size**2
+        below = pixels - len(case.args[0]) * s.size
+        gates = s.width * (s.depth * pixels + s.gated * (s.depth - 1) * below)
+        rest = 10 * gates + 4 * pixels * s.groups * s.outputs
+        found = cost("pixelcnn_sample", *case.args)
+        assert found.flops == counter.get_total_flops() + rest, case.label
+        assert found.exps == 2 * gates + pixels * s.groups * s.outputs, case.label
+    half = (*case.args[:-2], s.size // 2, s.size)
+    assert cost("pixelcnn_sample", *half).flops > found.flops / 2  # the first row has none above
 
 
 def test_log_probabilities_of_coloured_pixels():

@@ -323,6 +323,19 @@ def test_a_channel_that_sees_a_later_one_is_refused(name):
         ops.pack_pixelcnn(found, **sizes)
 
 
+def test_an_early_stack_must_not_see_its_own_row():
+    found, sizes = kernels("grey", torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="positions must be absent for an early"):
+        ops.pack_pixelcnn(found, **sizes, early=True)
+    del found["positions"]
+    with pytest.raises(ValueError, match=r"layers\.0\.above sees the future.* for its own row"):
+        ops.pack_pixelcnn(found, **sizes, early=True)
+    plain, sizes = kernels("plain", torch.Generator().manual_seed(0))
+    del plain["positions"]
+    with pytest.raises(ValueError, match="early must be False for a plain network"):
+        ops.pack_pixelcnn(plain, **sizes, early=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value):
     found, sizes = kernels("grey", torch.Generator().manual_seed(0))

@@ -28,7 +28,8 @@ def request(**options):
 
 
 def test_every_public_op_is_a_target():
-    assert set(inputs.OPS) == set(ops.__all__) - {"EXTENSION", "advance", "backend"}
+    functions = {name for name in ops.__all__ if name[0].islower() and not name.startswith("pack_")}
+    assert set(inputs.OPS) == functions - {"advance", "backend"}
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -14,6 +14,7 @@ template <class X, class W>
 struct Thread {
   using Weight = W;
   using Input = X;
+  static constexpr int kPad = 0, kVector = kLanes;
   const Sigmoid<false> sigmoid;
   double* sums;  // kAbreast rows of kMaxLevels
 
@@ -48,18 +49,19 @@ struct Thread {
   }
 
   template <class F>
-  void each(int rows, int width, F row) const {
+  void each(int rows, int width, F row, int step = 1) const {
     for (int r = 0; r < rows; ++r) {
       const auto element = row(r);
-      _Pragma("GCC ivdep") for (int j = 0; j < width; ++j) element(j);
+      if (step == 1) {
+        _Pragma("GCC ivdep") for (int j = 0; j < width; ++j) element(j);
+      } else {
+        for (int j = 0; j < width; j += kVector) element(j);
+      }
     }
   }
   template <class F>
-  void vectors(int rows, int width, F row) const {
-    for (int r = 0; r < rows; ++r) {
-      const auto element = row(r);
-      for (int j = 0; j < width; j += kLanes) element(j);
-    }
+  void begin(int rows, int width, F row, int step = 1) const {
+    each(rows, width, row, step);
   }
 
   void product(const W* w, const PanelMatrix& m, const X* x, int x_stride, int rows, const float* init, int init_stride, float* y,
@@ -149,7 +151,7 @@ template <class X, class W>
 void run(const PixelCNNCall& call, int64_t group) {
   double sums[kAbreast * kMaxLevels];
   const Thread<X, W> thread = {{}, sums};
-  PixelSampler<Thread<X, W>>(thread, call, group).run();
+  PixelSampler<Thread<X, W>>(thread, call, group, call.state + group * call.state_stride + call.layout.bytes).run();
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // One algorithm for CPU and GPU. A group of images is worked on by a Team: one CPU thread with vectors, or a block of GPU
 // threads. The algorithm knows which activations there are, where they are kept and in which order they become known; the
-// Team knows how to run a loop over elements (`each`), a small product (`product`) and a draw (`rows`, `choose`).
+// Team knows how to run a loop over elements (`each`), a small product (`product`) and the draws of a step (`draw`).
 //
 // Per pixel and image, of D features, L layers and kernels of three: 21 D^2 L multiply-adds, two thirds of them of the
 // vertical stack; the weights once per step and group, from L2. Sums are float32, in the order of k, and no result depends
@@ -21,7 +21,7 @@ namespace genengine {
 
 constexpr int kPanelColumns = 16;
 constexpr int kMaxLevels = 4096;
-constexpr int kRowChunk = 64;  // rows of a product at most: what is gathered for it stays in the nearest cache
+constexpr int kMaxImages = 64;  // of a group
 
 GENENGINE_HD int to_panels(int n) { return (n + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
 GENENGINE_HD int to_pairs(int k) { return k + k % 2; }
@@ -38,7 +38,7 @@ struct PanelMatrix {
 // Features come in groups, one for each ordered colour channel, each filled up to whole panels; a gate's two halves lie
 // side by side within a group.
 struct PixelCNNShape {
-  int size, channels, levels, classes, dim, depth, reach, first_reach, embedding, head_dim, components, gated, folded;
+  int size, channels, levels, classes, dim, depth, reach, first_reach, embedding, head_dim, components, gated, folded, early, rectified;
 
   GENENGINE_HD_MEMBER int groups() const { return components ? 1 : channels; }
   GENENGINE_HD_MEMBER int part() const { return to_panels(dim / groups()); }            // features of a group
@@ -150,30 +150,39 @@ struct Wavefront {
 
 // ---- what is kept of a group of images -----------------------------------------------------------------------------------
 
-// Bytes from the start of a group's state. Activations that later pixels read: rings of rows, (row, image, column, feature),
-// with zeros beside the image, never written; T is float32 or bfloat16. Then what one step works with.
+// How a kernel takes the network: bytes of a kept activation and of what products read, elements between two rows of the
+// latter (shared memory has banks), rows of a product at most (what is gathered for it stays in the nearest memory).
+struct PixelCNNStyle {
+  int element, input, pad, rows;
+};
+
+// Bytes from the start of a group's state: activations that later pixels read, rings of rows, (row, image, column, feature),
+// with zeros beside the image, never written. And bytes from the start of what one step works with, which may lie elsewhere.
 struct PixelCNNState {
   int images, flight, chunk;
-  int64_t above, left, vertical, inputs, sums, gated, residual, shifted, hidden, head, outputs, bytes;
+  int64_t above, left, vertical, bytes;
+  int64_t inputs, sums, gated, residual, shifted, hidden, head, outputs, scratch_bytes;
 
-  GENENGINE_HD_MEMBER PixelCNNState(const PixelCNNShape& s, int images_, bool wavefront, int element, int input)
+  PixelCNNState() = default;
+  GENENGINE_HD_MEMBER PixelCNNState(const PixelCNNShape& s, int images_, bool wavefront, const PixelCNNStyle& style)
       : images(images_), flight(wavefront ? Wavefront(s).rows_in_flight() : 1),
-        chunk(images_ > kRowChunk ? images_ : kRowChunk / images_ * images_) {
+        chunk(images_ > style.rows ? images_ : style.rows / images_ * images_) {
     const int widest = s.above(s.depth > 1 ? 1 : 0).k, first = s.above(0).k, left_widest = s.left(s.depth > 1 ? 1 : 0, s.groups() - 1).k;
     const int most = widest > first ? widest : first, k = most > left_widest ? most : left_widest;
     const int kept = s.groups() > 1 ? s.depth : 1;  // layers whose gates a later channel of the pixel reads
-    bytes = 0;
-    above = take(ring(s, s.depth, 0), element);
-    left = take(ring(s, s.depth, 1), element);
-    vertical = take(static_cast<int64_t>(s.depth) * vertical_rows() * images * s.size * s.gates(), 4);
-    inputs = take(static_cast<int64_t>(chunk) * (k > s.gates() ? k : s.gates()), input);
-    sums = take(static_cast<int64_t>(chunk) * s.gates(), 4);
-    gated = take(static_cast<int64_t>(kept) * chunk * s.width(), input);
-    residual = take(static_cast<int64_t>(chunk) * s.part(), 4);
-    shifted = take(s.folded ? static_cast<int64_t>(kept) * chunk * s.width() : 0, input);
-    hidden = take(static_cast<int64_t>(chunk) * s.width(), input);
-    head = take(static_cast<int64_t>(chunk) * s.groups() * s.head_part(), input);
-    outputs = take(static_cast<int64_t>(chunk) * (s.outputs() > s.head_part() ? s.outputs() : s.head_part()), 4);
+    const int64_t rows = chunk, width = s.width() + style.pad;
+    bytes = scratch_bytes = 0;
+    above = take(bytes, ring(s, s.depth, 0), style.element);
+    left = take(bytes, ring(s, s.depth, 1), style.element);
+    vertical = take(bytes, static_cast<int64_t>(s.depth) * vertical_rows() * images * s.size * s.gates(), 4);
+    inputs = take(scratch_bytes, rows * ((k > s.gates() ? k : s.gates()) + style.pad), style.input);
+    sums = take(scratch_bytes, rows * s.gates(), 4);
+    gated = take(scratch_bytes, kept * rows * width, style.input);
+    residual = take(scratch_bytes, rows * s.part(), 4);
+    shifted = take(scratch_bytes, s.folded ? kept * rows * width : 0, style.input);
+    hidden = take(scratch_bytes, rows * width, style.input);
+    head = take(scratch_bytes, rows * (s.groups() * s.head_part() + style.pad), style.input);
+    outputs = take(scratch_bytes, rows * (s.outputs() > s.head_part() ? s.outputs() : s.head_part()), 4);
   }
   GENENGINE_HD_MEMBER int vertical_rows() const { return flight > 1 ? flight + 1 : 1; }
   GENENGINE_HD_MEMBER int ring_rows(const PixelCNNShape& s, int layer, int kind) const {
@@ -189,7 +198,7 @@ struct PixelCNNState {
   GENENGINE_HD_MEMBER int64_t ring_size(const PixelCNNShape& s, int layer, int kind) const {
     return static_cast<int64_t>(ring_rows(s, layer, kind)) * images * (s.size + s.taps(layer) - 1) * s.inputs(layer);
   }
-  GENENGINE_HD_MEMBER int64_t take(int64_t elements, int element) {
+  GENENGINE_HD_MEMBER static int64_t take(int64_t& bytes, int64_t elements, int element) {
     const int64_t offset = bytes;
     bytes += (elements * element + 255) / 256 * 256;
     return offset;
@@ -198,6 +207,7 @@ struct PixelCNNState {
 
 struct PixelCNNCall {
   PixelCNNShape shape;
+  PixelCNNState layout;
   const void* matrices;
   const float* vectors;
   float *x, *log_prob;  // (B, C, S, S) and (B, S, S)
@@ -220,7 +230,9 @@ GENENGINE_HD float pixelcnn_gate(float a, float b) {
 }
 
 GENENGINE_HD float uniform_at(uint64_t seed, uint32_t sample, uint32_t element) {
-  return unit(philox(element / 4, sample, 0, kMixtureStream, seed).w[element % 4]);
+  const Words four = philox(element / 4, sample, 0, kMixtureStream, seed);  // chosen from without an index: registers have none
+  const uint32_t even = element & 2 ? four.w[2] : four.w[0], odd = element & 2 ? four.w[3] : four.w[1];
+  return unit(element & 1 ? odd : even);
 }
 
 // log p of the channels x of a pixel, whose parameters lie side by side, when it is drawn at this temperature: component
@@ -277,8 +289,10 @@ GENENGINE_HD void mixture_draw(const float* params, const float* u, int componen
 // ---- the algorithm -------------------------------------------------------------------------------------------------------
 
 // Team: types Weight (of matrices and kept activations) and Input (what products read: Weight, or float holding its values);
+// kPad: elements between two rows of what products read;
 //   each(rows, width, row)   row(r)(j) for all r < rows, j < width; all are done when it returns, as with all that follow
-//   vectors(rows, width, row)   the same for values that go together: j steps by whole vectors, width being of whole panels;
+//   begin(rows, width, row)  the same, but done only when the next each or product returns
+//   each, begin(..., kVector)   the same for values that go together, width being of whole panels: j steps by kVector;
 //                            load(float*) -> a vector, which can be added; store(float*, vector), keep(Weight*, vector),
 //                            feed(Input*, vector); gate(a, b), positive(a)
 //   product(w, matrix, x, x_stride, rows, init, init_stride, y, y_stride)    y = init + x W
@@ -294,24 +308,26 @@ struct PixelSampler {
   const Team& team;
   const PixelCNNCall& call;
   const PixelCNNShape& s;
-  const PixelCNNState state;
+  const PixelCNNState& state;
   const int images;
   const int64_t first;  // image of the batch
-  char* const base;
+  char *const base, *const scratch;
 
-  GENENGINE_TEAM PixelSampler(const Team& team_, const PixelCNNCall& call_, int64_t group)
-      : team(team_), call(call_), s(call_.shape), state(call_.shape, call_.images, call_.wavefront, sizeof(Weight), sizeof(Input)),
-        images(count(call_, group)), first(group * call_.images), base(call_.state + group * call_.state_stride) {}
+  // scratch: of state.scratch_bytes, without a value.
+  GENENGINE_TEAM PixelSampler(const Team& team_, const PixelCNNCall& call_, int64_t group, char* scratch_)
+      : team(team_), call(call_), s(call_.shape), state(call_.layout), images(count(call_, group)), first(group * call_.images),
+        base(call_.state + group * call_.state_stride), scratch(scratch_) {}
 
-  // Rows first_row .. last_row - 1 of all images of the group.
+  // Rows first_row .. last_row - 1 of all images of the group. Layer -1: the pixels themselves.
   GENENGINE_TEAM void run() const {
     if (call.first_row == 0) clear();
-    if (call.wavefront) return run_wavefront();
-    for (int y = call.first_row; y < call.last_row; ++y) {
-      if (y) {
-        for (int layer = 0; layer < s.depth; ++layer) in_chunks({y - 1, 0, 0, 1, s.size}, layer);
-      }
-      for (int x = 0; x < s.size; ++x) pixels({y, x, 0, 0, 1});
+    const Wavefront front(s);
+    const int lead = call.first_row == 0 && s.early ? 1 : 0;
+    const int begin = (call.wavefront ? front.steps(call.first_row) : call.first_row * s.size) - lead;
+    const int end = call.wavefront ? front.steps(call.last_row) : call.last_row * s.size;
+    for (int t = begin; t < end; ++t) {
+      for (int layer = -1; layer < s.depth; ++layer)
+        in_chunks(t < 0 ? above_the_image(layer) : call.wavefront ? ahead(front, t, layer) : raster(t, layer), layer);
     }
   }
 
@@ -327,15 +343,18 @@ struct PixelSampler {
     team.each(static_cast<int>(state.vertical / 256), 64, [=](int r) { return [=](int j) { rings[static_cast<int64_t>(r) * 64 + j] = 0.f; }; });
   }
 
-  GENENGINE_TEAM void run_wavefront() const {
-    const Wavefront front(s);
-    for (int t = front.steps(call.first_row); t < front.steps(call.last_row); ++t) {
-      in_chunks(front.at(t, s.size), -1);
-      for (int layer = 0; layer < s.depth; ++layer) in_chunks(front.at(t - Wavefront::ready(s, layer), s.size - 1), layer);
-    }
+  // An early vertical stack has a row above the image.
+  GENENGINE_TEAM PixelLine above_the_image(int layer) const { return {-1, 0, 0, 1, layer < 0 ? 0 : s.size}; }
+  // What step t does in a layer: in raster order one pixel, and after a row's last one what the row below reads of it.
+  GENENGINE_TEAM PixelLine raster(int t, int layer) const {
+    const int y = t / s.size, x = t % s.size;
+    if (layer < 0) return {y, x, 0, 0, 1};
+    return {y, 0, 0, 1, x + 1 == s.size && y + 1 < s.size ? s.size : 0};
+  }
+  GENENGINE_TEAM PixelLine ahead(const Wavefront& front, int t, int layer) const {
+    return layer < 0 ? front.at(t, s.size) : front.at(t - Wavefront::ready(s, layer), s.size - 1);
   }
 
-  // Layer -1: the pixels themselves.
   GENENGINE_TEAM void in_chunks(PixelLine line, int layer) const {
     const int most = state.chunk / state.images;
     for (int done = 0; done < line.count; done += most) {
@@ -354,10 +373,16 @@ struct PixelSampler {
   GENENGINE_TEAM E* at(int64_t offset) const {
     return reinterpret_cast<E*>(base + offset);
   }
+  template <class E>
+  GENENGINE_TEAM E* work(int64_t offset) const {
+    return reinterpret_cast<E*>(scratch + offset);
+  }
+  // Elements from row to row of what products read: `inputs` of k, and what holds the features.
+  GENENGINE_TEAM static int padded(int k) { return k + Team::kPad; }
   GENENGINE_TEAM const Weight* matrix(const PanelMatrix& m) const { return static_cast<const Weight*>(call.matrices) + m.offset; }
   GENENGINE_TEAM const float* vector(int64_t offset) const { return call.vectors + offset; }
 
-  // The input of a layer at (y, x) of an image; x from -reach on, y from -reach on.
+  // The input of a layer at (y, x) of an image; x from -reach on, y from -reach - 1 on.
   GENENGINE_TEAM Weight* kept(int kind, int layer, int y, int m, int x) const {
     const int rows = state.ring_rows(s, layer, kind), reach = s.reach_of(layer);
     const int64_t row = static_cast<int64_t>((y + rows) % rows) * state.images + m;
@@ -370,6 +395,11 @@ struct PixelSampler {
     const int64_t row = (static_cast<int64_t>(layer) * rows + y % rows) * state.images + m;
     return at<float>(state.vertical) + (row * s.size + x) * s.gates();
   }
+  template <class P>
+  GENENGINE_TEAM const float* sums_from_above(int layer, const P& p) const {
+    if (p.y || s.early) return from_above(layer, p.y, p.m, p.x);
+    return vector(s.gated ? s.zeros() : s.above_bias(layer));
+  }
   GENENGINE_TEAM const float* class_bias(int m, int layer, int stack) const {
     return vector(s.class_bias(call.labels ? call.labels[first + m] : s.classes, layer, stack));
   }
@@ -379,8 +409,8 @@ struct PixelSampler {
     int y, x, m;
   };
   GENENGINE_TEAM Place place(const PixelLine& line, int r) const {
-    const int i = r / images;
-    return {line.y + i * line.dy, line.x + i * line.dx, r % images};
+    const int i = images == 1 ? r : r / images;
+    return {line.y + i * line.dy, line.x + i * line.dx, r - i * images};
   }
 
   GENENGINE_TEAM void product(const PanelMatrix& m, const Input* x, int x_stride, int rows, const float* init, int init_stride,
@@ -394,47 +424,47 @@ struct PixelSampler {
   // below. Of a plain network: the latter alone.
   GENENGINE_TEAM void vertical(const PixelLine& line, int layer) const {
     const PanelMatrix above = s.above(layer);
-    const int rows = line.count * images, gates = s.gates(), taps_rows = s.rows_above(layer);
+    const int rows = line.count * images, gates = s.gates(), taps_rows = s.rows_above(layer), stride = padded(above.k);
     const int run = s.taps(layer) * s.inputs(layer), reach = s.reach_of(layer);
-    Input* inputs = at<Input>(state.inputs);
-    float* sums = at<float>(state.sums);
+    Input* inputs = work<Input>(state.inputs);
+    float* sums = work<float>(state.sums);
     if (above.k != taps_rows * run)
-      team.each(rows, 1, [=](int r) { return [=](int) { inputs[r * above.k + above.k - 1] = Team::input(Team::narrow(0.f)); }; });
+      team.begin(rows, 1, [=](int r) { return [=](int) { inputs[r * stride + above.k - 1] = Team::input(Team::narrow(0.f)); }; });
     team.each(rows * taps_rows, run, [=, this](int q) {
       const Place p = place(line, q / taps_rows);
       const Weight* from = kept(0, layer, p.y - (taps_rows - 1) + q % taps_rows, p.m, p.x - reach);
-      Input* to = inputs + q / taps_rows * above.k + q % taps_rows * run;
+      Input* to = inputs + q / taps_rows * stride + q % taps_rows * run;
       return [=](int j) { to[j] = Team::input(from[j]); };
     });
-    product(above, inputs, above.k, rows, vector(s.above_bias(layer)), 0, sums, gates);
+    product(above, inputs, stride, rows, vector(s.above_bias(layer)), 0, sums, gates);
     if (s.gated) {
       if (layer + 1 < s.depth) next_vertical(line, layer, sums);
-      round_rows(rows, gates, sums, gates, inputs, gates);
-      product(s.down(layer), inputs, gates, rows, nullptr, 0, sums, gates);
+      round_rows(rows, gates, sums, gates, inputs, padded(gates));
+      product(s.down(layer), inputs, padded(gates), rows, nullptr, 0, sums, gates);
     }
-    team.vectors(rows, gates, [=, this](int r) {
+    team.each(rows, gates, [=, this](int r) {
       const Place p = place(line, r);
       const float* from = sums + r * gates;
       float* to = from_above(layer, p.y + 1, p.m, p.x);
       return [=, this](int j) { team.store(to + j, team.load(from + j)); };
-    });
+    }, Team::kVector);
   }
 
   // v' = gate(u + c), and the position after the first layer.
   GENENGINE_TEAM void next_vertical(const PixelLine& line, int layer, const float* sums) const {
     const int groups = s.groups(), part = s.part();
-    team.vectors(line.count * images * groups, part, [=, this](int q) {
+    team.begin(line.count * images * groups, part, [=, this](int q) {
       const int r = q / groups, g = q % groups;
       const Place p = place(line, r);
       const float* u = sums + r * s.gates() + g * 2 * part;
       const float* c = class_bias(p.m, layer, 0) + g * 2 * part;
-      const float* position = vector(layer ? s.zeros() : s.position(0, p.y, p.x) + g * part);
+      const float* position = vector(layer || p.y < 0 ? s.zeros() : s.position(0, p.y, p.x) + g * part);
       Weight* to = kept(0, layer + 1, p.y, p.m, p.x) + g * part;
       return [=, this](int j) {
         const auto a = team.load(u + j) + team.load(c + j), b = team.load(u + part + j) + team.load(c + part + j);
         team.keep(to + j, team.gate(a, b) + team.load(position + j));
       };
-    });
+    }, Team::kVector);
   }
 
   // ---- the pixels of a step ----
@@ -453,30 +483,30 @@ struct PixelSampler {
   }
 
   GENENGINE_TEAM Input* gated(int layer) const {
-    return at<Input>(state.gated) + (s.groups() > 1 ? static_cast<int64_t>(layer) * state.chunk * s.width() : 0);
+    return work<Input>(state.gated) + (s.groups() > 1 ? static_cast<int64_t>(layer) * state.chunk * padded(s.width()) : 0);
   }
   GENENGINE_TEAM Input* shifted(int layer) const {
-    return at<Input>(state.shifted) + (s.groups() > 1 ? static_cast<int64_t>(layer) * state.chunk * s.width() : 0);
+    return work<Input>(state.shifted) + (s.groups() > 1 ? static_cast<int64_t>(layer) * state.chunk * padded(s.width()) : 0);
   }
 
   // h' = h + R gate(N + L * h + c') of group g.
   GENENGINE_TEAM void horizontal(const PixelLine& line, int layer, int g) const {
-    const int rows = line.count * images, part = s.part(), width = s.width();
+    const int rows = line.count * images, part = s.part(), width = padded(s.width());
     const PanelMatrix left = s.left(layer, g);
-    Input* inputs = at<Input>(state.inputs);
-    float *sums = at<float>(state.sums), *residual = at<float>(state.residual);
+    Input* inputs = work<Input>(state.inputs);
+    float *sums = work<float>(state.sums), *residual = work<float>(state.residual);
     gather_left(line, layer, g, left.k);
-    team.vectors(rows, 2 * part, [=, this](int r) {
+    team.each(rows, 2 * part, [=, this](int r) {
       const Place p = place(line, r);
-      const float* from = (p.y ? from_above(layer, p.y, p.m, p.x) : vector(s.gated ? s.zeros() : s.above_bias(layer))) + g * 2 * part;
+      const float* from = sums_from_above(layer, p) + g * 2 * part;
       const float* c = class_bias(p.m, layer, 1) + g * 2 * part;
       float* to = sums + r * 2 * part;
       return [=, this](int j) { team.store(to + j, team.load(from + j) + team.load(c + j)); };
-    });
-    product(left, inputs, left.k, rows, sums, 2 * part, sums, 2 * part);
+    }, Team::kVector);
+    product(left, inputs, padded(left.k), rows, sums, 2 * part, sums, 2 * part);
     Input* gates = gated(layer);
     const float* bias = vector(s.out_bias(layer)) + g * part;
-    team.vectors(rows, part, [=, this](int r) {
+    team.each(rows, part, [=, this](int r) {
       const Place p = place(line, r);
       const float* u = sums + r * 2 * part;
       float* h = residual + r * part;
@@ -486,7 +516,7 @@ struct PixelSampler {
         team.feed(to + j, team.gate(team.load(u + j), team.load(u + part + j)));
         team.store(h + j, team.load(before + j) + team.load(bias + j));
       };
-    });
+    }, Team::kVector);
     if (s.folded) round_rows(rows, part, residual, part, shifted(layer) + g * part, width);
     product(s.out(layer, g), gates, width, rows, residual, part, residual, part);
     if (layer + 1 == s.depth) return;
@@ -497,41 +527,42 @@ struct PixelSampler {
   // The residual sum becomes the input of the next layer.
   GENENGINE_TEAM void keep(const PixelLine& line, int layer, int g, int kind) const {
     const int part = s.part();
-    const float* residual = at<float>(state.residual);
-    team.vectors(line.count * images, part, [=, this](int r) {
+    const float* residual = work<float>(state.residual);
+    team.each(line.count * images, part, [=, this](int r) {
       const Place p = place(line, r);
       const float* h = residual + r * part;
       Weight* to = kept(kind, layer, p.y, p.m, p.x) + g * part;
       return [=, this](int j) { team.keep(to + j, team.load(h + j)); };
-    });
+    }, Team::kVector);
   }
 
   GENENGINE_TEAM void round_rows(int rows, int width, const float* from, int from_stride, Input* to, int to_stride) const {
-    team.vectors(rows, width, [=, this](int r) {
+    team.each(rows, width, [=, this](int r) {
       const float* a = from + r * from_stride;
       Input* b = to + r * to_stride;
       return [=, this](int j) { team.feed(b + j, team.load(a + j)); };
-    });
+    }, Team::kVector);
   }
 
   // The pixels to the left and what group g may see of the pixel itself lie side by side. Folded, the latter is in two
   // parts, the input of the residual sum and the gates that its product adds: W (q + R g) = W q + (W R) g.
   GENENGINE_TEAM void gather_left(const PixelLine& line, int layer, int g, int k) const {
-    Input* inputs = at<Input>(state.inputs);
-    const int rows = line.count * images, reach = s.reach_of(layer), centre = s.centre(layer, g), width = s.width();
+    Input* inputs = work<Input>(state.inputs);
+    const int rows = line.count * images, reach = s.reach_of(layer), centre = s.centre(layer, g), width = padded(s.width());
     const bool in_parts = s.folded && layer;
-    const int run = reach * s.inputs(layer) + (in_parts ? 0 : centre), used = run + (in_parts ? 2 * centre : 0);
-    if (used != k) team.each(rows, 1, [=](int r) { return [=](int) { inputs[r * k + k - 1] = Team::input(Team::narrow(0.f)); }; });
-    team.each(rows, run, [=, this](int r) {
+    const int stride = padded(k), run = reach * s.inputs(layer) + (in_parts ? 0 : centre), used = run + (in_parts ? 2 * centre : 0);
+    if (used != k)
+      team.begin(rows, 1, [=](int r) { return [=](int) { inputs[r * stride + k - 1] = Team::input(Team::narrow(0.f)); }; });
+    team.begin(rows, run, [=, this](int r) {
       const Place p = place(line, r);
       const Weight* from = kept(1, layer, p.y, p.m, p.x - reach);
-      Input* to = inputs + r * k;
+      Input* to = inputs + r * stride;
       return [=](int j) { to[j] = Team::input(from[j]); };
     });
     if (!in_parts) return;
     const Input *q = shifted(layer - 1), *gates = gated(layer - 1);
-    team.each(rows, centre, [=](int r) {
-      Input* to = inputs + r * k + run;
+    team.begin(rows, centre, [=](int r) {
+      Input* to = inputs + r * stride + run;
       return [=](int j) {
         to[j] = q[r * width + j];
         to[centre + j] = gates[r * width + j];
@@ -539,24 +570,28 @@ struct PixelSampler {
     });
   }
 
-  // logits = O relu(P relu(h) + b) + b'
+  // logits = O relu(P relu(h) + b) + b'; not rectified: P h
   GENENGINE_TEAM void head(const PixelLine& line, int g) const {
-    const int rows = line.count * images, part = s.part(), width = s.width(), head = s.head_part(), across = s.groups() * head;
-    Input *hidden = at<Input>(state.hidden), *last = at<Input>(state.head);
-    const float* h = at<float>(state.residual);
-    float* outputs = at<float>(state.outputs);
-    rectify(rows, part, h, hidden + g * part, width);
+    const int rows = line.count * images, part = s.part(), width = padded(s.width());
+    const int head = s.head_part(), across = padded(s.groups() * head);
+    Input *hidden = work<Input>(state.hidden), *last = work<Input>(state.head);
+    const float* h = work<float>(state.residual);
+    float* outputs = work<float>(state.outputs);
+    if (s.rectified)
+      rectify(rows, part, h, hidden + g * part, width);
+    else
+      round_rows(rows, part, h, part, hidden + g * part, width);
     product(s.hidden(g), hidden, width, rows, vector(s.hidden_bias(g)), 0, outputs, head);
     rectify(rows, head, outputs, last + g * head, across);
     product(s.logits(g), last, across, rows, vector(s.logits_bias(g)), 0, outputs, s.outputs());
   }
 
   GENENGINE_TEAM void rectify(int rows, int width, const float* from, Input* to, int stride) const {
-    team.vectors(rows, width, [=, this](int r) {
+    team.each(rows, width, [=, this](int r) {
       const float* a = from + r * width;
       Input* b = to + r * stride;
       return [=, this](int j) { team.feed(b + j, team.positive(team.load(a + j))); };
-    });
+    }, Team::kVector);
   }
 
   // ---- draws ----
@@ -571,7 +606,7 @@ struct PixelSampler {
   }
 
   GENENGINE_TEAM void draw_level(const PixelLine& line, int g) const {
-    const float* logits = at<float>(state.outputs);
+    const float* logits = work<float>(state.outputs);
     const float last = static_cast<float>(s.levels - 1);
     const auto u = [=, this](int r) {
       const Place p = place(line, r);
@@ -587,13 +622,15 @@ struct PixelSampler {
   }
 
   GENENGINE_TEAM void draw_mixture(const PixelLine& line) const {
-    const float* outputs = at<float>(state.outputs);
+    const float* outputs = work<float>(state.outputs);
+    float* residual = work<float>(state.residual);  // no longer needed: room for the uniforms and the pixel
     const float last = static_cast<float>(s.levels - 1);
     const Bins bins = {last, 1.f / last, logarithm(2.f / last)};
     team.rows(line.count * images, [=, this](int r) {
       const Place p = place(line, r);
       if (call.known && call.known[pixel(p, 0)]) return;
-      float u[1 + kMaxChannels], x[kMaxChannels];
+      static_assert(1 + 2 * kMaxChannels <= kPanelColumns);
+      float *u = residual + r * s.part(), *x = u + 1 + kMaxChannels;
       const uint32_t element = static_cast<uint32_t>((p.y * s.size + p.x) * (1 + s.channels));
       for (int j = 0; j <= s.channels; ++j) u[j] = uniform(p, element + static_cast<uint32_t>(j));
       const float* params = outputs + r * s.outputs();
