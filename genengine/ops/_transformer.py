@@ -67,6 +67,10 @@ class TransformerWeights:
     vectors: Tensor
     sizes: Sizes
 
+    def to(self, device: torch.device | str) -> TransformerWeights:
+        """The same on another device."""
+        return TransformerWeights(self.matrices.to(device), self.vectors.to(device), self.sizes)
+
 
 def pack_transformer(
     tensors: Mapping[str, Tensor], *, num_heads: int, dtype: torch.dtype | None = None

@@ -31,7 +31,7 @@ from genengine.ops._transformer import (
 )
 
 __all__ = [
-    "NORM_EPS", "TransformerSequences", "Sizes", "TransformerWeights", "cache_numel", "pack_transformer", "transformer_sample",
+    "NORM_EPS", "Sequences", "Sizes", "TransformerWeights", "cache_numel", "pack_transformer", "transformer_sample",
 ]  # fmt: skip
 
 ORDERS = ("cached", "naive")
@@ -40,7 +40,7 @@ _RANGE_FLOPS = 2e9  # of a call between two looks for Ctrl-C: some hundredths of
 _REPORTS = 16  # calls of the callback, about
 
 
-class TransformerSequences(NamedTuple):
+class Sequences(NamedTuple):
     """What `transformer_sample` drew.
 
     tokens: (B, N) int64. log_prob: (B, N) float32 (float64 of float64), in nats, 0 where known. done: positions drawn,
@@ -65,7 +65,7 @@ def transformer_sample(
     order: str | None = None,
     callback: Callable[[int, int], object] | None = None,
     backend: str | None = None,
-) -> TransformerSequences:
+) -> Sequences:
     """Draw sequences of tokens, each token from the network's distribution given those before it and the class.
 
         u_i      = uniform(seed, sample_ids[b], step 0, stream "uniform")[i]
@@ -86,7 +86,7 @@ def transformer_sample(
     that the callback raises, ends the call with the tokens drawn so far. backend: see `genengine.backend`; "cuda"
     replays CUDA graphs of torch's kernels, which the first call of a batch size and temperature records.
 
-    Returns TransformerSequences. Not differentiable.
+    Returns Sequences. Not differentiable.
     Raises TypeError or ValueError on bad arguments, RuntimeError if a named backend cannot run.
     Cost: reads weights, labels, seed, sample_ids, known, writes tokens, log_prob, keys and values; per sample at token
     i, with P weights in matrices and L blocks of H heads, 2 P + 4 D L (i + 1) flops of the products, without cache
@@ -128,7 +128,7 @@ def _draw(call, ranges, tokens, log_prob, callback):
                 callback(done, tokens.shape[1])
     except KeyboardInterrupt:
         tokens[:, done:], log_prob[:, done:] = fresh[:, done:], 0.0
-    return TransformerSequences(tokens, log_prob, done)
+    return Sequences(tokens, log_prob, done)
 
 
 def _choose(device, dtype, cached, backend):

@@ -14,7 +14,7 @@ from genengine import backend as backend_context
 from genengine import testing
 from genengine.nets.transformer import Transformer
 from genengine.ops import EXTENSION, _registry, _transformer_graph, _verify, transformer_sample, uniform
-from genengine.ops.transformer_sample import Sizes, TransformerSequences, pack_transformer
+from genengine.ops.transformer_sample import Sequences, Sizes, pack_transformer
 from genengine.testing.transformer_sample import arguments, tensors
 
 NAME = "transformer_sample_out"
@@ -132,7 +132,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend):
         if backend == "cpu":  # where rows of a product do not know each other
             assert torch.equal(alone.tokens, whole.tokens[part]) and torch.equal(alone.log_prob, whole.log_prob[part])
         else:
-            same_up_to_ties(alone, TransformerSequences(whole.tokens[part], whole.log_prob[part], 23), limit=1)
+            same_up_to_ties(alone, Sequences(whole.tokens[part], whole.log_prob[part], 23), limit=1)
 
 
 @needs_extension
@@ -251,8 +251,8 @@ def test_ctrl_c_returns_what_is_there(backend, how):
     found = transformer_sample(net.packed(), 3, callback=interrupt, **options)
     assert found.done == 10
     same_up_to_ties(
-        TransformerSequences(found.tokens[:, :10], found.log_prob[:, :10], 10),
-        TransformerSequences(whole.tokens[:, :10], whole.log_prob[:, :10], 10), limit=0,
+        Sequences(found.tokens[:, :10], found.log_prob[:, :10], 10),
+        Sequences(whole.tokens[:, :10], whole.log_prob[:, :10], 10), limit=0,
     )  # fmt: skip
     rest = torch.zeros(3, 13, dtype=torch.int64, device=device)
     rest[:, 20 - 10] = 7
@@ -313,7 +313,7 @@ def by_graph(args, ranges=None):
     args[17].fill_(float("nan"))
     for first, last in ranges or [(0, args[13])]:
         _transformer_graph.sample(*args[:12], first, last, *args[14:])
-    return TransformerSequences(args[15], args[16], args[13])
+    return Sequences(args[15], args[16], args[13])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -354,7 +354,7 @@ def test_calls_that_take_turns_do_not_disturb_each_other(unrecorded):
         for args in both:
             _transformer_graph.sample(*args[:12], first, last, *args[14:])
     for seed, args in zip((1, 2), both, strict=True):
-        assert_draws(TransformerSequences(args[15], args[16], 23), net, labels, F32, seed=seed)
+        assert_draws(Sequences(args[15], args[16], 23), net, labels, F32, seed=seed)
 
 
 def test_recordings_work_in_and_out_of_inference_mode(unrecorded):
@@ -385,6 +385,7 @@ def test_packed_weights_are_the_network_s():
     for dtype in (F32, F64, BF16):
         weights = pack_transformer(named, num_heads=3, dtype=dtype)
         assert weights.sizes == sizes and weights.matrices.dtype == dtype
+        assert weights.to("meta").vectors.is_meta and weights.to("meta").sizes == sizes
         net = unpack_transformer(weights.matrices, weights.vectors, sizes)
         assert torch.equal(net.start, named["start"].to(net.start.dtype)) and net.positions.shape == (21, 15)
         product = net.blocks[1][2]
