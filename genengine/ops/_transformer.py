@@ -102,9 +102,9 @@ def pack_transformer(
     if unknown := sorted(set(tensors) - set(shapes)):
         raise ValueError(f"{op}: tensors must be named {', '.join(list(shapes)[:2])}, ..., got also {unknown[0]!r}")
     device = tensors["positions"].device
-    for name, shape in shapes.items():
-        _check_weight(op, name, tensors.get(name), shape, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, shape in shapes.items():
+        _check_weight(op, name, tensors.get(name), shape, device, dtype if name.endswith(".weight") else wide)
     with torch.no_grad():
         matrices = [_panels.pack(tensors[f"{name}.weight"].to(dtype).T) for name, *_ in sizes.products()]
         vectors = [
@@ -131,14 +131,16 @@ def _sizes(op, tensors, num_heads):
     return Sizes(dim, num_heads, depth, hidden, rows("levels"), rows("positions"), classes)
 
 
-def _check_weight(op, name, tensor, shape, device):
+def _check_weight(op, name, tensor, shape, device, dtype):
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} must be a tensor {shape}, got {_described(tensor)}")
     _check.dtype(op, name, tensor)
     if tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device} like positions, got {tensor.device}")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity; a training that diverged leaves them")
+    if not torch.isfinite(tensor.to(dtype)).all():
+        raise ValueError(
+            f"{op}: {name} must be finite in {dtype}, got NaN or infinity; a training that diverged leaves them"
+        )
 
 
 def _described(value):
@@ -186,7 +188,7 @@ def sizes_of(op: str, matrices: Tensor, vectors: Tensor, shape: tuple[int, ...],
 
 
 def unpack_transformer(matrices: Tensor, vectors: Tensor, sizes: Sizes) -> Network:
-    """Dense matrices of packed weights, copies; on a CPU those of bfloat16 as float32, in which it adds up."""
+    """Dense matrices of packed weights, some of them views; on a CPU those of bfloat16 as float32, where it adds up."""
     widen = matrices.dtype == torch.bfloat16 and matrices.device.type != "cuda"
     parts, at = {}, 0
     for name, shape in sizes.vectors():

@@ -235,13 +235,14 @@ def reference(
     sizes = sizes_of("transformer_sample", matrices, vectors, shape, tokens.shape[1])
     net = unpack_transformer(matrices, vectors, sizes)
     u = uniforms(tokens, seed, sample_ids)
-    if cached:
-        state = new_state(sizes, temperature, u, known, tokens, log_prob, cache)
-        state.begin(net, labels, first)
-        for position in range(first, last):
-            step(net, state, position + 1, exact=True)
-    else:
-        _naive(net, labels, temperature, u, known, first, last, tokens, log_prob)
+    with torch.autocast(tokens.device.type, enabled=False):
+        if cached:
+            state = new_state(sizes, temperature, u, known, tokens, log_prob, cache)
+            state.begin(net, labels, first)
+            for position in range(first, last):
+                step(net, state, position + 1, exact=True)
+        else:
+            _naive(net, labels, temperature, u, known, first, last, tokens, log_prob)
 
 
 def _naive(net, labels, temperature, u, known, first, last, tokens, log_probs):
@@ -257,7 +258,7 @@ def _naive(net, labels, temperature, u, known, first, last, tokens, log_probs):
 def _cuda(*arguments):
     """On a GPU; in a graph that the caller records, the steps themselves are recorded."""
     run = reference if torch.cuda.is_current_stream_capturing() else _transformer_graph.sample
-    with torch.cuda.device(arguments[0].device):
+    with torch.cuda.device(arguments[0].device), torch.autocast("cuda", enabled=False):
         run(*arguments)
 
 

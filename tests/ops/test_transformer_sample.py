@@ -289,6 +289,19 @@ def test_weights_that_overflow_are_no_danger():
             assert found.tokens.min() >= 0 and found.tokens.max() <= 10
 
 
+@pytest.mark.parametrize("order", ["cached", "naive"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_nothing(backend, order):
+    device = skip_unless_available(NAME, backend)
+    if order == "naive" and backend != "reference":
+        pytest.skip("the order 'naive' is the reference's alone")
+    weights = make(device=device).packed()
+    plain = transformer_sample(weights, 3, seed=1, order=order, backend=backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = transformer_sample(weights, 3, seed=1, order=order, backend=backend)
+    assert torch.equal(plain.tokens, cast.tokens) and torch.equal(plain.log_prob, cast.log_prob)
+
+
 # ---- the loop that a GPU records, run step by step on a CPU ----------------------------------------------------------
 
 
@@ -398,6 +411,7 @@ def test_packed_weights_are_the_network_s():
     [
         ({"blocks.1.fc2.weight": torch.full((24, 48), float("nan"))}, ValueError, "blocks.1.fc2.weight must be finite"),
         ({"out.bias": torch.full((11,), float("inf"))}, ValueError, "out.bias must be finite"),
+        ({"out.bias": torch.full((11,), 1e300, dtype=F64)}, ValueError, "out.bias must be finite in torch.float32"),
         ({"out.bias": torch.zeros(12)}, ValueError, r"out.bias must be a tensor \(11,\), got \(12,\)"),
         ({"blocks.0.qkv.weight": None}, ValueError, r"blocks.0.qkv.weight must be a tensor \(72, 24\), got NoneType"),
         ({"levels": torch.zeros(5)}, ValueError, r"levels must be a tensor of two dimensions, got \(5,\)"),
