@@ -267,7 +267,7 @@ class PixelCNN(nn.Module):
             self.classes = layers.LabelEmbedder(config.num_classes, config.depth * 4 * config.dim)
         self.hidden = PixelProduct(config.dim, config.head_dim, config.groups)
         self.out = PixelProduct(config.head_dim, config.out_features, config.groups)
-        self._packed = None  # (what it was made of, the weights of `packed`)
+        self._packed = {}  # what `packed` gave, and of what
         self.reset_parameters(seed)
 
     @classmethod
@@ -361,17 +361,20 @@ class PixelCNN(nn.Module):
     def packed(self, dtype=None, *, fold=False):
         """The weights as `ops.pixelcnn_sample` reads them; packed anew when a parameter has changed.
 
+        What is written through `.data` counts as no change, to torch neither: write under `torch.no_grad()` instead.
+
         dtype: float32 or bfloat16; None for the parameters' own (float32 of float16).  fold: see `ops.pack_pixelcnn`.
         """
         dtype = dtype or (torch.float32 if self.positions.dtype == torch.float16 else self.positions.dtype)
-        state = (dtype, fold, *((p.data_ptr(), p._version, p.device) for p in self.parameters()))
-        if self._packed is None or self._packed[0] != state:
+        version = lambda tensor: 0 if tensor.is_inference() else tensor._version  # noqa: E731
+        state = tuple((p.data_ptr(), version(p), p.device) for p in self.parameters())
+        if (dtype, fold) not in self._packed or self._packed[dtype, fold][0] != state:
             config = self.config
             sizes = {"size": config.image_size, "channels": config.in_channels, "levels": config.num_levels}
             components = config.components if config.head == "logistic_mixture" else 0
             weights = ops.pack_pixelcnn(self.kernels(), **sizes, components=components, dtype=dtype, fold=fold)
-            self._packed = state, weights
-        return self._packed[1]
+            self._packed[dtype, fold] = state, weights
+        return self._packed[dtype, fold][1]
 
     def _features(self, x):
         """What the first layer sees: the pixels, or the embeddings of their levels (B, C E, H, W)."""
