@@ -4,7 +4,9 @@ from genengine.benchmarks.registry import (
     Benchmark,
     Case,
     Goal,
+    Published,
     faster,
+    faster_on_the_wall,
     register,
     register_baseline,
     register_shapes,
@@ -13,6 +15,6 @@ from genengine.benchmarks.registry import (
 from genengine.ops._cost import Cost, traffic
 
 __all__ = [
-    "Benchmark", "Case", "Cost", "Goal", "faster", "register", "register_baseline", "register_shapes", "traffic",
-    "within",
+    "Benchmark", "Case", "Cost", "Goal", "Published", "faster", "faster_on_the_wall", "register", "register_baseline",
+    "register_shapes", "traffic", "within",
 ]  # fmt: skip

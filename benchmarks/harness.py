@@ -49,6 +49,14 @@ class Timing:
     def median(self) -> float:
         return float(np.median(self.samples))
 
+    def on_the_wall(self) -> Timing:
+        return Timing(self.wall, self.wall, "time on the wall", self.passes)
+
+    def times(self, count: int) -> Timing:
+        """Of a whole whose `count` equal parts take as long as this each."""
+        scaled = [[value * count for value in values] for values in (self.samples, self.wall)]
+        return Timing(*scaled, self.clock, self.passes, self.reason)
+
     def summary(self) -> dict:
         low, p20, median, p80 = (float(q) for q in np.quantile(self.samples, [0, 0.2, 0.5, 0.8]))
         summary = {"min": low, "p20": p20, "median": median, "p80": p80, "clock": self.clock}
@@ -248,7 +256,7 @@ def _timed(passes, entry, case, compile_modes, budget):
         if case.device == "cuda" and len(sets) > 1:
             hot = time_variants({name: functions[:1] for name, functions in runnable.items()}, **share)
     timings = {
-        name: functools.reduce(operator.add, [timed[name] for timed in found])
+        name: functools.reduce(operator.add, [timed[name] for timed in found]).times(benchmark.repeats.get(name, 1))
         for name in found[0]
         if all(name in timed for timed in found)
     }
@@ -260,7 +268,12 @@ def _timed(passes, entry, case, compile_modes, budget):
         "skipped": skipped, "first_call": first_call,
         "unchecked": [] if benchmark.oracle else [name for name in entry.baseline_names if name in timings],
     }  # fmt: skip
+    if repeats := {name: count for name, count in benchmark.repeats.items() if count > 1 and name in timings}:
+        row["repeats"] = repeats
+    if benchmark.published:
+        row["published"] = [_published(curve) for curve in benchmark.published]
     if hot:
+        hot = {name: timing.times(benchmark.repeats.get(name, 1)) for name, timing in hot.items()}
         row["hot"] = {"variants": {name: timing.summary() for name, timing in hot.items()}, "ratios": _ratios(hot)}
     return row | {"state": [before, _state(case.device)]}
 
@@ -280,13 +293,20 @@ def _state(device):
     return load | ({"gpu": machine.gpu_state()} if device == "cuda" else {})
 
 
+def _published(curve):
+    sizes = {str(size): float(value) for size, value in curve.speedups.items()}
+    return {"label": curve.label, "axis": curve.axis, "over": curve.over, "speedups": sizes}
+
+
 def _can_judge(goal, timings):
-    return goal.over in timings and (goal.quantity != "ratio" or goal.under in timings)
+    return goal.over in timings and (not goal.under or goal.under in timings)
 
 
 def _judge(goal, timings, elements):
     if goal.quantity == "ratio":
         value = ratio(timings[goal.over], timings[goal.under])[0]
+    elif goal.quantity == "wall":
+        value = ratio(timings[goal.over].on_the_wall(), timings[goal.under].on_the_wall())[0]
     else:
         value = timings[goal.over].median * 1e9 / elements
     reached = value >= goal.bound if goal.at_least else value <= goal.bound

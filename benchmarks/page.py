@@ -216,9 +216,14 @@ def _plots(report):
     parts = [
         f"<h3>{escape(section.heading)}</h3>\n<p>{escape(section.caption)}</p>\n"
         f'<div class="figures">{"".join(f"<figure>{drawn}</figure>" for drawn in section.drawn)}</div>'
+        f"{_notes(section.notes)}"
         for section in plots.sections(report)
     ]
     return _section("plots", "\n".join(parts) or "<p>There is nothing to draw: no row was timed.</p>")
+
+
+def _notes(lines):
+    return f'\n<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
 
 
 READING = """<p>Each line of a table is one piece of work at one shape and dtype. Its result was checked against a

@@ -46,7 +46,7 @@ def _table(rows):
     body = "\n".join(_row(number, row, names, hot, width) for number, row in rows)
     return (
         f'<div class="scroll"><table class="rows"><thead>{_head(names, hot)}</thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>{_skipped(rows)}"
+        f"<tbody>\n{body}\n</tbody></table></div>{_notes(rows)}"
     )
 
 
@@ -131,8 +131,8 @@ def _ratio(name, side, row):
     title = f"{name}: {table.duration(timing['median'])}" if timing else ""
     if name in row["first_call"]:
         title += f"; its first call took {table.duration(row['first_call'][name])}"
-    note = f"{entry['low']:.2f} – {entry['high']:.2f}"
-    return _cell(f"{value:.2f}×", value, css=css or "even", note=note, title=title)
+    note = f"{table.times(entry['low'])} – {table.times(entry['high'])}"
+    return _cell(f"{table.times(value)}×", value, css=css or "even", note=note, title=title)
 
 
 def _share(row):
@@ -158,16 +158,17 @@ def _goals(row):
     return f'<td class="goals">{"<br>".join(lines) or "-"}</td>'
 
 
-def _skipped(rows):
-    """Which variants were skipped, and why: the same reason once, with the rows that it holds for."""
+def _notes(rows):
+    """Which variants were skipped, and why, or timed in part: the same note once, with the rows that it holds for."""
     found: dict[tuple[str, str], list[int]] = {}
     for number, row in rows:
-        for name, why in row.get("skipped", {}).items():
-            found.setdefault((name, why), []).append(number)
+        notes = [(name, f"skipped: {why}") for name, why in row.get("skipped", {}).items()]
+        for note in [*notes, *table.extrapolated(row).items()]:
+            found.setdefault(note, []).append(number)
     if not found:
         return ""
     lines = "".join(
-        f"<li><b>{escape(name)}</b> skipped: {escape(why)} <small>(row {', '.join(map(str, numbers))})</small></li>"
-        for (name, why), numbers in found.items()
+        f"<li><b>{escape(name)}</b> {escape(note)} <small>(row {', '.join(map(str, numbers))})</small></li>"
+        for (name, note), numbers in found.items()
     )
-    return f'\n<ul class="skipped">{lines}</ul>'
+    return f'\n<ul class="notes">{lines}</ul>'

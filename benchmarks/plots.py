@@ -1,13 +1,13 @@
-"""The figures of a report: a roofline, speed-ups with their intervals, and times against the size of a swept axis."""
+"""The figures of a report: a roofline, speed-ups with their intervals, times against the size of a swept axis, and
+published speed-ups beside ours."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from genengine.benchmarks import registry, roofline, svg, table
+from genengine.benchmarks import registry, roofline, svg, sweeps, table
 from genengine.benchmarks.svg import COLOURS, WIDTH
 
 RIVALS = {"eager": table.is_pytorch, "torch.compile": table.is_compiled, "peer": table.is_peer}
@@ -20,21 +20,23 @@ check = svg.check
 
 @dataclass(frozen=True)
 class Section:
-    """Figures of one kind, each an <svg> element, under a heading and with a sentence on how to read them."""
+    """Figures of one kind, each an <svg> element, with a heading, a sentence on how to read them, and notes below."""
 
     heading: str
     caption: str
     drawn: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def sections(report: dict) -> list[Section]:
     """All figures that the report has data for. Raises RuntimeError without matplotlib."""
-    timed = [(number, row) for number, row in enumerate(report["rows"], 1) if "error" not in row]
+    timed = sweeps.timed(report)
     with svg.style():
         found = [
             Section("Roofline", roofline.CAPTION, roofline.draw(report["ceilings"], timed)),
             Section("Speed-up", _speedup_caption(timed), speedups(timed)),
-            Section("Scaling", SCALING_CAPTION, scalings(timed)),
+            Section("Scaling", SCALING_CAPTION, scalings(timed), [*sweeps.growths(timed), *sweeps.ways(timed)]),
+            Section("Beside published figures", PUBLISHED_CAPTION, publisheds(timed)),
         ]
     return [section for section in found if section.drawn]
 
@@ -123,7 +125,7 @@ def _bar(axes, y, kind, variant, entry):
     )  # fmt: skip
     axes.plot((low, high), (y, y), color=COLOURS["ink"], linewidth=0.8, zorder=4, clip_on=False)
     axes.annotate(
-        f"{value:.2f}×" + (" loss" if loss else ""), (max(value, high, 1), y), xytext=(4, 0),
+        f"{table.times(value)}×" + (" loss" if loss else ""), (max(value, high, 1), y), xytext=(4, 0),
         textcoords="offset points", va="center_baseline", fontsize=7.5, fontweight="bold" if loss else "normal",
         color=COLOURS["ink"], annotation_clip=False,
     )  # fmt: skip
@@ -147,31 +149,13 @@ def scalings(rows: Sequence[tuple[int, dict]]) -> list[str]:
     """Times and ratios against the size of an axis, of rows that a sweep labelled "batch 4" and the like."""
     return [
         _scaling(svg.line(f"{name}, {dtype}, {_swept_shape(found, axis)}", 90), axis, found, f"scaling{index}")
-        for index, ((name, dtype, _, axis), found) in enumerate(sweeps(rows).items())
+        for index, ((name, dtype, _, axis), found) in enumerate(sweeps.sweeps(rows).items())
     ]
 
 
 def _swept_shape(rows, axis):
     columns = zip(*(row["shape"] for row in rows.values()), strict=True)
     return " × ".join(str(column[0]) if len(set(column)) == 1 else axis for column in columns)
-
-
-def sweeps(rows: Sequence[tuple[int, dict]]) -> dict[tuple[str, str, str, str], dict[int, dict]]:
-    """(name, dtype, device, axis) -> size -> row, where rows differ in one dimension, which their labels name."""
-    found: dict[tuple, dict[int, dict]] = {}
-    for _, row in rows:
-        if match := re.fullmatch(r"(\w+) (\d+)", row["label"]):
-            key = row["name"], row["dtype"], row["device"], match[1]
-            found.setdefault(key, {})[int(match[2])] = row
-    return {key: sizes for key, sizes in found.items() if len(sizes) > 1 and _along_one(sizes)}
-
-
-def _along_one(rows):
-    """Whether shapes differ in one dimension, by the sizes that their labels name."""
-    shapes = [row["shape"] for row in rows.values()]
-    if len(set(map(len, shapes))) > 1:
-        return False
-    return [column for column in zip(*shapes, strict=True) if len(set(column)) > 1] == [tuple(rows)]
 
 
 def _scaling(title, axis, rows, name):
@@ -228,3 +212,61 @@ def _curve(times, ratios, variant, rows, look: dict):
 def _positive(whiskers: list[list[float]]) -> list[list[float]]:
     """A median can lie outside its bootstrap interval by rounding; matplotlib refuses such a whisker."""
     return [[max(0.0, length) for length in side] for side in whiskers]
+
+
+# ---- beside what is published ------------------------------------------------------------------------------------
+
+
+PUBLISHED_CAPTION = (
+    "How many times as fast as one variant, such as a naive loop, each of the others is, against the size of an axis, "
+    "with the speed-ups that papers report of such work. Dashed lines are as published: on other hardware, against the "
+    "paper's own baseline. Compare how they grow, not how high they are."
+)
+
+
+def publisheds(rows: Sequence[tuple[int, dict]]) -> list[str]:
+    """Our speed-ups by size, and those of papers, on logarithmic axes."""
+    return [_comparison(found, f"published{index}") for index, found in enumerate(sweeps.comparisons(rows))]
+
+
+def _comparison(found, name):
+    legend = math.ceil(len(found.curves) / 2)
+    height = 3.6 + 0.19 * legend
+    drawn = svg.figure(WIDTH, height)
+    title = svg.line(f"{found.name}: speed-up over {found.over}", 90)
+    svg.heading(drawn, title)
+    bottom = 0.5 + 0.19 * legend
+    axes = drawn.add_axes((0.085, bottom / height, 0.85, (height - bottom - 0.35) / height))
+    axes.set(xscale="log", yscale="log", xlabel=found.axis)
+    axes.minorticks_off()
+    axes.set_xticks(found.sizes, list(map(str, found.sizes)))
+    for index, curve in enumerate(found.curves):
+        _speedup_curve(axes, curve, _comparison_look(curve, index))
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.7), high * 1.6)  # room for the figures
+    svg.log_ticks(axes.yaxis, axes.get_ylim(), "{:,g}×".format)
+    drawn.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.01, 0), ncols=2)
+    return svg.inline(drawn, name, f"beside published figures, {title}, by {found.axis}")
+
+
+def _comparison_look(curve, index):
+    if curve.published:
+        return {"color": COLOURS["muted"], "marker": "x", "markersize": 4, "linestyle": "--", "linewidth": 1.3}
+    return _curve_look(curve.label, index)
+
+
+def _speedup_curve(axes, curve, look):
+    """A line; of "fused" and of what is published the first and last figures stand beside it."""
+    sizes = sorted(curve.speedups)
+    values = [curve.speedups[size] for size in sizes]
+    label = f"published: {curve.label}" if curve.published else curve.label
+    axes.plot(sizes, values, label=svg.line(label, 64), **look)
+    if not (curve.published or curve.label == "fused"):
+        return
+    below = curve.published
+    for end in (0, -1):
+        axes.annotate(
+            f"{table.figure(values[end])}×", (sizes[end], values[end]), xytext=(0, -6 if below else 6),
+            textcoords="offset points", ha="center", va="top" if below else "bottom", fontsize=7.5,
+            color=COLOURS["ink"], annotation_clip=False,
+        )  # fmt: skip

@@ -31,7 +31,8 @@ SWEEP = (0.125, 0.25, 0.5, 1, 2, 4)  # factors of the shape's own size
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure to reach: quantity "ratio" is time(over) / time(under), "ns" is nanoseconds per element of `over`."""
+    """A figure to reach: quantity "ratio" is time(over) / time(under), "wall" the same of time on the wall, "ns" is
+    nanoseconds per element of `over`."""
 
     quantity: str
     over: str
@@ -41,7 +42,8 @@ class Goal:
 
     def describe(self) -> str:
         sign = ">=" if self.at_least else "<="
-        what = f"{self.over} / {self.under}" if self.quantity == "ratio" else f"ns per element, {self.over}"
+        what = f"{self.over} / {self.under}" if self.under else f"ns per element, {self.over}"
+        what += " on the wall" if self.quantity == "wall" else ""
         return f"{what} {sign} {self.bound:g}"
 
 
@@ -50,9 +52,28 @@ def faster(than: str, by: float, ours: str = "fused") -> Goal:
     return Goal("ratio", than, ours, by, True)
 
 
+def faster_on_the_wall(than: str, by: float, ours: str = "fused") -> Goal:
+    """`ours` is at least `by` times faster than `than` by the clock on the wall, as threads are to make it."""
+    return Goal("wall", than, ours, by, True)
+
+
 def within(factor: float, of: str, ours: str = "fused") -> Goal:
     """`ours` takes at most `factor` times as long as `of`."""
     return Goal("ratio", ours, of, factor, False)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Speed-ups that a paper reports of its own work, shown beside those of a sweep over the same axis.
+
+    label: whose, where and on which hardware. axis: of the sweep. over: the variant that stands for what the paper
+    compares with. speedups: size on the axis -> time of its baseline over its own.
+    """
+
+    label: str
+    axis: str
+    over: str
+    speedups: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,9 @@ class Benchmark:
     compiles: (function, arguments) to be timed under torch.compile, too.
     cost: bytes, operations and exponentials of one run of "fused", for throughput and the ceiling. elements: for
     nanoseconds per element. goals: figures to reach, reported as reached or not, never enforced.
+    repeats: variants of which one run is a part of the work, such as one pass of a loop over equal passes -> how many
+    runs make the whole. Their times are multiplied by it, and the row says so.
+    published: what papers report of such work.
     """
 
     variants: Mapping[str, Callable[[], object]]
@@ -101,6 +125,8 @@ class Benchmark:
     cost: Cost | None = None
     elements: int | None = None
     goals: tuple[Goal, ...] = ()
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,7 @@ class Entry:
     quick: tuple[str, ...]
     gate: bool
     axes: dict[str, int]
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     baselines: list[Baseline] = field(default_factory=list)
 
     @property
@@ -169,7 +196,7 @@ class Entry:
         if axis not in self.axes:
             return {}
         at = self.axes[axis]
-        sizes = dict.fromkeys(max(1, round(shape[at] * factor)) for factor in SWEEP)
+        sizes = self.sizes.get(axis) or dict.fromkeys(max(1, round(shape[at] * factor)) for factor in SWEEP)
         return {f"{axis} {size}": (*shape[:at], size, *shape[at + 1 :]) for size in sizes}
 
 
@@ -187,6 +214,7 @@ def register(
     quick: tuple[str, ...] | None = None,
     gate: bool = False,
     axes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Callable:
     """Register the decorated function make(case) -> Benchmark, which draws its inputs anew at every call.
 
@@ -194,7 +222,8 @@ def register(
     shapes: the name of a model -> the shape it has. cuda_shapes: shapes for GPUs alone. dtypes: names, such as
     "bfloat16". kind: the suite it belongs to, one of ops, samplers, models, peers. quick: labels that the quick suite
     takes, in the first dtype (default: the first label; none: ()). gate: among the rows that CI compares. axes: axis
-    name -> dimension, for `--sweep`. Raises ValueError if the name is taken or an argument makes no sense.
+    name -> dimension, for `--sweep`. sizes: axis name -> the sizes that a sweep takes (default: from an eighth to four
+    times that of the first shape). Raises ValueError if the name is taken or an argument makes no sense.
     """
     shapes = {label: tuple(shape) for label, shape in shapes.items()}
     if kind not in KINDS:
@@ -204,6 +233,8 @@ def register(
     for dtype in dtypes:
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"register: {name!r} has no dtype {dtype!r}; names are torch's, such as 'bfloat16'")
+    if unknown := set(sizes or {}) - set(axes or {}):
+        raise ValueError(f"register: {name!r} has sizes of {sorted(unknown)}, which are none of its axes")
     quick = tuple(shapes)[:1] if quick is None else quick
     if unknown := [label for label in quick if label not in shapes]:
         raise ValueError(f"register: quick labels of {name!r} must be among {list(shapes)}, got {unknown}")
@@ -213,7 +244,7 @@ def register(
             raise ValueError(f"register: {name!r} is registered already; choose another name")
         ENTRIES[name] = Entry(
             name, group or name, kind, make, shapes, dict(cuda_shapes or {}), tuple(dtypes), tuple(quick), gate,
-            dict(axes or {}),
+            dict(axes or {}), dict(sizes or {}),
         )  # fmt: skip
         return make
 

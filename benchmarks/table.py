@@ -21,6 +21,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
+def times(ratio: float) -> str:
+    """A ratio to two places, or of three digits or more as a whole number: 0.97, 12.34, 1,050."""
+    return f"{ratio:.2f}" if ratio < 99.995 else f"{ratio:,.0f}"
+
+
 def duration(seconds: float) -> str:
     """A time with a unit that suits it."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
@@ -90,6 +95,11 @@ def reach(row: dict) -> str:
     return f"{rate(row)}, {row['ceiling']['percent']:.0f} % of {row['ceiling']['name']}"
 
 
+def extrapolated(row: dict) -> dict[str, str]:
+    """Of each variant of which a part was timed, how its time came about: "784 passes, one timed"."""
+    return {name: f"{count:,} passes, one timed" for name, count in row.get("repeats", {}).items()}
+
+
 def accuracy(row: dict) -> str:
     """The largest error against float64, and what was allowed; "-" where bits or samples are compared instead."""
     found = row.get("accuracy")
@@ -142,6 +152,7 @@ def lines(row: dict, *, colour: bool = False) -> str:
     if "hot" in row:
         body.append(f"inputs in the cache: {duration(row['hot']['variants']['fused']['median'])}")
     body += _wrapped(_ratio(name, entry, colour) for name, entry in row["ratios"].items())
+    body += [painted(f"{name}: {how}", DIM, colour) for name, how in extrapolated(row).items()]
     body += [painted(f"{name}: its results are not checked", DIM, colour) for name in row["unchecked"]]
     body += [painted(f"{name}: skipped, {why}", DIM, colour) for name, why in row["skipped"].items()]
     body += [_goal(goal, colour) for goal in row["goals"]]
@@ -149,7 +160,7 @@ def lines(row: dict, *, colour: bool = False) -> str:
 
 
 def _ratio(name, entry, colour):
-    value, interval = entry["ratio"], f"{entry['ratio']:.2f}x ({entry['low']:.2f}-{entry['high']:.2f})"
+    value, interval = entry["ratio"], f"{times(entry['ratio'])}x ({times(entry['low'])}-{times(entry['high'])})"
     if not is_rival(name):
         return f"{name} {interval}"
     if is_loss(value):
@@ -164,7 +175,7 @@ def _wrapped(parts: Iterable[str], per_line=3):
 
 def _goal(goal, colour):
     verdict = painted("reached", GREEN, colour) if goal["reached"] else painted("MISSED", RED, colour)
-    return f"goal {goal['goal']}: {goal['value']:.2f}, {verdict}"
+    return f"goal {goal['goal']}: {times(goal['value'])}, {verdict}"
 
 
 @dataclass(frozen=True)
@@ -232,9 +243,12 @@ def markdown(report: dict) -> str:
 def markdown_row(row: dict) -> str:
     if "error" in row:
         return _markdown_line(row["name"], work(row), "failed", "", "", row["error"].splitlines()[0], "")
-    others = ", ".join(f"{name} {_bold_loss(name, entry['ratio'])}" for name, entry in row["ratios"].items())
+    told = {name: f" ({how})" for name, how in extrapolated(row).items()}
+    others = ", ".join(
+        f"{name} {_bold_loss(name, entry['ratio'])}{told.get(name, '')}" for name, entry in row["ratios"].items()
+    )
     goals = "; ".join(
-        f"{goal['goal']}: {goal['value']:.2f}" + ("" if goal["reached"] else " **missed**") for goal in row["goals"]
+        f"{goal['goal']}: {times(goal['value'])}" + ("" if goal["reached"] else " **missed**") for goal in row["goals"]
     )
     share = f"{row['ceiling']['percent']:.0f} %" if "ceiling" in row else "-"
     time = duration(row["variants"]["fused"]["median"])
@@ -248,4 +262,4 @@ def _markdown_line(*cells):
 
 
 def _bold_loss(name, value):
-    return f"**{value:.2f}**" if is_loss(value) and is_rival(name) else f"{value:.2f}"
+    return f"**{times(value)}**" if is_loss(value) and is_rival(name) else times(value)

@@ -74,7 +74,7 @@ def add_report(commands):
 
 
 def _bench(options):
-    from genengine.benchmarks import compare, machine, page, registry, results, suite, table
+    from genengine.benchmarks import compare, machine, page, registry, results, suite, sweeps, table
 
     for path in options.load:
         registry.load_file(path)
@@ -94,7 +94,7 @@ def _bench(options):
     keep = (lambda report: results.write(report, results.path_of(report, Path(options.save)))) if options.save else None
     done = _rows_done(options, device, wanted)
     report = suite.run(options.what, device, wanted, done=done, report_row=show, report_ceilings=say, keep=keep)
-    print(json.dumps(report, indent=1) if options.json else table.totals(report))
+    print(json.dumps(report, indent=1) if options.json else "\n".join([*sweeps.lines(report), table.totals(report)]))
     _write(options, report)
     failed = options.strict and any("error" in row for row in report["rows"])
     if old is None:
@@ -112,12 +112,13 @@ def _bench(options):
 
 def _report(options):
     """Without a file to write, the lines that bench showed."""
-    from genengine.benchmarks import results, table
+    from genengine.benchmarks import results, sweeps, table
 
     report = results.merged([results.load(path) for path in options.results])
     if not (options.html or options.markdown):
         colour = table.colour_wanted()
-        print("\n".join([*(table.lines(row, colour=colour) for row in report["rows"]), table.totals(report)]))
+        rows = [table.lines(row, colour=colour) for row in report["rows"]]
+        print("\n".join([*rows, *sweeps.lines(report), table.totals(report)]))
     _write_pages(options, report)
 
 

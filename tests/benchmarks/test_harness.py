@@ -6,8 +6,8 @@ import torch
 from bench_support import CEILINGS, case, entry, of_durations, report
 
 from genengine import testing
-from genengine.benchmarks import harness, registry, results, suite
-from genengine.benchmarks.registry import Benchmark, Goal, faster, within
+from genengine.benchmarks import harness, registry, results, suite, table
+from genengine.benchmarks.registry import Benchmark, Goal, Published, faster, faster_on_the_wall, within
 from genengine.ops._cost import Cost
 
 
@@ -83,6 +83,42 @@ def test_goals_are_judged(clock):
         entry(lambda case: Benchmark(make(case).variants, lambda: None, elements=1000, goals=goals)), case(), budget=0.1
     )
     assert [goal["reached"] for goal in found["goals"]] == [True, False, False, True]
+
+
+def test_threads_are_judged_by_the_clock_on_the_wall(clock, monkeypatch):
+    """Two threads take as much process time as one, in half the time."""
+    spare = [0.0]
+    monkeypatch.setattr(clock, "perf_counter", lambda: clock.now - spare[0], raising=False)
+
+    def two_threads():
+        clock.now += 2e-3
+        spare[0] += 1e-3
+
+    variants = {"fused": clock.work(2e-3), "fused, 2 threads": two_threads}
+    goals = tuple(goal("fused", 1.8, "fused, 2 threads") for goal in (faster, faster_on_the_wall))
+    made = entry(lambda case: Benchmark(variants, lambda: None, goals=goals))
+    by_process, on_the_wall = harness.run(made, case(), budget=0.1)["goals"]
+    assert not by_process["reached"] and by_process["value"] == pytest.approx(1)
+    assert on_the_wall["reached"] and on_the_wall["value"] == pytest.approx(2)
+    assert on_the_wall["goal"] == "fused / fused, 2 threads on the wall >= 1.8"
+
+
+def test_a_variant_of_which_a_part_is_timed_counts_as_the_whole(clock):
+    published = (Published("a paper", "batch", "eager, naive", {1: 2, 4: 3.5}),)
+    make = of_durations(clock, **{"fused": 1e-3, "eager, naive": 4e-3})
+    whole = {"repeats": {"eager, naive": 100, "absent": 3}, "published": published}
+    whole |= {"goals": (faster("eager, naive", 300),)}
+    made = entry(lambda case: Benchmark(make(case).variants, lambda: None, **whole))
+    found = harness.run(made, case(), budget=0.1)
+    assert found["repeats"] == {"eager, naive": 100} and found["goals"][0]["reached"]
+    naive = found["variants"]["eager, naive"]
+    assert [naive[name] for name in ("min", "median", "wall")] == pytest.approx([0.4] * 3)
+    assert found["variants"]["fused"]["median"] == pytest.approx(1e-3)
+    assert found["ratios"]["eager, naive"]["ratio"] == pytest.approx(400)
+    assert found["published"][0]["speedups"] == {"1": 2.0, "4": 3.5}
+    assert "eager, naive: 100 passes, one timed" in table.lines(found)
+    assert "eager, naive 400 (100 passes, one timed)" in table.markdown_row(found)
+    results.validate(report(suite._plain(found)))
 
 
 def test_accuracy_comes_first_and_a_wrong_kernel_is_never_timed():

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import report_support as made
 
-from genengine.benchmarks import page, plots, results, table
+from genengine.benchmarks import page, plots, results, sweeps, table
 
 pytest.importorskip("matplotlib")
 NASTY = """<script>alert("a & b")</script> | $x^2$ ' x="1.23456" id="p_1" url(#p) #d55e00"""
@@ -140,6 +140,69 @@ def test_every_plot_is_there_and_nothing_of_it_is_lost():
     assert scaling.said("adaln, float32, batch × 256 × 64") and scaling.said("copy_") and scaling.said("16")
 
 
+def batches(sizes=(1, 4, 16), published=True, **changes):
+    """A sweep whose naive variant takes 100 and 150, 300 times as long as ours, and a cached one a tenth of that."""
+    curve = {"label": "A paper & co, 2017", "axis": "batch", "over": "eager, naive", "speedups": {"1": 2.0, "8": 10.0}}
+    rows = []
+    for size, ratio in zip(sizes, (100.0, 150.0, 300.0), strict=True):
+        others = {"eager, naive": ratio, "eager, cached": ratio / 10, "copy_": 0.5, "fused, wide": size / 4}
+        more = {"published": [curve]} if published else {}
+        more |= {"repeats": {"eager, naive": 784}, "ns_per_element": 2000.0 if size == 4 else 1500.0}
+        rows.append(made.row(label=f"batch {size}", shape=(size, 7), others=others, **more, **changes))
+    return rows
+
+
+def test_a_published_curve_stands_beside_ours():
+    report = made.report(batches())
+    (found,) = sweeps.comparisons(sweeps.timed(report))
+    assert (found.axis, found.over, found.sizes) == ("batch", "eager, naive", [1, 4, 8, 16])
+    curves = {curve.label: (curve.speedups, curve.published) for curve in found.curves}
+    assert curves == {
+        "fused": ({1: 100, 4: 150, 16: 300}, False),
+        "eager, cached": ({size: pytest.approx(10) for size in (1, 4, 16)}, False),
+        "fused, wide": ({1: 400, 4: 150, 16: 75}, False),
+        "A paper & co, 2017": ({1: 2, 8: 10}, True),
+    }
+    (section,) = (s for s in plots.sections(report) if s.heading == "Beside published figures")
+    drawn = Parsed(section.drawn[0])
+    assert drawn.said("adaln, float32: speed-up over eager, naive") and drawn.said("published: A paper & co, 2017")
+    assert all(drawn.said(f"{value}×") for value in (100, 300, 2, 10)) and not drawn.said("copy_")
+    assert "stroke-dasharray" in section.drawn[0] and "other hardware" in section.caption
+    shown = Parsed(page.render(report))
+    assert shown.said("784 passes, one timed") and shown.said("Beside published figures")
+
+
+def test_a_published_curve_needs_a_sweep_of_its_axis_against_its_baseline():
+    def found(rows):
+        return sweeps.comparisons(list(enumerate(rows, 1)))
+
+    assert not found(batches(published=False)) and not found(batches()[:1])
+    assert not found([row | {"label": row["label"].replace("batch", "size")} for row in batches()])
+    assert not found([row | {"ratios": {"copy_": row["ratios"]["copy_"]}} for row in batches()])
+    one_without = batches()
+    del one_without[1]["ratios"]["eager, naive"]
+    (comparison,) = found(one_without)
+    assert comparison.curves[0].speedups == {1: 100, 16: 300}
+
+
+def test_the_terminal_shows_growth_and_published_figures():
+    assert sweeps.lines(made.report(batches())) == [
+        "adaln, float32, per element by batch: 1.5 us at 1, 2 us at 4, 1.5 us at 16; largest over smallest 1.33",
+        "adaln, float32, fused / fused, wide by batch: 4.00 at 1, 1.00 at 4, 0.25 at 16",
+        "adaln, float32: speed-up over eager, naive",
+        "    batch                            1    4   8   16",
+        "    fused                          100  150      300",
+        "    eager, cached                   10   10       10",
+        "    fused, wide                    400  150       75",
+        "    A paper & co, 2017, published    2       10",
+        "    published: on other hardware, against the paper's own baseline",
+    ]
+    assert sweeps.lines(made.report([made.row()])) == []
+    costly = [row | made.costly(flops=1000 * row["shape"][0], seconds=row["shape"][0]) for row in batches()]
+    costly[1]["TFLOP_per_s"] /= 1.1
+    assert sweeps.growths([*enumerate(costly)])[0].endswith("largest over smallest 1.33, per operation 1.10")
+
+
 def test_a_loss_is_named_in_the_bars():
     (section,) = plots.sections(made.report([made.row(others={"eager": 0.6, "liger": 1.2, "quack": 1.1})]))
     bars = Parsed(section.drawn[0])
@@ -169,7 +232,7 @@ def test_groups_with_few_rows_share_a_figure_and_many_rows_take_several():
 
 def test_rows_that_only_look_like_a_sweep_are_none():
     def found(*rows):
-        return plots.sweeps(list(enumerate(rows, 1)))
+        return sweeps.sweeps(list(enumerate(rows, 1)))
 
     two = made.row(label="batch 2", shape=(2, 8)), made.row(label="batch 4", shape=(4, 8))
     assert list(found(*two)) == [("adaln", "float32", "cpu", "batch")]

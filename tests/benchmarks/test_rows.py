@@ -16,11 +16,13 @@ SMALL = {  # group or row -> a shape that takes no time; models keep their image
     "ema_update": (2, 32), "extensions": LATENTS, "glu": MLP, "group_norm_silu": (2, 64, 5, 5),
     "guidance_moments": LATENTS, "k_diffusion": (2, 4, 8, 8), "logistic_mixture": (2, 3, 4, 5, 5), "loop": LATENTS,
     "normal": (2, 37), "nearest codes": (64, 8, 4), "qk_norm_rope": (2, 5, 3, 2, 8), "reparameterize": LATENTS,
-    "sampler_step": (3, 4, 6, 6), "trace": (10,),
+    "sampler_step": (3, 4, 6, 6), "trace": (10,), "pixelcnn_sample": (3, 2, 6),
+    "pixelcnn_sample against batch": (3, 2, 6),
 }  # fmt: skip
 EAGER_NOISE = "eager draws noise of its own; shapes and dtypes are compared"
 NO_RESULT = "a step returns nothing; its check compares losses and gradients"
 ROTATED = "counting costs has rotated the rows that are rotated in place; these begin with the projection"
+ONE_PASS = "one of its many passes is timed; test_pixelcnn_sample.py makes all of them"
 DEVIATIONS = "standard deviations, which its check compares with those of our sums"
 NOT_COMPARED = {  # row -> why, for every variant, or for some
     "logistic_mixture_sample": EAGER_NOISE, "logistic_mixture_sample, channels_last": EAGER_NOISE,
@@ -35,6 +37,7 @@ NOT_COMPARED = {  # row -> why, for every variant, or for some
     "ddpm training step, U-Net": NO_RESULT, "flow training step, tiny DiT": NO_RESULT,
     "gan training iteration, digits": NO_RESULT, "gan training iteration, digits, R1": NO_RESULT,
     "qk_norm_rope_": {"eager, stacked": ROTATED, "eager, complex": ROTATED, "compiles": ROTATED},
+    "pixelcnn_sample": {"eager, naive": ONE_PASS}, "pixelcnn_sample against batch": {"eager, naive": ONE_PASS},
     "moments of two branches": {"eager": DEVIATIONS, "eager, preallocated": DEVIATIONS, "compiles": DEVIATIONS},
 }  # fmt: skip
 LOOSE = {"logistic_mixture": 1e-2}  # eager's differences of sigmoids cancel; the rows' checks say what ours may err

@@ -75,6 +75,18 @@ def test_cases_follow_the_options(mine):
     assert [(case.label, case.dtype) for case in quick] == [("A", torch.float32)]
 
 
+def test_a_sweep_takes_the_sizes_that_its_benchmark_names(registered):
+    make = lambda case: Benchmark({"fused": lambda: None}, lambda: None)  # noqa: E731
+    register("mine", shapes={"A": (2, 8)}, axes={"batch": 0, "size": 1}, sizes={"size": (3, 9)})(make)
+    labels = {
+        axis: [case.label for _, case in suite.cases("mine", "cpu", suite.Options(sweep=axis))]
+        for axis in ("batch", "size")
+    }
+    assert labels == {"batch": ["batch 1", "batch 2", "batch 4", "batch 8"], "size": ["size 3", "size 9"]}
+    with pytest.raises(ValueError, match="none of its axes"):
+        register("other", shapes={"A": (2, 8)}, axes={"batch": 0}, sizes={"depth": (3, 9)})
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
