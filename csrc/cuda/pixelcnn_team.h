@@ -251,6 +251,26 @@ struct BlockTeam {
     block_barrier();
   }
 
+  // A warp to each, a part to a lane.
+  template <class P, class F>
+  GENENGINE_DEVICE void add_up(int n, P part, F write) const {
+#pragma unroll 1
+    for (int r = warp(); r < n; r += kTeamWarps) {
+      MixtureSums sums = part(r, lane(), kWarpThreads);
+#pragma unroll
+      for (int mask = kWarpThreads / 2; mask; mask /= 2) {
+        MixtureSums other;
+        other.joint_largest = shuffle_xor(sums.joint_largest, mask);
+        other.joint = shuffle_xor(sums.joint, mask);
+        other.logit_largest = shuffle_xor(sums.logit_largest, mask);
+        other.logit = shuffle_xor(sums.logit, mask);
+        sums.add(other);
+      }
+      if (lane() == 0) write(r, sums);
+    }
+    block_barrier();
+  }
+
   template <class U, class F>
   GENENGINE_DEVICE void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {
 #pragma unroll 1
