@@ -246,6 +246,19 @@ struct BlockTeam {
 
   // Each by one thread, in different warps as long as there are more of those.
   template <class F>
+  GENENGINE_DEVICE void begin(int outer, int inner, int width, F row, int step = 1) const {
+    begin(outer * inner, width, [=](int r) {
+      const int i = inner == 1 ? r : r / inner;
+      return row(i, r - i * inner);
+    }, step);
+  }
+  template <class F>
+  GENENGINE_DEVICE void each(int outer, int inner, int width, F row, int step = 1) const {
+    begin(outer, inner, width, row, step);
+    block_barrier();
+  }
+
+  template <class F>
   GENENGINE_DEVICE void rows(int n, F f) const {
     for (int r = warp() + lane() * kTeamWarps; r < n; r += kTeamThreads) f(r);
     block_barrier();

@@ -157,18 +157,18 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; q, k and v are views into one packed projection."""
+    """Multi-head self-attention; q, k and v are views into one packed projection. causal: no token sees later ones."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, *, causal=False):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
         self.qkv = linear(dim, 3 * dim)
         self.proj = linear(dim, dim)
 
     def forward(self, x):
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).unbind(2)  # (B, N, H, D/H)
-        return self.proj(ops.attention(q, k, v).reshape(b, n, d))
+        return self.proj(ops.attention(q, k, v, causal=self.causal).reshape(b, n, d))
 
 
 class Mlp(nn.Module):

@@ -15,6 +15,7 @@ from genengine.ops.pixelcnn_sample import PixelCNNSamples, PixelCNNWeights, pack
 from genengine.ops.qk_norm_rope import qk_norm_rope
 from genengine.ops.reparameterize import reparameterize
 from genengine.ops.sampler_step import advance, sampler_step
+from genengine.ops.transformer_sample import Sequences, TransformerWeights, pack_transformer, transformer_sample
 
 # Loaded after every schema is defined: the shared object holds implementations only.
 EXTENSION = _registry.load_extension()
@@ -22,8 +23,9 @@ _ranges.from_environment()
 backend = _registry.backend
 
 __all__ = [
-    "EXTENSION", "PixelCNNSamples", "PixelCNNWeights", "adaln", "advance", "attention", "backend", "bias_act",
-    "bias_gelu", "diffuse", "ema_update", "gated_adaln", "geglu", "group_norm_silu", "guidance_moments",
-    "logistic_mixture_log_prob", "logistic_mixture_sample", "normal", "pack_pixelcnn", "pixelcnn_sample",
-    "qk_norm_rope", "reparameterize", "sampler_step", "swiglu", "uniform",
+    "EXTENSION", "PixelCNNSamples", "PixelCNNWeights", "Sequences", "TransformerWeights", "adaln", "advance",
+    "attention", "backend", "bias_act", "bias_gelu", "diffuse", "ema_update", "gated_adaln", "geglu", "group_norm_silu",
+    "guidance_moments", "logistic_mixture_log_prob", "logistic_mixture_sample", "normal", "pack_pixelcnn",
+    "pack_transformer", "pixelcnn_sample", "qk_norm_rope", "reparameterize", "sampler_step", "swiglu",
+    "transformer_sample", "uniform",
 ]  # fmt: skip

@@ -40,7 +40,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(flat: Tensor, k: int, n: int) -> Tensor:
-    """The (K, N) matrix that `pack` was given; a copy."""
+    """The (K, N) matrix that `pack` was given; a copy, or a view of `flat` where a single panel holds it."""
     rows, columns = padded(k, n)
     if flat.dtype == torch.bfloat16:
         panels = flat.view(-1, rows // 2, PANEL, 2).transpose(2, 3).reshape(-1, rows, PANEL)

@@ -75,6 +75,7 @@ def define(
     module: str,
     kernels: tuple[str, ...] = ("cpu", "triton", "cuda"),
     cpu: Callable | None = None,
+    cuda: Callable | None = None,
     cost: Callable[[tuple, object], Cost] = bytes_alone,
 ) -> Op:
     """Define one op in all three namespaces.
@@ -82,7 +83,7 @@ def define(
     schema: "name(Tensor x, ...) -> Tensor". reference: the eager specification. fake: shapes and dtypes only.
     backward(ops, ctx, *grads): gradients, calling other ops through `ops`, the namespace the forward ran in.
     module: the op file this belongs to; its Triton kernels are looked up in `genengine.kernels.<module>`.
-    kernels: the backends it is to have kernels for. cpu: the CPU kernel, where that is torch's own and not C++ of ours.
+    kernels: the backends it is to have kernels for. cpu, cuda: the kernel, where it is torch's own and not C++ of ours.
     cost: cost(arguments, results) of a call, both as the schema orders them.
     """
     name = schema[: schema.index("(")]
@@ -97,8 +98,9 @@ def define(
             torch.library.register_autograd(
                 qualified, _bind_namespace(name, backward, ops), setup_context=setup_context, lib=library
             )
-    if cpu is not None:
-        _LIBRARIES["genengine"].impl(name, cpu, "CPU")
+    for key, kernel in (("CPU", cpu), ("CUDA", cuda)):
+        if kernel is not None:
+            _LIBRARIES["genengine"].impl(name, kernel, key)
     op = Op(name, module, kernels, cost)
     for backend, namespace in NAMESPACES.items():
         op.overloads[backend] = getattr(getattr(torch.ops, namespace), name).default

@@ -55,6 +55,8 @@ def ema_update(
     for average, copy in zip(averages, dense, strict=True):
         if copy is not average:
             average.copy_(copy)
+    if not torch.compiler.is_compiling():  # the dispatcher does not count what a kernel of ours writes
+        torch.autograd.graph.increment_version([average for average in averages if not average.is_inference()])
 
 
 def _is_dense(tensor):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genengine import ops, paths, rotary, schedules, solvers
+from genengine.ops.transformer_sample import Sizes, pack_transformer
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,15 @@ def _mixture_sample(draw, shape):
     return _log_prob(draw, shape)[0][1:], {"channels": shape[1], "seed": 0}
 
 
+def _transformer_sample(draw, shape):
+    """Six blocks, heads of 64 features or one, and codes of 512 values."""
+    batch, length, dim = shape
+    sizes = Sizes(dim, max(1, dim // 64) if dim % 64 == 0 else 1, 6, 4 * dim, 512, length, 0)
+    shapes = {f"{name}.weight": (columns, rows) for name, rows, columns in sizes.products()} | dict(sizes.vectors())
+    tensors = {name: draw(*size) * size[-1] ** -0.5 for name, size in shapes.items()}
+    return (pack_transformer(tensors, num_heads=sizes.num_heads), batch), {"seed": 0}
+
+
 def _noise(draw, shape):
     like = draw(1)
     return (shape,), {"seed": 0, "dtype": like.dtype, "device": like.device}
@@ -143,6 +153,7 @@ OPS: dict[str, Inputs] = {
     "ema_update": Inputs((200, 65536), "(tensors, elements of each)", _ema_update),
     "logistic_mixture_log_prob": Inputs((16, 3, 32, 32), "(B, C, H, W)", _log_prob),
     "logistic_mixture_sample": Inputs((16, 3, 32, 32), "(B, C, H, W)", _mixture_sample),
+    "transformer_sample": Inputs((16, 256, 256), "(B, N, D)", _transformer_sample),
     "normal": Inputs(*_IMAGE, _noise),
     "uniform": Inputs(*_IMAGE, _noise),
 }  # fmt: skip

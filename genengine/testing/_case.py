@@ -12,7 +12,8 @@ class Case:
     """One call of a dispatcher op: `args`, and which of them the op writes; exact: bits must equal the reference's.
 
     large: slow where kernels are interpreted. dtypes: of the state and of the rest. slack: what an output may err
-    beyond the rule, by its position: a float32 rounding of the sum of its |terms|, for sums that may cancel.
+    beyond the rule, by its position: a float32 rounding of the sum of its |terms|, for sums that may cancel. oracle:
+    arguments of the float64 oracle, where not `args` widened one by one; outputs of integers must equal the oracle's.
     """
 
     label: str
@@ -22,6 +23,7 @@ class Case:
     large: bool = False
     dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
     slack: dict[int, float] = field(default_factory=dict)
+    oracle: tuple | None = None
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

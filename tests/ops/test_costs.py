@@ -20,6 +20,7 @@ from genengine.ops.pixelcnn_sample import reference as pixelcnn_reference
 CPU = torch.device("cpu")
 WRITES_ARGUMENTS = (
     "sampler_step_out", "advance", "ema_update", "normal_out", "uniform_out", "qk_norm_rope_", "pixelcnn_sample",
+    "transformer_sample_out",
 )  # fmt: skip
 OPS = sorted(_registry.OPS)
 HELPERS = ("EXTENSION", "backend")
@@ -105,10 +106,10 @@ def test_fake_and_meta_tensors_cost_as_real_ones(name):
             fake = mapped(case.args, mode.from_tensor)
             assert op.cost(fake, op.overloads["reference"](*fake)) == real, case.label
         meta = mapped(case.args, lambda t: t.to("meta"))
-        if name not in WRITES_ARGUMENTS:
-            assert op.cost(meta, op.overloads["reference"](*mapped(meta, torch.empty_like))) == real, case.label
-        else:
+        if name in WRITES_ARGUMENTS:
             assert op.cost(meta, None) == real, case.label
+        else:
+            assert op.cost(meta, op.overloads["reference"](*mapped(meta, torch.empty_like))) == real, case.label
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -160,11 +161,10 @@ def spelt_out(name, args):
 
 # Elsewhere a reference computes something twice or in vain, and 1 + scale, which stands at every element, row by row.
 EXACT = ("bias_act", "glu", "ema_update", "diffuse", "reparameterize")
-COUNTED = (
-    set(OPS)
-    - {"advance", "attention", "attention_backward", "pixelcnn_sample"}
-    - {"normal_out", "uniform_out", "logistic_mixture_sample"}
-)
+# Of which flops are those of products alone.
+PRODUCTS = {"attention", "attention_backward", "pixelcnn_sample", "transformer_sample_out"}
+DRAWN = {"normal_out", "uniform_out", "logistic_mixture_sample"}
+COUNTED = set(OPS) - {"advance"} - PRODUCTS - DRAWN
 
 
 @pytest.mark.parametrize("name", sorted(COUNTED))
@@ -231,6 +231,29 @@ def test_attention_of_dit_xl_2():
     assert forward((q, q, q, True, 0.1), (q, lse)) == Cost(8 * wide + 32768, 303169536, 2 * 16 * 32896)
     found = backward((q, q, q, q, q, lse, False, 0.1), (q, q, q))
     assert found == Cost(16 * wide + 32768, 1509949440, pairs)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_sequences_cost_the_products_that_the_reference_executes(cached):
+    for case in testing.cases("transformer_sample_out", CPU)[:6:2]:
+        args = (*case.args[:14], cached, *case.args[15:])
+        dim, heads, depth, hidden, levels = args[2:7]
+        batch, last = len(args[7]), args[13]
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            reference = _registry.OPS["transformer_sample_out"].overloads["reference"]
+            reference._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *mapped(args, torch.clone))
+        seen = range(1, last + 1)
+        queries = [1 if cached else n for n in seen]
+        # without a cache every query meets every key, of which the causal half counts; and all positions' logits
+        whole = 2 * batch * sum(q * depth * (4 * dim * dim + 2 * dim * hidden) + dim * levels for q in queries)
+        pairs = sum(n if cached else n * (n + 1) // 2 for n in seen)
+        found = cost("transformer_sample_out", *args)
+        assert found.flops == whole + 4 * batch * dim * depth * pairs, case.label
+        skipped = 0 if cached else 4 * batch * dim * depth * sum(n * (n - 1) // 2 for n in seen)
+        assert counter.get_total_flops() == found.flops + skipped, case.label
+        tokens = batch * sum(queries)
+        exps = batch * depth * heads * pairs + depth * hidden * tokens + batch * last * (levels + 1)
+        assert found.exps == exps, case.label
 
 
 def test_adaln_and_its_gradients():

@@ -190,3 +190,15 @@ def test_bad_arguments(change, error, message):
     good = {"averages": [torch.zeros(3)], "values": [torch.zeros(3)], "decay": 0.9}
     with pytest.raises(error, match=f"ema_update: .*{message}"):
         ema_update(**(good | change))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_versions_count_the_update(backend):
+    """By which autograd, and caches of what is made of weights, know that they changed."""
+    device = skip_unless_available("ema_update", backend)
+    averages, values = ([torch.randn(3, 4, device=device) for _ in range(2)] for _ in range(2))
+    before = [average._version for average in averages]
+    ema_update(averages, values, 0.9, backend=backend)
+    assert all(average._version > old for average, old in zip(averages, before, strict=True))
+    with torch.inference_mode():
+        ema_update([torch.zeros(2, device=device)], [torch.ones(2, device=device)], 0.9, backend=backend)

@@ -63,6 +63,14 @@ struct Thread {
   void begin(int rows, int width, F row, int step = 1) const {
     each(rows, width, row, step);
   }
+  template <class F>
+  void each(int outer, int inner, int width, F row, int step = 1) const {
+    for (int i = 0; i < outer; ++i) each(inner, width, [=](int k) { return row(i, k); }, step);
+  }
+  template <class F>
+  void begin(int outer, int inner, int width, F row, int step = 1) const {
+    each(outer, inner, width, row, step);
+  }
 
   void product(const W* w, const PanelMatrix& m, const X* x, int x_stride, int rows, const float* init, int init_stride, float* y,
                int y_stride) const {

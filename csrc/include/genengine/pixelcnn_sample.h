@@ -314,6 +314,7 @@ GENENGINE_HD void mixture_draw(const float* params, const float* u, int componen
 // kPad: elements between two rows of what products read;
 //   each(rows, width, row)   row(r)(j) for all r < rows, j < width; all are done when it returns, as with all that follow
 //   begin(rows, width, row)  the same, but done only when the next each or product returns
+//   each, begin(outer, inner, width, row)   row(i, k)(j) for all i < outer, k < inner
 //   each, begin(..., kVector)   the same for values that go together, width being of whole panels: j steps by kVector;
 //                            load(float*) -> a vector, which can be added; store(float*, vector), keep(Weight*, vector),
 //                            feed(Input*, vector); gate(a, b), positive(a)
@@ -431,9 +432,12 @@ struct PixelSampler {
   struct Place {
     int y, x, m;
   };
+  GENENGINE_TEAM static Place place(const PixelLine& line, int i, int m) {
+    return {line.y + i * line.dy, line.x + i * line.dx, m};
+  }
   GENENGINE_TEAM Place place(const PixelLine& line, int r) const {
     const int i = images == 1 ? r : r / images;
-    return {line.y + i * line.dy, line.x + i * line.dx, r - i * images};
+    return place(line, i, r - i * images);
   }
 
   GENENGINE_TEAM void product(const PanelMatrix& m, const Input* x, int x_stride, int rows, const float* init, int init_stride,
@@ -453,10 +457,11 @@ struct PixelSampler {
     float* sums = work<float>(state.sums);
     if (above.k != taps_rows * run)
       team.begin(rows, 1, [=](int r) { return [=](int) { inputs[r * stride + above.k - 1] = Team::input(Team::narrow(0.f)); }; });
-    team.each(rows * taps_rows, run, [=, this](int q) {
-      const Place p = place(line, q / taps_rows);
-      const Weight* from = kept(0, layer, p.y - (taps_rows - 1) + q % taps_rows, p.m, p.x - reach);
-      Input* to = inputs + q / taps_rows * stride + q % taps_rows * run;
+    team.each(line.count * taps_rows, images, run, [=, this](int q, int m) {
+      const int i = q / taps_rows, row = q - i * taps_rows;
+      const Place p = place(line, i, m);
+      const Weight* from = kept(0, layer, p.y - (taps_rows - 1) + row, m, p.x - reach);
+      Input* to = inputs + (i * images + m) * stride + row * run;
       return [=](int j) { to[j] = Team::input(from[j]); };
     });
     product(above, inputs, stride, rows, vector(s.above_bias(layer)), 0, sums, gates);
@@ -465,9 +470,9 @@ struct PixelSampler {
       round_rows(rows, gates, sums, gates, inputs, padded(gates));
       product(s.down(layer), inputs, padded(gates), rows, nullptr, 0, sums, gates);
     }
-    team.each(rows, gates, [=, this](int r) {
-      const Place p = place(line, r);
-      const float* from = sums + r * gates;
+    team.each(line.count, images, gates, [=, this](int i, int m) {
+      const Place p = place(line, i, m);
+      const float* from = sums + (i * images + m) * gates;
       float* to = from_above(layer, p.y + 1, p.m, p.x);
       return [=, this](int j) { team.store(to + j, team.load(from + j)); };
     }, Team::kVector);
@@ -476,10 +481,10 @@ struct PixelSampler {
   // v' = gate(u + c), and the position after the first layer.
   GENENGINE_TEAM void next_vertical(const PixelLine& line, int layer, const float* sums) const {
     const int groups = s.groups(), part = s.part();
-    team.begin(line.count * images * groups, part, [=, this](int q) {
-      const int r = q / groups, g = q % groups;
-      const Place p = place(line, r);
-      const float* u = sums + r * s.gates() + g * 2 * part;
+    team.begin(line.count * groups, images, part, [=, this](int q, int m) {
+      const int i = groups == 1 ? q : q / groups, g = q - i * groups;
+      const Place p = place(line, i, m);
+      const float* u = sums + (i * images + m) * s.gates() + g * 2 * part;
       const float* c = class_bias(p.m, layer, 0) + g * 2 * part;
       const float* position = vector(layer || p.y < 0 ? s.zeros() : s.position(0, p.y, p.x) + g * part);
       Weight* to = kept(0, layer + 1, p.y, p.m, p.x) + g * part;
@@ -519,18 +524,18 @@ struct PixelSampler {
     Input* inputs = work<Input>(state.inputs);
     float *sums = work<float>(state.sums), *residual = work<float>(state.residual);
     gather_left(line, layer, g, left.k);
-    team.each(rows, 2 * part, [=, this](int r) {
-      const Place p = place(line, r);
-      const float* from = sums_from_above(layer, p) + g * 2 * part;
-      const float* c = class_bias(p.m, layer, 1) + g * 2 * part;
-      float* to = sums + r * 2 * part;
+    team.each(line.count, images, 2 * part, [=, this](int i, int m) {
+      const float* from = sums_from_above(layer, place(line, i, m)) + g * 2 * part;
+      const float* c = class_bias(m, layer, 1) + g * 2 * part;
+      float* to = sums + (i * images + m) * 2 * part;
       return [=, this](int j) { team.store(to + j, team.load(from + j) + team.load(c + j)); };
     }, Team::kVector);
     product(left, inputs, padded(left.k), rows, sums, 2 * part, sums, 2 * part);
     Input* gates = gated(layer);
     const float* bias = vector(s.out_bias(layer)) + g * part;
-    team.each(rows, part, [=, this](int r) {
-      const Place p = place(line, r);
+    team.each(line.count, images, part, [=, this](int i, int m) {
+      const Place p = place(line, i, m);
+      const int r = i * images + m;
       const float* u = sums + r * 2 * part;
       float* h = residual + r * part;
       const float* before = layer ? h : vector(s.position(1, p.y, p.x)) + g * part;
@@ -551,9 +556,9 @@ struct PixelSampler {
   GENENGINE_TEAM void keep(const PixelLine& line, int layer, int g, int kind) const {
     const int part = s.part();
     const float* residual = work<float>(state.residual);
-    team.each(line.count * images, part, [=, this](int r) {
-      const Place p = place(line, r);
-      const float* h = residual + r * part;
+    team.each(line.count, images, part, [=, this](int i, int m) {
+      const Place p = place(line, i, m);
+      const float* h = residual + (i * images + m) * part;
       Weight* to = kept(kind, layer, p.y, p.m, p.x) + g * part;
       return [=, this](int j) { team.keep(to + j, team.load(h + j)); };
     }, Team::kVector);
@@ -576,10 +581,10 @@ struct PixelSampler {
     const int stride = padded(k), run = reach * s.inputs(layer) + (in_parts ? 0 : centre), used = run + (in_parts ? 2 * centre : 0);
     if (used != k)
       team.begin(rows, 1, [=](int r) { return [=](int) { inputs[r * stride + k - 1] = Team::input(Team::narrow(0.f)); }; });
-    team.begin(rows, run, [=, this](int r) {
-      const Place p = place(line, r);
-      const Weight* from = kept(1, layer, p.y, p.m, p.x - reach);
-      Input* to = inputs + r * stride;
+    team.begin(line.count, images, run, [=, this](int i, int m) {
+      const Place p = place(line, i, m);
+      const Weight* from = kept(1, layer, p.y, m, p.x - reach);
+      Input* to = inputs + (i * images + m) * stride;
       return [=](int j) { to[j] = Team::input(from[j]); };
     });
     if (!in_parts) return;
@@ -677,8 +682,8 @@ struct PixelSampler {
   GENENGINE_TEAM void enter(const PixelLine& line, int g) const {
     const int entry = s.entry(), begin = s.components ? 0 : g, across = (s.components ? s.channels : 1) * entry;
     const float last = static_cast<float>(s.levels - 1);
-    team.each(line.count * images, across, [=, this](int r) {
-      const Place p = place(line, r);
+    team.each(line.count, images, across, [=, this](int i, int m) {
+      const Place p = place(line, i, m);
       Weight *left = kept(1, 0, p.y, p.m, p.x) + begin * entry, *above = kept(0, 0, p.y, p.m, p.x) + begin * entry;
       return [=, this](int j) {
         const int c = begin + j / entry;
