@@ -244,7 +244,6 @@ struct BlockTeam {
     block_barrier();
   }
 
-  // Each by one thread, in different warps as long as there are more of those.
   template <class F>
   GENENGINE_DEVICE void begin(int outer, int inner, int width, F row, int step = 1) const {
     begin(outer * inner, width, [=](int r) {
@@ -258,6 +257,7 @@ struct BlockTeam {
     block_barrier();
   }
 
+  // Each by one thread, in different warps as long as there are more of those.
   template <class F>
   GENENGINE_DEVICE void rows(int n, F f) const {
     for (int r = warp() + lane() * kTeamWarps; r < n; r += kTeamThreads) f(r);
