@@ -1,8 +1,9 @@
-"""The tiny PixelCNN: samples as a fixed point, and a training step, against the same network in plain PyTorch.
+"""The tiny PixelCNN: samples, and a training step, against the same network in plain PyTorch.
 
-Sampling has two baselines. "eager" and "torch.compile" are the same fixed-point iteration over the whole image; "eager,
-naive" is the loop that people write, a pass for every pixel. The network is the shipped one, as it is its images that
-decide how many passes are needed; without it, filled at random.
+Sampling has two kinds of baselines. "eager" and "torch.compile" are the fixed-point iteration over the whole image, which
+needs few passes where many pixels settle at once; "eager, naive" is the loop that people write, a pass for every pixel.
+The network is the shipped one, as it is its images that decide how many passes are needed; without it, filled at random.
+bench_pixelcnn_sample.py has the op alone, on a larger network, against the strongest cached sampler.
 """
 
 from functools import partial

@@ -33,6 +33,7 @@ EXCEPTIONS = {
         "csrc/cpu/isa/attention.cpp": "so are its loops",
         "csrc/cuda/attention.cu": "a CUDA C++ kernel is written for one architecture, in csrc/cuda/hopper",
     },
+    "pixelcnn_sample": {"kernels/pixelcnn_sample.py": "Triton has no state across the steps of one launch"},
     "transformer_sample": {
         "kernels/transformer_sample.py": "on a GPU its products and attention are torch's own kernels",
         "csrc/cuda/transformer_sample.cu": "in a CUDA graph, which is made in Python",

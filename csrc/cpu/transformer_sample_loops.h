@@ -1,6 +1,7 @@
 // The loops of transformer_sample. No torch, no STL.
 #pragma once
 #include "cpu/isa.h"
+#include "cpu/level_draws.h"
 #include "genengine/transformer_sample.h"
 #include "genengine/types.h"
 
@@ -32,7 +33,7 @@ inline int64_t transformer_scratch(const TransformerSizes& sizes, int64_t count)
   const int64_t inner = hidden > dim ? hidden : dim, qkv = whole_panels(3 * sizes.dim);
   int64_t widest = inner > levels ? inner : levels;
   widest = widest > qkv ? widest : qkv;
-  return count * (dim + inner + widest) + 3 * levels + whole_panels(sizes.length) + 2 * whole_panels(sizes.head());
+  return count * (dim + inner + widest) + 2 * level_draw_sums(levels) + whole_panels(sizes.length) + 2 * whole_panels(sizes.head());
 }
 
 // Draws the tokens [call.first, call.last) of the samples begin .. begin + count, count <= kMostTogether.

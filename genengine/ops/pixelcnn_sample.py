@@ -5,8 +5,8 @@ product over the row; what is left for a pixel are two small products per layer,
 Caches as in Ramachandran et al., Fast Generation for Convolutional Autoregressive Models, 2017, but with the packed
 weights and the activations of a group of images held where the arithmetic is.
 
-There is no Triton kernel (kernels/pixelcnn_sample.py): one launch that runs a thousand dependent steps needs barriers
-within a block and state across them, which CUDA C++ has and Triton's tile language has not.
+The file it lacks, and why (see tests/test_architecture.py): kernels/pixelcnn_sample.py, for one launch that runs a
+thousand dependent steps needs barriers within a block and state across them, which Triton's tile language has not.
 """
 
 from __future__ import annotations

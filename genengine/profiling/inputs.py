@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from genengine import ops, paths, rotary, schedules, solvers
+from genengine.ops import _panels
+from genengine.ops.pixelcnn_sample import PixelCNNShape, PixelCNNWeights
 from genengine.ops.transformer_sample import Sizes, pack_transformer
 
 
@@ -119,6 +121,17 @@ def _mixture_sample(draw, shape):
     return _log_prob(draw, shape)[0][1:], {"channels": shape[1], "seed": 0}
 
 
+def _pixelcnn_sample(draw, shape):
+    """Seven gated layers of 64 features, kernels of three, 256 levels."""
+    batch, channels, size = shape
+    sizes = PixelCNNShape(size, channels, 256, 0, 64 * channels, 7, 1, 1, 0, 64 * channels, 0, True)
+    like = draw(1)
+    count = sum(_panels.numel(*size) for size in sizes.matrices().values())
+    vectors = sum(torch.Size(size).numel() for size in sizes.vectors().values())
+    weights = PixelCNNWeights(sizes, 0.05 * draw(count), torch.zeros(vectors, device=like.device))
+    return (weights, batch), {"seed": 0}
+
+
 def _transformer_sample(draw, shape):
     """Six blocks, heads of 64 features or one, and codes of 512 values."""
     batch, length, dim = shape
@@ -153,6 +166,7 @@ OPS: dict[str, Inputs] = {
     "ema_update": Inputs((200, 65536), "(tensors, elements of each)", _ema_update),
     "logistic_mixture_log_prob": Inputs((16, 3, 32, 32), "(B, C, H, W)", _log_prob),
     "logistic_mixture_sample": Inputs((16, 3, 32, 32), "(B, C, H, W)", _mixture_sample),
+    "pixelcnn_sample": Inputs((16, 1, 28), "(B, C, H)", _pixelcnn_sample),
     "transformer_sample": Inputs((16, 256, 256), "(B, N, D)", _transformer_sample),
     "normal": Inputs(*_IMAGE, _noise),
     "uniform": Inputs(*_IMAGE, _noise),

@@ -1,13 +1,12 @@
 // pixelcnn_sample on one thread: a group of images, its products in register tiles, its gates and draws in vectors.
 #include "cpu/pixelcnn_sample_loops.h"
 
+#include "cpu/isa/level_draws.h"
 #include "cpu/isa/panel_products.h"
 
 namespace genengine {
 namespace GENENGINE_ISA {
 namespace {
-
-constexpr int kAbreast = 4;  // draws whose sums, each a chain of additions, go on side by side
 
 // W: stored weights and activations. X: what products read of the latter.
 template <class X, class W>
@@ -16,7 +15,7 @@ struct Thread {
   using Input = X;
   static constexpr int kPad = 0, kVector = kLanes;
   const Sigmoid<false> sigmoid;
-  double* sums;  // kAbreast rows of kMaxLevels
+  double* sums;  // level_draw_sums(kMaxLevels)
 
   static GENENGINE_INLINE W narrow(float value) {
     W to;
@@ -89,79 +88,13 @@ struct Thread {
 
   template <class U, class F>
   void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {
-    int row[kAbreast], count = 0;
-    float u[kAbreast];
-    for (int r = 0; r < n; ++r) {
-      u[count] = uniform(r);
-      row[count] = r;
-      count += u[count] > 0.f;
-      if (count < kAbreast && r + 1 < n) continue;
-      draw_some(count, row, u, logits, stride, levels, inverse_temperature, write);
-      count = 0;
-    }
-  }
-
- private:
-  template <class F>
-  void draw_some(int count, const int* row, const float* u, const float* logits, int stride, int levels, float inverse_temperature,
-                 F write) const {
-    float largest[kAbreast];
-    for (int d = 0; d < count; ++d) largest[d] = weigh(logits + row[d] * stride, levels, inverse_temperature, sums + d * kMaxLevels);
-    if (count == kAbreast)
-      add_up<kAbreast>(sums, levels);
-    else
-      for (int d = 0; d < count; ++d) add_up<1>(sums + d * kMaxLevels, levels);
-    for (int d = 0; d < count; ++d) {
-      const double *sum = sums + d * kMaxLevels, total = sum[levels - 1];
-      const int level = level_above(sum, levels, static_cast<double>(u[d]) * total);
-      write(row[d], level, (logits[row[d] * stride + level] - largest[d]) * inverse_temperature - logarithm(static_cast<float>(total)));
-    }
-  }
-
-  // Weights e^((logit - largest) / T); returns the largest. The logits are filled up to whole panels.
-  static float weigh(const float* logits, int levels, float inverse_temperature, double* weights) {
-    const float largest = largest_of(logits, levels);
-    for (int i = 0; i < levels; i += kLanes) {
-      _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j)
-          weights[i + j] = static_cast<double>(exp_ieee((logits[i + j] - largest) * inverse_temperature));
-    }
-    return largest;
-  }
-  static float largest_of(const float* logits, int levels) {
-    float lanes[kLanes];
-    for (float& lane : lanes) lane = logits[0];
-    int i = 0;
-    for (; i + kLanes <= levels; i += kLanes) {
-      _Pragma("GCC ivdep") for (int j = 0; j < kLanes; ++j) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
-    }
-    for (; i < levels; ++i) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
-    for (const float lane : lanes) lanes[0] = lane > lanes[0] ? lane : lanes[0];
-    return lanes[0];
-  }
-  // Each row becomes its partial sums, one chain in the order of the levels: the bits of `inverse_cdf`.
-  template <int Rows>
-  static void add_up(double* rows, int levels) {
-    double total[Rows] = {};
-    for (int i = 0; i < levels; ++i)
-      for (int d = 0; d < Rows; ++d) rows[d * kMaxLevels + i] = total[d] += rows[d * kMaxLevels + i];
-  }
-  // The first of 0 .. levels - 2 whose sum exceeds the target, else the last level.
-  static int level_above(const double* sum, int levels, double target) {
-    int low = 0, high = levels - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (sum[middle] <= target)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
+    LevelDraws{sums, kMaxLevels, levels, inverse_temperature}.draw(n, logits, stride, uniform, write);
   }
 };
 
 template <class X, class W>
 void run(const PixelCNNCall& call, int64_t group) {
-  double sums[kAbreast * kMaxLevels];
+  double sums[level_draw_sums(kMaxLevels)];
   const Thread<X, W> thread = {{}, sums};
   PixelSampler<Thread<X, W>>(thread, call, group, call.state + group * call.state_stride + call.layout.bytes).run();
 }

@@ -4,6 +4,7 @@
 // and the instruction set does not multiply such pairs.
 #include "cpu/transformer_sample_loops.h"
 
+#include "cpu/isa/level_draws.h"
 #include "cpu/isa/panel_products.h"
 #include "cpu/isa/row.h"
 #include "genengine/activations.h"
@@ -25,8 +26,8 @@ struct Group {
   const TransformerCall& call;
   const TransformerSizes& sizes;
   int64_t begin, count, dim, inner_stride, wide_stride;
-  double* sums;  // of the levels' weights
-  float *weights, *x, *wide, *scores, *mixed;
+  double* sums;  // of LevelDraws
+  float *x, *wide, *scores, *mixed;
   X *inner, *query;
 
   Group(const TransformerCall& call, int64_t begin, int64_t count, float* scratch)
@@ -36,8 +37,7 @@ struct Group {
     wide_stride = inner_stride > levels ? inner_stride : levels;
     wide_stride = wide_stride > qkv ? wide_stride : qkv;
     sums = reinterpret_cast<double*>(scratch);
-    weights = scratch + 2 * levels;
-    x = weights + levels;
+    x = scratch + 2 * level_draw_sums(levels);
     wide = x + count * dim;
     scores = wide + count * wide_stride;
     mixed = scores + whole_panels(sizes.length);
@@ -77,23 +77,6 @@ GENENGINE_INLINE void enter_one(X& to, float value) {
   W stored;
   from_float(stored, value);
   from_float(to, to_float(stored));
-}
-
-// The largest of n >= 1 values; with a NaN among them, any.
-GENENGINE_INLINE float largest_of(const float* v, int64_t n) {
-  float largest = v[0];
-  int64_t i = 0;
-  if (n >= kLanes) {
-    Lanes most = load(v);
-    for (i = kLanes; i + kLanes <= n; i += kLanes) {
-      const Lanes next = load(v + i);
-      for (int k = 0; k < kParts; ++k) most.part[k] = next.part[k] > most.part[k] ? next.part[k] : most.part[k];
-    }
-    const Elements each(most);
-    for (int k = 0; k < kLanes; ++k) largest = each[k] > largest ? each[k] : largest;
-  }
-  for (; i < n; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
 }
 
 // y = init + x W for every row of the group.
@@ -249,24 +232,6 @@ void attend(const Group<X, W>& g, int64_t l, int64_t position) {
 
 // ---- the draw -----------------------------------------------------------------------------------------------------------
 
-// The token of sample b at `position` from its logits, as ops/_categorical.py says.
-template <class X, class W>
-void draw(const Group<X, W>& g, int64_t b, int64_t position, float* __restrict logits) {
-  const TransformerCall& call = g.call;
-  const int64_t levels = g.sizes.levels, at = b * g.sizes.length + position;
-  const float largest = largest_of(logits, levels);
-  float* __restrict weights = g.weights;
-  _Pragma("GCC ivdep") for (int64_t i = 0; i < levels; ++i) weights[i] = level_weight(logits[i], largest, call.inverse_temperature);
-  double total = 0;
-  for (int64_t i = 0; i < levels; ++i) g.sums[i] = total += static_cast<double>(weights[i]);
-  const uint32_t sample = static_cast<uint32_t>(call.ids ? call.ids[b] : b);
-  const double target = static_cast<double>(token_uniform(position, sample, static_cast<uint64_t>(call.seed[b * call.seed_stride]))) * total;
-  int64_t token = 0;
-  while (token + 1 < levels && g.sums[token] <= target) ++token;
-  call.tokens[at] = token;
-  call.log_prob[at] = (logits[token] - largest) * call.inverse_temperature - logarithm(static_cast<float>(total));
-}
-
 // The tokens at `position`; nothing is computed for those that are known all together.
 template <class X, class W>
 void draw_all(const Group<X, W>& g, int64_t position) {
@@ -278,12 +243,20 @@ void draw_all(const Group<X, W>& g, int64_t position) {
     norm(g, nullptr);
     product(g, g.out_matrix(), g.sizes.dim, g.sizes.levels, g.out_bias(), 0, g.wide, g.wide_stride);
   }
-  for (int64_t r = 0; r < g.count; ++r) {
-    if (known(r))
-      call.log_prob[(g.begin + r) * g.sizes.length + position] = 0.f;
-    else
-      draw(g, g.begin + r, position, g.wide + r * g.wide_stride);
-  }
+  const auto uniform = [&](int64_t r) {
+    const int64_t b = g.begin + r;
+    const uint32_t sample = static_cast<uint32_t>(call.ids ? call.ids[b] : b);
+    return known(r) ? 0.f : token_uniform(position, sample, static_cast<uint64_t>(call.seed[b * call.seed_stride]));
+  };
+  const auto write = [&](int64_t r, int64_t token, float log_prob) {
+    const int64_t at = (g.begin + r) * g.sizes.length + position;
+    call.tokens[at] = token;
+    call.log_prob[at] = log_prob;
+  };
+  for (int64_t r = 0; r < g.count; ++r)
+    if (known(r)) call.log_prob[(g.begin + r) * g.sizes.length + position] = 0.f;
+  LevelDraws{g.sums, whole_panels(g.sizes.levels), g.sizes.levels, call.inverse_temperature}.draw(g.count, g.wide, g.wide_stride,
+                                                                                                  uniform, write);
 }
 
 template <class X, class W>

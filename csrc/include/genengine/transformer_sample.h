@@ -43,9 +43,4 @@ GENENGINE_HD float token_uniform(int64_t i, uint32_t sample, uint64_t seed) {
   return unit(words.w[i % 4]);
 }
 
-// The weight of a level, of whose sums the inverse CDF is made.
-GENENGINE_HD float level_weight(float logit, float largest, float inverse_temperature) {
-  return exp_ieee((logit - largest) * inverse_temperature);
-}
-
 }  // namespace genengine
