@@ -291,7 +291,8 @@ struct BlockTeam {
   }
 
   template <class U, class F>
-  GENENGINE_DEVICE void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {
+  GENENGINE_DEVICE void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform,
+                             F write) const {
 #pragma unroll 1
     for (int r = warp(); r < n; r += kTeamWarps) {
       const float u = uniform(r);
