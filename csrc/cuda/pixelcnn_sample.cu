@@ -28,7 +28,8 @@ struct Placement {
   int64_t bytes() const { return layout.bytes + (shared ? 0 : layout.scratch_bytes); }
 };
 
-// As many rows to a product as shared memory has room for; what a step of the group's images works with must fit at least.
+// As many rows to a product as there are and shared memory has room for: what it does not take is left to the cache that holds
+// weights. What a step of the group's images works with must fit at least.
 Placement placement(const char* op, const PixelCNNShape& shape, Type type, int64_t images, bool wavefront, int32_t device) {
   int room = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -38,7 +39,8 @@ Placement placement(const char* op, const PixelCNNShape& shape, Type type, int64
                                                   : PixelCNNStyle{2, 2, BlockTeam<Bf16>::kPad, rows};
     return PixelCNNState(shape, static_cast<int>(images), wavefront, style);
   };
-  for (int rows = kRows; rows >= images; rows /= 2)
+  const int64_t most = images * (wavefront ? Wavefront(shape).rows_in_flight() : shape.size);
+  for (int rows = most < kRows ? static_cast<int>(most) : kRows; rows >= images; rows /= 2)
     if (const PixelCNNState fitting = layout(rows); fitting.scratch_bytes <= room) return {fitting, true};
   return {layout(kRows), false};
 }

@@ -37,16 +37,19 @@ struct TeamProduct {
   }
 };
 
-constexpr int kSteps = 4;  // of k, for which weights are asked for together
+// Steps of k for which weights are asked for together: fewer where registers are needed for more rows.
+template <class T, int Rows>
+constexpr int kSteps = sizeof(T) == 2 && Rows == 2 ? 2 : 4;
 
-// A lane's words of four steps: of pair t and t + 4 of each step, for its columns of both tiles.
+// A lane's words of some steps: of pair t and t + 4 of each step, for its columns of both tiles.
+template <int Steps>
 struct TileWords {
-  TwoWords low[kSteps], high[kSteps];
+  TwoWords low[Steps], high[Steps];
 
   GENENGINE_DEVICE TileWords(const Bf16* panel, int pairs, int first, int lane) {
     const TwoWords* words = reinterpret_cast<const TwoWords*>(panel) + lane / 4;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < Steps; ++i) {
       const int pair = first + 8 * i + lane % 4;
       low[i] = high[i] = {{0, 0}};
       if (pair < pairs) low[i] = read_only(words + pair * (kPanelColumns / 2));
@@ -58,14 +61,15 @@ struct TileWords {
 // Rows first .. first + 16 M - 1 of those there are.
 template <int M>
 GENENGINE_DEVICE void product_tile(const TeamProduct<Bf16>& p, int first, int rows, int lane) {
+  constexpr int kTogether = kSteps<Bf16, M>;
   const int pairs = p.k / 2;
   float sum[M][2][4] = {};
-  TileWords now(p.w, pairs, 0, lane);
+  TileWords<kTogether> now(p.w, pairs, 0, lane);
 #pragma unroll 1
-  for (int begin = 0; begin < pairs; begin += 8 * kSteps) {
-    const TileWords next(p.w, pairs, begin + 8 * kSteps, lane);
+  for (int begin = 0; begin < pairs; begin += 8 * kTogether) {
+    const TileWords<kTogether> next(p.w, pairs, begin + 8 * kTogether, lane);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kTogether; ++i) {
       const int pair = begin + 8 * i + lane % 4;
 #pragma unroll
       for (int m = 0; m < M; ++m) {
@@ -93,13 +97,14 @@ GENENGINE_DEVICE void product_tile(const TeamProduct<Bf16>& p, int first, int ro
   }
 }
 
+template <int Steps>
 struct TileColumns {
-  FourFloats w[kSteps];
+  FourFloats w[Steps];
 
   GENENGINE_DEVICE TileColumns(const float* panel, int k, int first, int lane) {
     const FourFloats* columns = reinterpret_cast<const FourFloats*>(panel) + lane % 4;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < Steps; ++i) {
       const int at = first + 8 * i + lane / 4;
       w[i] = {{0.f, 0.f, 0.f, 0.f}};
       if (at < k) w[i] = read_only(columns + at * (kPanelColumns / 4));
@@ -140,12 +145,13 @@ GENENGINE_DEVICE int add_parts(float (&sum)[R][4], int lane) {
 template <int R>
 GENENGINE_DEVICE void product_tile(const TeamProduct<float>& p, int first, int rows, int lane) {
   float sum[R][4] = {};
-  TileColumns now(p.w, p.k, 0, lane);
+  constexpr int kTogether = kSteps<float, R>;
+  TileColumns<kTogether> now(p.w, p.k, 0, lane);
 #pragma unroll 1
-  for (int begin = 0; begin < p.k; begin += 8 * kSteps) {
-    const TileColumns next(p.w, p.k, begin + 8 * kSteps, lane);
+  for (int begin = 0; begin < p.k; begin += 8 * kTogether) {
+    const TileColumns<kTogether> next(p.w, p.k, begin + 8 * kTogether, lane);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kTogether; ++i) {
       const int at = begin + 8 * i + lane / 4;
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -244,7 +250,6 @@ struct BlockTeam {
     block_barrier();
   }
 
-  // Each by one thread, in different warps as long as there are more of those.
   template <class F>
   GENENGINE_DEVICE void begin(int outer, int inner, int width, F row, int step = 1) const {
     begin(outer * inner, width, [=](int r) {
@@ -258,14 +263,36 @@ struct BlockTeam {
     block_barrier();
   }
 
+  // Each by one thread, in different warps as long as there are more of those.
   template <class F>
   GENENGINE_DEVICE void rows(int n, F f) const {
     for (int r = warp() + lane() * kTeamWarps; r < n; r += kTeamThreads) f(r);
     block_barrier();
   }
 
+  // A warp to each, a part to a lane.
+  template <class P, class F>
+  GENENGINE_DEVICE void add_up(int n, P part, F write) const {
+#pragma unroll 1
+    for (int r = warp(); r < n; r += kTeamWarps) {
+      MixtureSums sums = part(r, lane(), kWarpThreads);
+#pragma unroll
+      for (int mask = kWarpThreads / 2; mask; mask /= 2) {
+        MixtureSums other;
+        other.joint_largest = shuffle_xor(sums.joint_largest, mask);
+        other.joint = shuffle_xor(sums.joint, mask);
+        other.logit_largest = shuffle_xor(sums.logit_largest, mask);
+        other.logit = shuffle_xor(sums.logit, mask);
+        sums.add(other);
+      }
+      if (lane() == 0) write(r, sums);
+    }
+    block_barrier();
+  }
+
   template <class U, class F>
-  GENENGINE_DEVICE void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {
+  GENENGINE_DEVICE void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform,
+                             F write) const {
 #pragma unroll 1
     for (int r = warp(); r < n; r += kTeamWarps) {
       const float u = uniform(r);

@@ -30,7 +30,8 @@ __all__ = ["ORDERS", "PixelCNNSamples", "PixelCNNShape", "PixelCNNWeights", "pac
 
 _STREAM = random.STREAMS["uniform"]
 ORDERS = ("raster", "wavefront", "naive")
-GROUP = 16  # images that a thread takes through a row together, at most
+GROUP = 16  # images that a thread, or a block of a GPU, takes through a row together, at most
+TILE = 16  # rows of a GPU's smallest product: fewer take as long
 PATIENCE = 0.05  # seconds of a call without a look at Ctrl-C, as far as rows allow
 
 
@@ -113,7 +114,7 @@ def pixelcnn_sample(
         if order == "naive" and backend is None
         else _registry.choose(SAMPLE, device, weights.dtype, backend)
     )
-    order = order or _default_order(shape, num, name)
+    order = order or default_order(shape, group_size(num, name, device), name)
     draws = _Draws(labels, known, seed, sample_ids, float(temperature))
     return _by_rows(x, weights, draws, order, name, callback)
 
@@ -130,6 +131,8 @@ def _by_rows(x, weights, draws, order, name, callback):
     """The op, for some rows at a time."""
     size = weights.shape.size
     probs = x.new_zeros(len(x), size, size)
+    if order == "wavefront" and name == "reference":
+        raise ValueError("pixelcnn_sample: the reference has no order='wavefront'; use 'raster' or 'naive'")
     if order == "naive":
         if name != "reference":
             raise ValueError(f"pixelcnn_sample: order='naive' is the reference's, got backend={name!r}; leave one out")
@@ -153,17 +156,22 @@ def _by_rows(x, weights, draws, order, name, callback):
 
 def _rows_of(x, probs, weights, draws, order, name):
     run, wavefront = _registry.overload(SAMPLE, name), order == "wavefront"
-    images = group_size(len(x), name)
+    images = group_size(len(x), name, x.device)
     state = x.new_empty(state_bytes(weights, len(x), images, wavefront, name), dtype=torch.uint8)
     fields = weights.shape.fields()
     arguments = (x, probs, state, weights.matrices, weights.vectors, fields, *draws, wavefront, images)
     return lambda first, last: run(*arguments, first, last)
 
 
-def group_size(batch: int, name: str) -> int:
-    """Images of a group: on a CPU every thread is to have some."""
-    threads = torch.get_num_threads() if name == "cpu" else 1
-    return max(1, min(GROUP, -(-batch // threads)))
+def group_size(batch: int, name: str, device: torch.device) -> int:
+    """Images of a group: every thread of a CPU, or multiprocessor of a GPU, is to have some. A step of a block is a
+    chain of small products and barriers, the shorter the fewer its images, and blocks do not wait for one another;
+    beyond `GROUP` images a product of a GPU has a second tile, and groups wait for their turn."""
+    if name == "cuda":
+        workers = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        workers = torch.get_num_threads() if name == "cpu" else 1
+    return max(1, min(GROUP, -(-batch // workers)))
 
 
 def state_bytes(weights, batch, images, wavefront, name):
@@ -174,8 +182,14 @@ def state_bytes(weights, batch, images, wavefront, name):
     return each * -(-batch // images)
 
 
-def _default_order(shape, batch, name):
-    return "raster"
+def default_order(shape: PixelCNNShape, images: int, name: str) -> str:
+    """On a CPU, where work counts, that with the larger products. On a GPU waiting counts: the wavefront's steps are
+    fewer, but each has up to twice the barriers, those of the stack of rows above beside those of the pixels; and rows
+    that go together must fit into one tile. Its count of barriers is measured (tests/ops/test_pixelcnn_block.py), its
+    time is not."""
+    if name != "cuda" or images * -(-shape.size // shape.lag) > TILE:
+        return "raster"
+    return "wavefront" if 2 * shape.steps("wavefront") <= shape.steps("raster") else "raster"
 
 
 # ---- argument checks -------------------------------------------------------------------------------------------------
@@ -550,8 +564,7 @@ def _reference_state_bytes(s, batch, dtype):
 
 def reference(x, log_prob, state, matrices, vectors, fields, labels, known, seed, sample_ids, temperature, wavefront,
               images, first_row, last_row):  # fmt: skip
-    if wavefront:
-        raise ValueError("pixelcnn_sample: the reference has no order='wavefront'; use 'raster' or 'naive'")
+    """In raster order, whichever is asked for: the order changes nothing but the time."""
     weights = PixelCNNWeights(PixelCNNShape(*fields), matrices, vectors)
     draws = _Draws(labels, known, seed, sample_ids, temperature)
     _Cached(x, log_prob, state, weights, draws).rows(first_row, last_row)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from genengine import ops
-from genengine.ops.pixelcnn_sample import _Draws, _Naive, pack_pixelcnn
+from genengine.ops.pixelcnn_sample import _Draws, _Naive, default_order, pack_pixelcnn
 from genengine.testing.pixelcnn_sample import NETWORKS, packed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +200,24 @@ def test_products_of_many_panels_rows_and_k(block):
     ]
     assert errors[0] <= 2 * errors[1] + 2**-8, errors
     assert torch.equal(run(block, weights, 3, images=1)[0], x[:3])
+
+
+@pytest.mark.parametrize("name", ["grey", "wide kernels", "one layer"])
+def test_the_wavefront_waits_less_often(block, name):
+    """What `default_order` goes by: a pixel's step has 5 L + 5 barriers, a layer of the stack of rows above 5."""
+    weights = packed(name)
+    s, labels = weights.shape, labels_of(weights, 1)
+    pixel, above = 5 * s.depth + 5, 5 * s.depth
+    raster, front = (run(block, weights, 1, labels=labels, images=1, wavefront=w)[2] for w in (False, True))
+    assert raster == 1 + s.size**2 * pixel + (s.size - 1) * above
+    assert front <= 1 + s.steps("wavefront") * (pixel + above)
+
+
+def test_default_order():
+    shape = dataclasses.replace(packed("grey").shape, size=28, depth=7)
+    assert [default_order(shape, images, "cuda") for images in (1, 4, 5)] == ["wavefront", "wavefront", "raster"]
+    assert default_order(dataclasses.replace(shape, depth=15), 1, "cuda") == "raster"  # 460 steps of 784
+    assert default_order(shape, 1, "cpu") == default_order(shape, 1, "reference") == "raster"
 
 
 @pytest.mark.parametrize("omit", [2, 3, 5])

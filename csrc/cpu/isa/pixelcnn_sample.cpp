@@ -81,6 +81,10 @@ struct Thread {
   void rows(int n, F f) const {
     for (int r = 0; r < n; ++r) f(r);
   }
+  template <class P, class F>
+  void add_up(int n, P part, F write) const {
+    for (int r = 0; r < n; ++r) write(r, part(r, 0, 1));
+  }
 
   template <class U, class F>
   void draw(int n, const float* logits, int stride, int levels, float inverse_temperature, U uniform, F write) const {

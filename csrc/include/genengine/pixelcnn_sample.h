@@ -241,11 +241,29 @@ GENENGINE_HD float uniform_at(uint64_t seed, uint32_t sample, uint32_t element) 
 
 // log p of the channels x of a pixel, whose parameters lie side by side, when it is drawn at this temperature: component
 // weights exp(logit / T) and log-scales s + log T. That changes e^-s alone, so x, means and half a bin are divided instead.
-GENENGINE_HD float mixture_log_prob_of(const float* params, const float* x, int components, int channels, const Bins& bins,
-                                       float inverse_temperature) {
+struct MixtureSums {
+  float joint_largest = kNothing, joint = 0.f, logit_largest = kNothing, logit = 0.f;
+
+  GENENGINE_HD_MEMBER void add(const MixtureSums& other) {
+    join(joint_largest, joint, other.joint_largest, other.joint);
+    join(logit_largest, logit, other.logit_largest, other.logit);
+  }
+  GENENGINE_HD_MEMBER float log_prob() const { return (joint_largest - logit_largest) + logarithm(joint / logit); }
+
+ private:
+  GENENGINE_HD_MEMBER static void join(float& largest, float& sum, float other_largest, float other) {
+    const float gap = other_largest - largest, less = exponential_within(-absolute(gap));
+    sum = gap > 0.f ? multiply_add(sum, less, other) : multiply_add(other, less, sum);
+    largest = gap > 0.f ? other_largest : largest;
+  }
+};
+
+// Of components first, first + step, ...
+GENENGINE_HD MixtureSums mixture_sums(const float* params, const float* x, int components, int channels, const Bins& bins,
+                                      float inverse_temperature, int first, int step) {
   const Bins scaled = {bins.last, bins.h * inverse_temperature, bins.log_width + logarithm(inverse_temperature)};
-  float joint_largest = kNothing, joint = 0.f, logit_largest = kNothing, logit_sum = 0.f;
-  for (int k = 0; k < components; ++k) {
+  MixtureSums sums;
+  for (int k = first; k < components; k += step) {
     const float logit = params[k] * inverse_temperature;
     float linear = logit, numerator = 1.f, denominator = 1.f;
     for (int c = 0; c < channels; ++c) {
@@ -259,10 +277,10 @@ GENENGINE_HD float mixture_log_prob_of(const float* params, const float* x, int 
       numerator *= slice.numerator;
       denominator *= slice.denominator;
     }
-    add_exponential(joint_largest, joint, joint_log_prob(linear, numerator, denominator));
-    add_exponential(logit_largest, logit_sum, logit);
+    add_exponential(sums.joint_largest, sums.joint, joint_log_prob(linear, numerator, denominator));
+    add_exponential(sums.logit_largest, sums.logit, logit);
   }
-  return (joint_largest - logit_largest) + logarithm(joint / logit_sum);
+  return sums;
 }
 
 // The channels of a pixel, with the bits of logistic_mixture_sample. u: 1 + C uniforms.
@@ -304,6 +322,7 @@ GENENGINE_HD void mixture_draw(const float* params, const float* u, int componen
 //   draw(n, logits, stride, levels, inverse_temperature, u, write)   write(r, level, log p) for all r < n: the level of
 //                            `inverse_cdf` for the uniform u(r), where that is positive
 //   rows(n, f)               f(r) for all r < n
+//   add_up(n, part, write)   write(r, the sum of part(r, first, step) over 0 <= first < step) for all r < n
 //   narrow(float) -> Weight, input(Weight) -> Input
 template <class Team>
 struct PixelSampler {
@@ -635,17 +654,27 @@ struct PixelSampler {
     float* residual = work<float>(state.residual);  // no longer needed: room for the uniforms and the pixel
     const float last = static_cast<float>(s.levels - 1);
     const Bins bins = {last, 1.f / last, logarithm(2.f / last)};
+    const auto given = [=, this](const Place& p) { return call.known && call.known[pixel(p, 0)]; };
+    const auto room = [=, this](int r) { return residual + r * s.part(); };
+    static_assert(1 + 2 * kMaxChannels <= kPanelColumns);
     team.rows(line.count * images, [=, this](int r) {
       const Place p = place(line, r);
-      if (call.known && call.known[pixel(p, 0)]) return;
-      static_assert(1 + 2 * kMaxChannels <= kPanelColumns);
-      float *u = residual + r * s.part(), *x = u + 1 + kMaxChannels;
+      if (given(p)) return;
+      float *u = room(r), *x = u + 1 + kMaxChannels;
       const uint32_t element = static_cast<uint32_t>((p.y * s.size + p.x) * (1 + s.channels));
       for (int j = 0; j <= s.channels; ++j) u[j] = uniform(p, element + static_cast<uint32_t>(j));
       const float* params = outputs + r * s.outputs();
       mixture_draw(params, u, s.components, s.channels, last, call.temperature, call.inverse_temperature, x);
       for (int c = 0; c < s.channels; ++c) call.x[pixel(p, c)] = x[c];
-      log_prob(p) = mixture_log_prob_of(params, x, s.components, s.channels, bins, call.inverse_temperature);
+    });
+    const auto sums = [=, this](int r, int first, int step) {
+      if (given(place(line, r))) return MixtureSums();
+      const float *params = outputs + r * s.outputs(), *x = room(r) + 1 + kMaxChannels;
+      return mixture_sums(params, x, s.components, s.channels, bins, call.inverse_temperature, first, step);
+    };
+    team.add_up(line.count * images, sums, [=, this](int r, const MixtureSums& found) {
+      const Place p = place(line, r);
+      if (!given(p)) log_prob(p) = found.log_prob();
     });
   }
 
