@@ -204,6 +204,9 @@ def test_known_tokens_stay_and_are_seen(backend, order):
     assert_draws(found, net, None, F32, seed=8, known=known.cpu())
     row = transformer_sample(net.packed(), 6, given=given[:1], known=known[0], **options)
     assert torch.equal(row.tokens[:, known[0]], given[:1, known[0]].expand(6, -1))
+    columns, places = (tensor.T.contiguous().T for tensor in (given, known))
+    strided = transformer_sample(net.packed(), 6, given=columns, known=places, **options)
+    assert torch.equal(strided.tokens, found.tokens) and strided.tokens.is_contiguous()
     everything = torch.ones_like(known)
     full = transformer_sample(net.packed(), 6, given=found.tokens, known=everything, **options)
     assert torch.equal(full.tokens, found.tokens) and full.log_prob.abs().max() == 0
@@ -455,6 +458,7 @@ def test_bad_packing():
         ({"given": torch.zeros(2, 22).long(), "known": KNOWN[:22]}, ValueError, "must broadcast to \\(B, N\\)"),
         ({"given": torch.full((2, 23), 11), "known": KNOWN}, ValueError, "given must be in 0 .. 10, got 11"),
         ({"given": torch.zeros(2, 23).long(), "known": KNOWN.float()}, TypeError, "known must have dtype torch.bool"),
+        ({"callback": 3}, TypeError, "callback must be callable, got int"),
         ({"seed": -1}, ValueError, "seed must be in"),
         ({"sample_ids": torch.zeros(3).long()}, ValueError, "sample_ids must be"),
     ],
