@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import time
 from collections import OrderedDict
 
 import pytest
@@ -379,6 +381,60 @@ def test_recordings_work_in_and_out_of_inference_mode(unrecorded):
         with torch.inference_mode(mode):
             found = by_graph(arguments(net.packed(), labels, torch.tensor(1)))
         assert_draws(found, net, labels, F32, seed=1)
+
+
+def test_threads_take_turns_at_a_loop(unrecorded, monkeypatch):
+    monkeypatch.setattr(_transformer_graph, "step", slowly(_transformer_graph.step))
+    net, labels, found = make(), torch.tensor([0, 3]), {}
+
+    def draw(seed):
+        found[seed] = by_graph(arguments(net.packed(), labels, torch.tensor(seed)))
+
+    draw(0)
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert_draws(found[seed], net, labels, F32, seed=seed)
+
+
+def slowly(step):
+    def run(*args, **options):
+        time.sleep(1e-4)  # lets another thread go on
+        return step(*args, **options)
+
+    return run
+
+
+def test_weights_that_were_copied_in_part_are_copied_again(unrecorded, monkeypatch):
+    nets, labels = [make(seed=seed) for seed in (0, 1)], torch.tensor([0, 3])
+    calls = [arguments(net.packed(), labels, torch.tensor(1)) for net in nets]
+    by_graph(calls[0])
+    everything = _transformer_graph._tensors
+
+    def interrupted(net):
+        for index, tensor in enumerate(everything(net)):
+            if index == 4:
+                raise KeyboardInterrupt
+            yield tensor
+
+    monkeypatch.setattr(_transformer_graph, "_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        by_graph(calls[1])
+    monkeypatch.setattr(_transformer_graph, "_tensors", everything)
+    assert_draws(by_graph(calls[0]), nets[0], labels, F32, seed=1)
+
+
+def test_large_loops_are_not_kept(unrecorded, monkeypatch):
+    weights = make().packed()
+    by_graph(arguments(weights, torch.tensor([0, 3]), torch.tensor(1)))
+    by_graph(arguments(weights, torch.tensor([0, 3, 1]), torch.tensor(1)))
+    assert len(_transformer_graph._loops) == 2
+    monkeypatch.setattr(_transformer_graph, "_KEPT_BYTES", 1)
+    by_graph(arguments(weights, torch.tensor([0]), torch.tensor(1)))
+    assert [key[1] for key in _transformer_graph._loops] == [1]
 
 
 def test_recorded_steps_need_the_cache_and_may_be_none(unrecorded):
