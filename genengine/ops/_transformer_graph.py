@@ -36,7 +36,10 @@ def sample(
         return
     shape = (dim, num_heads, depth, hidden, num_levels)
     sizes = sizes_of("transformer_sample", matrices, vectors, shape, tokens.shape[1])
-    key = (sizes, len(tokens), matrices.dtype, matrices.device, _stream(matrices.device), temperature, known is None)
+    key = (
+        sizes, len(tokens), matrices.dtype, matrices.device, _stream(matrices.device), temperature, known is None,
+        torch.backends.cuda.matmul.fp32_precision,
+    )  # fmt: skip
     with _turn:
         if key not in _loops:
             _loops[key] = Loop(sizes, temperature, matrices, vectors, known, tokens, log_prob)

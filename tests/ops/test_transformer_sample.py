@@ -437,6 +437,18 @@ def test_large_loops_are_not_kept(unrecorded, monkeypatch):
     assert [key[1] for key in _transformer_graph._loops] == [1]
 
 
+def test_another_precision_of_products_is_recorded_anew(unrecorded):
+    args, products = arguments(make().packed(), torch.tensor([0, 3]), torch.tensor(1)), torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            products.fp32_precision = precision
+            by_graph(args)
+    finally:
+        products.fp32_precision = before
+    assert len(unrecorded) == 8
+
+
 def test_recorded_steps_need_the_cache_and_may_be_none(unrecorded):
     args = arguments(make().packed(), torch.tensor([0]), torch.tensor(1))
     with pytest.raises(RuntimeError, match="without a cache only the reference runs"):
