@@ -219,8 +219,8 @@ def _positive(whiskers: list[list[float]]) -> list[list[float]]:
 
 PUBLISHED_CAPTION = (
     "How many times as fast as one variant, such as a naive loop, each of the others is, against the size of an axis, "
-    "with the speed-ups that papers report of such work. Dashed lines are as published: on other hardware, against the "
-    "paper's own baseline. Compare how they grow, not how high they are."
+    "with the speed-ups that papers report of such work. Dashed lines are as published: on other hardware, of the "
+    "paper's own network, against its own baseline. Compare how they grow, not how high they are."
 )
 
 

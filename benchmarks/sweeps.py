@@ -150,5 +150,5 @@ def _table(found):
         f"{found.name}: speed-up over {found.over}",
         f"    {found.axis}".ljust(width + 2) + put(map(str, found.sizes)),
         *(f"    {label}".ljust(width + 2) + put(row) for label, row in zip(labels, cells, strict=True)),
-        "    published: on other hardware, against the paper's own baseline",
+        "    published: on other hardware, of the paper's own network, against its own baseline",
     ]

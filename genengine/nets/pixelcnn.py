@@ -20,6 +20,7 @@ from torch import nn
 
 from genengine import ops
 from genengine.nets import configs, layers
+from genengine.nets.packed import Packed
 from genengine.ops.logistic_mixture import MAX_CHANNELS, params_per_component
 
 MODES = ("gated", "plain")
@@ -267,7 +268,7 @@ class PixelCNN(nn.Module):
             self.classes = layers.LabelEmbedder(config.num_classes, config.depth * 4 * config.dim)
         self.hidden = PixelProduct(config.dim, config.head_dim, config.groups)
         self.out = PixelProduct(config.head_dim, config.out_features, config.groups)
-        self._packed = {}  # what `packed` gave, and of what
+        self._packed = Packed()
         self.reset_parameters(seed)
 
     @classmethod
@@ -366,15 +367,13 @@ class PixelCNN(nn.Module):
         dtype: float32 or bfloat16; None for the parameters' own (float32 of float16).  fold: see `ops.pack_pixelcnn`.
         """
         dtype = dtype or (torch.float32 if self.positions.dtype == torch.float16 else self.positions.dtype)
-        version = lambda tensor: 0 if tensor.is_inference() else tensor._version  # noqa: E731
-        state = tuple((p.data_ptr(), version(p), p.device) for p in self.parameters())
-        if (dtype, fold) not in self._packed or self._packed[dtype, fold][0] != state:
-            config = self.config
-            sizes = {"size": config.image_size, "channels": config.in_channels, "levels": config.num_levels}
-            components = config.components if config.head == "logistic_mixture" else 0
-            weights = ops.pack_pixelcnn(self.kernels(), **sizes, components=components, dtype=dtype, fold=fold)
-            self._packed[dtype, fold] = state, weights
-        return self._packed[dtype, fold][1]
+        return self._packed.get((dtype, fold), self.parameters(), lambda: self._pack(dtype, fold))
+
+    def _pack(self, dtype, fold):
+        config = self.config
+        sizes = {"size": config.image_size, "channels": config.in_channels, "levels": config.num_levels}
+        components = config.components if config.head == "logistic_mixture" else 0
+        return ops.pack_pixelcnn(self.kernels(), **sizes, components=components, dtype=dtype, fold=fold)
 
     def _features(self, x):
         """What the first layer sees: the pixels, or the embeddings of their levels (B, C E, H, W)."""

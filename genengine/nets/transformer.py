@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genengine.nets import configs, layers
+from genengine.nets.packed import Packed
 from genengine.ops.attention import MAX_HEAD_DIM
 from genengine.ops.transformer_sample import NORM_EPS, pack_transformer
 
@@ -101,7 +102,7 @@ class Transformer(nn.Module):
         self.positions = nn.Parameter(torch.empty(config.length, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.out = layers.linear(config.dim, config.num_levels)
-        self._packed = {}
+        self._packed = Packed()
         self.reset_parameters(seed)
 
     @classmethod
@@ -171,18 +172,14 @@ class Transformer(nn.Module):
         What is written through `.data` counts as no change, to torch neither: write under `torch.no_grad()` instead.
 
         Args:
-            dtype: of the matrices: float32, bfloat16 or float64; None for the parameters' own.
+            dtype: of the matrices: float32, bfloat16 or float64; None for the parameters' own (float32 of float16).
         Raises:
             ValueError: a weight that is not finite.
         """
-        weights = self.named_weights()
-        dtype = dtype or self.positions.dtype
-        version = lambda tensor: 0 if tensor.is_inference() else tensor._version  # noqa: E731
-        state = tuple((tensor.data_ptr(), version(tensor), tensor.device) for tensor in weights.values())
-        if dtype not in self._packed or self._packed[dtype][0] != state:
-            packed = pack_transformer(weights, num_heads=self.config.num_heads, dtype=dtype)
-            self._packed[dtype] = (state, packed)
-        return self._packed[dtype][1]
+        weights, own = self.named_weights(), self.positions.dtype
+        dtype = dtype or (torch.float32 if own == torch.float16 else own)
+        pack = lambda: pack_transformer(weights, num_heads=self.config.num_heads, dtype=dtype)  # noqa: E731
+        return self._packed.get(dtype, weights.values(), pack)
 
     def _check(self, tokens, y):
         length = self.config.length

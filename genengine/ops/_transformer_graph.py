@@ -4,11 +4,12 @@ A step has some ten small kernels a block, and launched one by one they wait for
 so one recording serves every token; as attention must look at a fixed number of keys, there are four recordings, for
 each quarter of the sequence one, and what lies beyond the position is masked. Nothing is read back to the host.
 
-Recordings and the tensors they work on are kept for the sizes that were used last.
+Recordings and the tensors they work on are kept for the sizes that were used last, few of them where they are large.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -19,8 +20,9 @@ from genengine._capture import capturing
 from genengine.ops._transformer import Network, new_state, sizes_of, step, uniforms, unpack_transformer
 
 _QUARTERS = 4
-_KEPT = 4
+_KEPT, _KEPT_BYTES = 4, 4 << 30  # loops, and what they hold together; the last one stays, however large
 _loops: OrderedDict[tuple, Loop] = OrderedDict()
+_turn = threading.Lock()  # threads on one stream share a loop: between two steps of a call no other's may run
 
 
 def sample(
@@ -34,18 +36,22 @@ def sample(
         return
     shape = (dim, num_heads, depth, hidden, num_levels)
     sizes = sizes_of("transformer_sample", matrices, vectors, shape, tokens.shape[1])
-    key = (sizes, len(tokens), matrices.dtype, matrices.device, _stream(matrices.device), temperature, known is None)
-    if key not in _loops:
-        _loops[key] = Loop(sizes, temperature, matrices, vectors, known, tokens, log_prob)
-        if len(_loops) > _KEPT:
+    key = (
+        sizes, len(tokens), matrices.dtype, matrices.device, _stream(matrices.device), temperature, known is None,
+        torch.backends.cuda.matmul.fp32_precision,
+    )  # fmt: skip
+    with _turn:
+        if key not in _loops:
+            _loops[key] = Loop(sizes, temperature, matrices, vectors, known, tokens, log_prob)
+        _loops.move_to_end(key)
+        while len(_loops) > 1 and (len(_loops) > _KEPT or sum(loop.nbytes for loop in _loops.values()) > _KEPT_BYTES):
             _loops.popitem(last=False)
-    _loops.move_to_end(key)
-    loop = _loops[key]
-    loop.prepare(matrices, vectors, first, last)
-    loop.begin(labels, uniforms(tokens, seed, sample_ids), known, first, tokens, cache)
-    for position in range(first, last):
-        loop.replays[loop.seen(position)]()
-    loop.end(first, last, tokens, log_prob, cache)
+        loop = _loops[key]
+        loop.prepare(matrices, vectors, first, last)
+        loop.begin(labels, uniforms(tokens, seed, sample_ids), known, first, tokens, cache)
+        for position in range(first, last):
+            loop.replays[loop.seen(position)]()
+        loop.end(first, last, tokens, log_prob, cache)
 
 
 def _stream(device):
@@ -70,6 +76,7 @@ class Loop:
             buffers = torch.zeros_like(tokens), torch.zeros_like(log_prob), cache
             self.state = new_state(sizes, temperature, u, known, *buffers)
             self.state.row.zero_()
+        self.nbytes = 2 * (matrices.nbytes + vectors.nbytes) + cache.nbytes  # about: weights are kept as given, too
 
     def seen(self, position: int) -> int:
         """Keys that the recording for this position looks at."""
@@ -78,6 +85,7 @@ class Loop:
     def prepare(self, matrices: Tensor, vectors: Tensor, first: int, last: int) -> None:
         """Take the weights, if they are others, and record the steps that are still missing."""
         if self.source is None or not _same(self.source, (matrices, vectors)):
+            self.source = None  # of an interrupted copy there is none
             fresh = unpack_transformer(matrices, vectors, self.sizes)
             for old, new in zip(_tensors(self.net), _tensors(fresh), strict=True):
                 old.copy_(new)

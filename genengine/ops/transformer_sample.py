@@ -83,8 +83,9 @@ def transformer_sample(
     order: "cached" (the default): keys and values of earlier tokens are kept; "naive": a pass over all tokens so far
     for every token, on the reference alone.
     callback: callback(done, N) after every few tokens, on a GPU once they are there. Ctrl-C, or a KeyboardInterrupt
-    that the callback raises, ends the call with the tokens drawn so far. backend: see `genengine.backend`; "cuda"
-    replays CUDA graphs of torch's kernels, which the first call of a batch size and temperature records.
+    that the callback raises, ends the call with the tokens drawn so far; on a GPU without a callback, where the call is
+    queued at once, with none. backend: see `genengine.backend`; "cuda" replays CUDA graphs of torch's kernels, which
+    the first call of a batch size and temperature records.
 
     Returns Sequences. Not differentiable.
     Raises TypeError or ValueError on bad arguments, RuntimeError if a named backend cannot run.
@@ -95,7 +96,7 @@ def transformer_sample(
     Vaswani et al. 2017, "Attention is all you need"; Shazeer 2019, "Fast transformer decoding" (the cache).
     """
     op = "transformer_sample"
-    _check_options(op, weights, num, temperature, order)
+    _check_options(op, weights, num, temperature, order, callback)
     sizes, matrices = weights.sizes, weights.matrices
     device, cached = matrices.device, order != "naive"
     labels = _labels(op, labels, num, sizes, device)
@@ -161,7 +162,7 @@ def cache_numel(sizes, num):
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check_options(op, weights, num, temperature, order):
+def _check_options(op, weights, num, temperature, order, callback):
     if not isinstance(weights, TransformerWeights):
         raise TypeError(f"{op}: weights must be what pack_transformer returns, got {type(weights).__name__}")
     if isinstance(num, bool) or not isinstance(num, int):
@@ -174,6 +175,8 @@ def _check_options(op, weights, num, temperature, order):
         raise ValueError(f"{op}: temperature must be in [1e-6, 1e6], got {temperature}")
     if order is not None and order not in ORDERS:
         raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)} or None, got {order!r}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{op}: callback must be callable, got {type(callback).__name__}")
 
 
 def _labels(op, labels, num, sizes, device):
@@ -204,7 +207,7 @@ def _given(op, given, known, num, sizes, device):
             f"{op}: given and known must broadcast to (B, N) = {shape}, got {tuple(given.shape)} and "
             f"{tuple(known.shape)}"
         ) from error
-    tokens = torch.where(known, given.long(), 0)
+    tokens = torch.where(known, given.long(), 0).contiguous()  # where() keeps the strides of a transposed tensor
     _check_values(op, "given", tokens, sizes.num_levels - 1)
     return tokens, known.contiguous()
 

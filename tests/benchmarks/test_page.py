@@ -195,7 +195,7 @@ def test_the_terminal_shows_growth_and_published_figures():
         "    eager, cached                   10   10       10",
         "    fused, wide                    400  150       75",
         "    A paper & co, 2017, published    2       10",
-        "    published: on other hardware, against the paper's own baseline",
+        "    published: on other hardware, of the paper's own network, against its own baseline",
     ]
     assert sweeps.lines(made.report([made.row()])) == []
     costly = [row | made.costly(flops=1000 * row["shape"][0], seconds=row["shape"][0]) for row in batches()]

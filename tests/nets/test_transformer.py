@@ -2,11 +2,13 @@
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from support import filled
+from torch import nn
 
 from genengine import ops
 from genengine.nets.transformer import CONFIGS, Transformer, TransformerConfig
@@ -131,6 +133,34 @@ def test_packed_weights_follow_the_parameters():
         twin.positions.mul_(2)
     assert not torch.equal(twin.packed().vectors, third.vectors) and net.packed() is third
     assert net.double().packed().matrices.dtype == torch.float64
+
+
+def test_packed_weights_are_told_from_others_at_the_same_address():
+    net = make(torch.float32)
+    net.positions = nn.Parameter(torch.zeros(net.positions.shape))
+    net.packed()
+    address, others = net.positions.data_ptr(), []
+    net.positions = None  # whose memory may be given to the next tensor
+    while len(others) < 64 and not (others and others[-1].data_ptr() == address):
+        others.append(torch.ones(net.config.length, net.config.dim))
+    net.positions = nn.Parameter(others[-1])
+    assert net.packed().vectors.eq(1).sum() >= net.positions.numel()
+
+
+def test_copies_and_pickles_carry_no_packed_weights():
+    net = make(torch.float32)
+    sizes = []
+    for _ in range(2):
+        sizes.append(len(pickle.dumps(net)))
+        first = net.packed()
+    assert sizes[0] == sizes[1] and net.packed() is first
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin.packed().matrices, first.matrices) and twin.packed().matrices is not first.matrices
+
+
+def test_weights_in_float16_are_packed_in_float32():
+    net = make(torch.float16)
+    assert net.packed().matrices.dtype == torch.float32 == net.packed().vectors.dtype
 
 
 def test_weights_made_in_inference_mode_are_packed_too():

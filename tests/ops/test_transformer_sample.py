@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import threading
+import time
 from collections import OrderedDict
 
 import pytest
@@ -204,6 +206,9 @@ def test_known_tokens_stay_and_are_seen(backend, order):
     assert_draws(found, net, None, F32, seed=8, known=known.cpu())
     row = transformer_sample(net.packed(), 6, given=given[:1], known=known[0], **options)
     assert torch.equal(row.tokens[:, known[0]], given[:1, known[0]].expand(6, -1))
+    columns, places = (tensor.T.contiguous().T for tensor in (given, known))
+    strided = transformer_sample(net.packed(), 6, given=columns, known=places, **options)
+    assert torch.equal(strided.tokens, found.tokens) and strided.tokens.is_contiguous()
     everything = torch.ones_like(known)
     full = transformer_sample(net.packed(), 6, given=found.tokens, known=everything, **options)
     assert torch.equal(full.tokens, found.tokens) and full.log_prob.abs().max() == 0
@@ -378,6 +383,72 @@ def test_recordings_work_in_and_out_of_inference_mode(unrecorded):
         assert_draws(found, net, labels, F32, seed=1)
 
 
+def test_threads_take_turns_at_a_loop(unrecorded, monkeypatch):
+    monkeypatch.setattr(_transformer_graph, "step", slowly(_transformer_graph.step))
+    net, labels, found = make(), torch.tensor([0, 3]), {}
+
+    def draw(seed):
+        found[seed] = by_graph(arguments(net.packed(), labels, torch.tensor(seed)))
+
+    draw(0)
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        assert_draws(found[seed], net, labels, F32, seed=seed)
+
+
+def slowly(step):
+    def run(*args, **options):
+        time.sleep(1e-4)  # lets another thread go on
+        return step(*args, **options)
+
+    return run
+
+
+def test_weights_that_were_copied_in_part_are_copied_again(unrecorded, monkeypatch):
+    nets, labels = [make(seed=seed) for seed in (0, 1)], torch.tensor([0, 3])
+    calls = [arguments(net.packed(), labels, torch.tensor(1)) for net in nets]
+    by_graph(calls[0])
+    everything = _transformer_graph._tensors
+
+    def interrupted(net):
+        for index, tensor in enumerate(everything(net)):
+            if index == 4:
+                raise KeyboardInterrupt
+            yield tensor
+
+    monkeypatch.setattr(_transformer_graph, "_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        by_graph(calls[1])
+    monkeypatch.setattr(_transformer_graph, "_tensors", everything)
+    assert_draws(by_graph(calls[0]), nets[0], labels, F32, seed=1)
+
+
+def test_large_loops_are_not_kept(unrecorded, monkeypatch):
+    weights = make().packed()
+    by_graph(arguments(weights, torch.tensor([0, 3]), torch.tensor(1)))
+    by_graph(arguments(weights, torch.tensor([0, 3, 1]), torch.tensor(1)))
+    assert len(_transformer_graph._loops) == 2
+    monkeypatch.setattr(_transformer_graph, "_KEPT_BYTES", 1)
+    by_graph(arguments(weights, torch.tensor([0]), torch.tensor(1)))
+    assert [key[1] for key in _transformer_graph._loops] == [1]
+
+
+def test_another_precision_of_products_is_recorded_anew(unrecorded):
+    args, products = arguments(make().packed(), torch.tensor([0, 3]), torch.tensor(1)), torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            products.fp32_precision = precision
+            by_graph(args)
+    finally:
+        products.fp32_precision = before
+    assert len(unrecorded) == 8
+
+
 def test_recorded_steps_need_the_cache_and_may_be_none(unrecorded):
     args = arguments(make().packed(), torch.tensor([0]), torch.tensor(1))
     with pytest.raises(RuntimeError, match="without a cache only the reference runs"):
@@ -455,6 +526,7 @@ def test_bad_packing():
         ({"given": torch.zeros(2, 22).long(), "known": KNOWN[:22]}, ValueError, "must broadcast to \\(B, N\\)"),
         ({"given": torch.full((2, 23), 11), "known": KNOWN}, ValueError, "given must be in 0 .. 10, got 11"),
         ({"given": torch.zeros(2, 23).long(), "known": KNOWN.float()}, TypeError, "known must have dtype torch.bool"),
+        ({"callback": 3}, TypeError, "callback must be callable, got int"),
         ({"seed": -1}, ValueError, "seed must be in"),
         ({"sample_ids": torch.zeros(3).long()}, ValueError, "sample_ids must be"),
     ],
