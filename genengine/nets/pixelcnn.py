@@ -366,15 +366,22 @@ class PixelCNN(nn.Module):
         dtype: float32 or bfloat16; None for the parameters' own (float32 of float16).  fold: see `ops.pack_pixelcnn`.
         """
         dtype = dtype or (torch.float32 if self.positions.dtype == torch.float16 else self.positions.dtype)
-        version = lambda tensor: 0 if tensor.is_inference() else tensor._version  # noqa: E731
-        state = tuple((p.data_ptr(), version(p), p.device) for p in self.parameters())
+        if any(p.is_inference() for p in self.parameters()):  # nobody counts what is written to these
+            return self._pack(dtype, fold)
+        state = tuple((p.data_ptr(), p._version, p.device) for p in self.parameters())
         if (dtype, fold) not in self._packed or self._packed[dtype, fold][0] != state:
-            config = self.config
-            sizes = {"size": config.image_size, "channels": config.in_channels, "levels": config.num_levels}
-            components = config.components if config.head == "logistic_mixture" else 0
-            weights = ops.pack_pixelcnn(self.kernels(), **sizes, components=components, dtype=dtype, fold=fold)
-            self._packed[dtype, fold] = state, weights
+            self._packed[dtype, fold] = state, self._pack(dtype, fold)
         return self._packed[dtype, fold][1]
+
+    def _pack(self, dtype, fold):
+        config = self.config
+        sizes = {"size": config.image_size, "channels": config.in_channels, "levels": config.num_levels}
+        components = config.components if config.head == "logistic_mixture" else 0
+        return ops.pack_pixelcnn(self.kernels(), **sizes, components=components, dtype=dtype, fold=fold)
+
+    def __getstate__(self):
+        """Copies and pickles are without the packed weights, which would double their size."""
+        return {**self.__dict__, "_packed": {}}
 
     def _features(self, x):
         """What the first layer sees: the pixels, or the embeddings of their levels (B, C E, H, W)."""
