@@ -36,13 +36,15 @@ PATIENCE = 0.05  # seconds of a call without a look at Ctrl-C, as far as rows al
 
 class PixelCNNSamples(NamedTuple):
     """x (B, C, H, W) float32 on the values -1 + 2 i / (L - 1); log_prob (B, H, W) float32, of what was drawn at each
-    pixel, in nats, 0 where it was given; rows: how many are done, H unless the call was interrupted (the rest is 0)."""
+    pixel, in nats, 0 where it was given; rows: how many are done, H unless the call was interrupted (the rest is 0, but
+    for known pixels)."""
 
     x: Tensor
     log_prob: Tensor
     rows: int
 
 
+@torch.compiler.disable(reason="pixelcnn_sample loops over rows on the host, where Ctrl-C ends it")
 def pixelcnn_sample(
     weights: PixelCNNWeights,
     num: int,
@@ -83,12 +85,17 @@ def pixelcnn_sample(
             logistics a pixel is known in all its channels or in none.
         order: "raster": pixel by pixel. "wavefront": pixels of several rows at once, a row beginning as soon as what
             it needs of the one above is there. "naive" (reference alone): a whole forward pass for every pixel. None:
-            the faster of the first two.
+            "raster".
         callback: callback(rows done, H), after every row. Ctrl-C, in it or between rows, ends the call with what is
-            there. Without a callback the rows of a call on a CPU are as many as fit in some 50 ms; on a GPU all.
+            there. Without a callback a CPU looks for Ctrl-C after as many rows as fit in some 50 ms, one at least; a
+            GPU when all are done.
+
+    The caches of all images are kept throughout, some hundred kilobytes each (with 64 features and 7 layers 0.3 MB for
+    32 x 32 pixels, the wavefront 1.3 MB), and a row of all of them is one step: draw thousands of images in parts, by
+    their sample_ids.
 
     Returns PixelCNNSamples(x, log_prob, rows). Not differentiable.
-    Raises ValueError or TypeError on bad arguments.
+    Raises ValueError or TypeError on bad arguments, RuntimeError if `given` requires grad.
     Cost: reads the weights once, labels, known, seed, sample_ids, writes x and log_prob; the multiply-adds of every
     matrix once per pixel (none of the rows above for the first row), 10 flops of a gate with 2 exponentials, a level's
     exponential.
@@ -100,6 +107,7 @@ def pixelcnn_sample(
             f"{op}: weights must be PixelCNNWeights of pack_pixelcnn or packed(), got {type(weights).__name__}"
         )
     shape, device = weights.shape, weights.device
+    _check.no_grad_needed(op, (weights.matrices, weights.vectors, given))
     num = _count(op, num)
     _check_options(op, temperature, order, callback)
     labels = _check_labels(op, labels, num, shape.classes, device)
@@ -108,14 +116,11 @@ def pixelcnn_sample(
     sample_ids = _check.sample_ids(op, sample_ids, device, num)
     if sample_ids is None:
         sample_ids = torch.arange(num, device=device)
-    name = (
-        "reference"
-        if order == "naive" and backend is None
-        else _registry.choose(SAMPLE, device, weights.dtype, backend)
-    )
-    order = order or _default_order(shape, num, name)
+    if order == "naive" and backend is None and _registry.named(SAMPLE) is None:
+        backend = "reference"
+    name = _registry.choose(SAMPLE, device, weights.dtype, backend)
     draws = _Draws(labels, known, seed, sample_ids, float(temperature))
-    return _by_rows(x, weights, draws, order, name, callback)
+    return _by_rows(x, weights, draws, order or "raster", name, callback)
 
 
 class _Draws(NamedTuple):
@@ -143,12 +148,21 @@ def _by_rows(x, weights, draws, order, name, callback):
             run(done, min(done + step, size))
             done = min(done + step, size)
             if callback is not None:
+                if x.device.type == "cuda":  # or the rows are only on their way
+                    torch.cuda.current_stream(x.device).synchronize()
                 callback(done, size)
             elif time.perf_counter() - before < PATIENCE / 2:
                 step *= 2
     except KeyboardInterrupt:
+        _clear_from(done, x, probs, draws.known)
         return PixelCNNSamples(x, probs, done)
     return PixelCNNSamples(x, probs, size)
+
+
+def _clear_from(row, x, probs, known):
+    """Rows that were begun when the call was interrupted become zeros again, but for what is known."""
+    x[:, :, row:] = 0.0 if known is None else torch.where(known[:, :, row:], x[:, :, row:], 0.0)
+    probs[:, row:] = 0.0
 
 
 def _rows_of(x, probs, weights, draws, order, name):
@@ -172,10 +186,6 @@ def state_bytes(weights, batch, images, wavefront, name):
         return _reference_state_bytes(weights.shape, batch, weights.vectors.dtype)
     each = torch.ops.genengine.pixelcnn_state.default(weights.matrices, weights.shape.fields(), images, wavefront)
     return each * -(-batch // images)
-
-
-def _default_order(shape, batch, name):
-    return "raster"
 
 
 # ---- argument checks -------------------------------------------------------------------------------------------------
@@ -241,6 +251,11 @@ def _check_given(op, given, known, num, shape, device):
         )
     last = shape.levels - 1
     level = torch.round((given.to(device, kind) + 1) * (0.5 * last)).clamp(0, last)
+    if device.type == "cpu" and bool((missing := level.isnan() & known).any()):  # a GPU would wait for the look
+        raise ValueError(
+            f"{op}: given must have a number wherever known is True, got {int(missing.sum())} NaN; leave those pixels "
+            "out of known"
+        )
     return torch.where(known, (2 * level - last) / last, 0.0).contiguous(), known.contiguous()
 
 
@@ -272,7 +287,8 @@ class _Network:
         s = self.s
         if not s.embedding:
             return self.rounded(x.movedim(1, -1).to(self.dtype))
-        level = torch.round((x + 1) * (0.5 * (s.levels - 1))).long().movedim(1, -1)  # (B, ..., C)
+        level = torch.round((x + 1) * (0.5 * (s.levels - 1))).nan_to_num(0)  # NaN, of outputs that overflow, has none
+        level = level.long().movedim(1, -1)  # (B, ..., C)
         table = self.vectors["table", 0]
         return self.rounded(table[torch.arange(s.channels, device=x.device), level].flatten(-2))
 
@@ -358,10 +374,11 @@ class _Naive:
         self.draw = _Draw(x, probs, weights.shape, draws)
 
     def rows(self, first, last):
-        for y in range(first, last):
-            for x in range(self.s.size):
-                for group in range(self.s.groups):
-                    self.draw(self.outputs(group)[:, y, x], y, x, group)
+        with torch.autocast(self.x.device.type, enabled=False):  # as our kernels, it casts nothing
+            for y in range(first, last):
+                for x in range(self.s.size):
+                    for group in range(self.s.groups):
+                        self.draw(self.outputs(group)[:, y, x], y, x, group)
 
     def outputs(self, group):
         """(B, H, W, O) of a group."""
@@ -554,7 +571,8 @@ def reference(x, log_prob, state, matrices, vectors, fields, labels, known, seed
         raise ValueError("pixelcnn_sample: the reference has no order='wavefront'; use 'raster' or 'naive'")
     weights = PixelCNNWeights(PixelCNNShape(*fields), matrices, vectors)
     draws = _Draws(labels, known, seed, sample_ids, temperature)
-    _Cached(x, log_prob, state, weights, draws).rows(first_row, last_row)
+    with torch.autocast(x.device.type, enabled=False):  # as our kernels, it casts nothing
+        _Cached(x, log_prob, state, weights, draws).rows(first_row, last_row)
 
 
 # ---- cost and schema -------------------------------------------------------------------------------------------------
