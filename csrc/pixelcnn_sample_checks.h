@@ -42,6 +42,8 @@ inline PixelCNNCall pixelcnn_call(const char* op, const Tensor& x, const Tensor&
   STD_TORCH_CHECK(s.levels <= kMaxLevels, op, ": at most ", kMaxLevels, " levels, got ", s.levels);
   STD_TORCH_CHECK(images >= 1 && images <= kMaxImages, op, ": groups must be of 1 to ", kMaxImages, " images, got ", images);
   STD_TORCH_CHECK(0 <= first_row && first_row <= last_row && last_row <= s.size, op, ": rows must be within the image");
+  STD_TORCH_CHECK(!known || (known->numel() == x.numel() && known->is_contiguous()), op, ": known must be contiguous (B, C, H, W)");
+  STD_TORCH_CHECK(!labels || (labels->numel() == call.batch && labels->is_contiguous()), op, ": labels must be contiguous (B,)");
   require_seed(op, seed, call.batch);
   require_sample_ids(op, sample_ids, call.batch);
   call.matrices = matrices.data_ptr();

@@ -182,7 +182,8 @@ class PixelCNN(Model):
             progress: show a progress bar.  check_finite: look at every output of the network.
         Returns:
             (num, C, H, W) float32 on the network's device, on the levels 2 i / (L - 1) - 1. After Ctrl-C between rows
-            what was drawn so far, with a warning; the rest is 0. The fixed point passes KeyboardInterrupt on.
+            what was drawn so far, with a warning; the rest is 0, but for known pixels. The fixed point passes
+            KeyboardInterrupt on.
         Raises:
             ValueError: labels, first_id, temperature or order out of range or of the wrong number; given without known.
             TypeError: labels that are not integers, a num or first_id that is no int.
@@ -200,6 +201,8 @@ class PixelCNN(Model):
         out = torch.zeros((num, *self.image_shape), device=self.device)
         if num == 0:
             return out
+        if known is not None:
+            out.copy_(torch.where(known, given, out))
         settle = self._settle_all if order == "fixed_point" else partial(self._draw_all, order)
         with torch.inference_mode():
             settle(out, ids, labels, temperature, seed, (given, known), progress, check_finite)
@@ -237,8 +240,6 @@ class PixelCNN(Model):
 
     def _settle_all(self, out, ids, labels, temperature, seed, fixed, progress, check_finite):
         given, known = fixed
-        if known is not None:
-            out.copy_(torch.where(known, given, out))
         with progress_bar(progress, len(out), self.family, "image") as bar:
             for part in _slices(len(out), CHUNK if out.device.type == "cpu" else len(out)):
                 draw = self._drawer(ids[part], temperature, seed)

@@ -24,14 +24,12 @@ class Packed:
     def get(self, key: Hashable, tensors: Iterable[Tensor], pack: Callable[[], T]) -> T:
         """What pack() gave for `key` when the tensors were as they are now."""
         tensors = [tensor.detach() for tensor in tensors]
-        state = [(tensor.data_ptr(), _version(tensor), tensor.device) for tensor in tensors]
+        if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to these
+            return pack()
+        state = [(tensor.data_ptr(), tensor._version, tensor.device) for tensor in tensors]
         if key not in self._found or self._found[key][0] != state:
             self._found[key] = state, tensors, pack()
         return self._found[key][2]
 
     def __reduce__(self):
         return Packed, ()
-
-
-def _version(tensor):
-    return 0 if tensor.is_inference() else tensor._version

@@ -176,7 +176,7 @@ class _Mixture:
         index = torch.round((x + 1) * (0.5 * (bins - 1))).clamp(0, bins - 1)
         self.x = (2 * index - (bins - 1)) / (bins - 1)
         self.lowest, self.highest = ((index == end)[:, :, None] for end in (0, bins - 1))
-        self.logits, means, log_scales, self.couplings = _split(params.to(_wide_dtype(params)), x.shape[1])
+        self.logits, means, log_scales, self.couplings = split_params(params.to(_wide_dtype(params)), x.shape[1])
         means = means.clone()
         for (c, j), coupling in zip(_pairs(x.shape[1]), self.couplings.unbind(1), strict=True):
             means[:, c] += torch.tanh(coupling) * self.x[:, j : j + 1]
@@ -197,7 +197,8 @@ class _Mixture:
         return torch.log_softmax(self.logits, dim=1) + log_p.sum(1)
 
 
-def _split(params, channels):
+def split_params(params, channels):
+    """Logits (B, K, ...), and means, log-scales and couplings (B, count, K, ...)."""
     k = params.shape[1] // params_per_component(channels)
     counts = (1, channels, channels, channels * (channels - 1) // 2)
     parts = params.split([count * k for count in counts], dim=1)
@@ -211,7 +212,7 @@ def _pairs(channels):
 def reference_sample(params, channels, bins, temperature, seed, sample_ids, step):
     batch, _, *spatial = params.shape
     logits, means, log_scales, couplings = (t.flatten(-len(spatial)) if spatial else t[..., None] for t in
-                                            _split(params.float(), channels))  # (B, ..., K, pixels)  # fmt: skip
+                                            split_params(params.float(), channels))  # (B, ..., K, pixels)  # fmt: skip
     pixels = logits.shape[-1]
     u = torch.empty(batch, pixels * (1 + channels), dtype=torch.float32, device=params.device)
     reference_uniform(u, seed, sample_ids, step, _STREAM)

@@ -7,7 +7,8 @@ import torch
 
 from genengine import ops, testing
 from genengine.ops import _registry
-from genengine.ops.pixelcnn_sample import SAMPLE, _Draws, _Naive, default_order, group_size
+from genengine.ops._pixelcnn_reference import Draws, Naive
+from genengine.ops.pixelcnn_sample import SAMPLE, default_order, group_size
 from genengine.testing.pixelcnn_sample import NETWORKS, packed
 
 DEVICE = torch.device("cuda")
@@ -39,7 +40,7 @@ def exact_log_prob(weights, x, labels):
     wide = dataclasses.replace(weights, matrices=weights.matrices.double(), vectors=weights.vectors.double())
     probs, every = x.new_zeros(len(x), *x.shape[2:], dtype=torch.float64), torch.ones_like(x, dtype=torch.bool)
     ids = torch.arange(len(x), device=DEVICE)
-    naive = _Naive(x, probs, wide, _Draws(labels, every, torch.tensor(0, device=DEVICE), ids, 1.0))
+    naive = Naive(x, probs, wide, Draws(labels, every, torch.tensor(0, device=DEVICE), ids, 1.0))
     s = weights.shape
     outputs = [naive.outputs(g) for g in range(s.groups)]  # (B, H, W, O)
     if s.components:

@@ -215,6 +215,12 @@ def test_what_was_drawn_before_ctrl_c_is_returned(monkeypatch):
         part = made.sample(70, seed=3, order="raster", progress=True)
     assert torch.equal(part[:64], whole[:64]) and torch.equal(part[64:, :, :3], whole[64:, :, :3])
     assert not part[64:, :, 3:].any()
+    rows[:] = [None] * 8  # of the first batch the first row, and nothing of the second: what is known stays in all
+    known = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    known[..., 4, 2] = True
+    with pytest.warns(UserWarning, match="interrupted after 0 images and 1 of 6 rows of 64 more"):
+        part = made.sample(70, seed=3, order="raster", progress=True, given=torch.ones(1, 1, 6, 6), known=known)
+    assert (part[:, 0, 4, 2] == 1).all() and part[:, :, 1:].count_nonzero() == 70
 
 
 def test_few_passes_are_needed():

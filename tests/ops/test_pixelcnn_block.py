@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from genengine import ops
-from genengine.ops.pixelcnn_sample import _Draws, _Naive, default_order, pack_pixelcnn
+from genengine.ops._pixelcnn_reference import Draws, Naive
+from genengine.ops.pixelcnn_sample import default_order, pack_pixelcnn
 from genengine.testing.pixelcnn_sample import NETWORKS, packed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def exact_log_prob(weights, x, labels=None):
     wide = dataclasses.replace(weights, matrices=weights.matrices.double(), vectors=weights.vectors.double())
     probs = torch.zeros(len(x), *x.shape[2:], dtype=torch.float64)
     every = torch.ones_like(x, dtype=torch.bool)
-    naive = _Naive(x, probs, wide, _Draws(labels, every, torch.tensor(0), torch.arange(len(x)), 1.0))
+    naive = Naive(x, probs, wide, Draws(labels, every, torch.tensor(0), torch.arange(len(x)), 1.0))
     s = weights.shape
     outputs = [naive.outputs(g) for g in range(s.groups)]  # (B, H, W, O)
     if s.components:

@@ -1,7 +1,12 @@
 """pixelcnn_sample: the pixels and log-probabilities of a whole forward pass, on every backend, order and grouping."""
 
 import dataclasses
+import importlib
 import itertools
+import os
+import pickle
+import signal
+import threading
 
 import pytest
 import torch
@@ -10,9 +15,11 @@ from genengine import ops, testing
 from genengine.nets.pixelcnn import PixelCNN
 from genengine.ops import _panels, _pixelcnn_weights, _registry
 from genengine.ops._categorical import inverse_cdf
-from genengine.ops.pixelcnn_sample import SAMPLE, _Draws, _Naive
+from genengine.ops._pixelcnn_reference import Draws, Naive
+from genengine.ops.pixelcnn_sample import SAMPLE
 from genengine.testing.pixelcnn_sample import NETWORKS, kernels, packed
 
+module = importlib.import_module("genengine.ops.pixelcnn_sample")  # `ops` has the function by that name
 CPU = torch.device("cpu")
 needs_kernel = pytest.mark.skipif(
     _registry.why_not(SAMPLE, "cpu", "cpu", torch.float32) is not None, reason="the extension is not built"
@@ -50,7 +57,7 @@ def log_probs(weights, x, labels=None, temperature=1.0, known=None):
     wide = dataclasses.replace(weights, matrices=weights.matrices.double(), vectors=weights.vectors.double())
     probs = torch.zeros(len(x), *x.shape[2:], dtype=torch.float64)
     known = torch.zeros_like(x, dtype=torch.bool) if known is None else known
-    naive = _Naive(x, probs, wide, _Draws(labels, known, torch.tensor(0), torch.arange(len(x)), temperature))
+    naive = Naive(x, probs, wide, Draws(labels, known, torch.tensor(0), torch.arange(len(x)), temperature))
     s = weights.shape
     found = torch.stack([naive.outputs(g) for g in range(s.groups)])  # (groups, B, H, W, O)
     if s.components:
@@ -148,6 +155,27 @@ def test_bfloat16_errs_no_more_than_eager(name, isa):
     assert errors[0] <= 2 * errors[1] + 2**-8, errors
 
 
+@pytest.mark.parametrize(("order", "backend"), [("raster", "reference"), ("naive", "reference"),
+                                                pytest.param("raster", "cpu", marks=needs_kernel)])  # fmt: skip
+@pytest.mark.parametrize("name", ["grey", "mixture"])
+def test_autocast_casts_nothing(name, order, backend):
+    plain = ops.pixelcnn_sample(packed(name), 3, seed=2, order=order, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.pixelcnn_sample(packed(name), 3, seed=2, order=order, backend=backend)
+    assert torch.equal(plain.x, found.x) and torch.equal(plain.log_prob, found.log_prob)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_that_overflow_show_as_nan(backend):
+    """Weights are finite, but their products are not: pixels without a level must not be looked up in the table."""
+    net = network(**NETS["mixture"], embedding=4)
+    with torch.no_grad():
+        net.hidden.conv.weight.mul_(1e30)
+        net.out.conv.weight.mul_(1e30)
+    found = ops.pixelcnn_sample(net.packed(), 2, seed=2, backend=backend)
+    assert found.x.isnan().all() and found.log_prob.isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_log_prob_is_exact(name, backend):
@@ -234,6 +262,54 @@ def test_callback_and_interruption(backend, order):
         ops.pixelcnn_sample(weights, 3, seed=1, order=order, backend=backend, callback=lambda *rows: 1 // 0)
 
 
+@pytest.mark.parametrize(("order", "backend"), [("raster", "reference"), ("naive", "reference"),
+                                                pytest.param("raster", "cpu", marks=needs_kernel),
+                                                pytest.param("wavefront", "cpu", marks=needs_kernel)])  # fmt: skip
+@pytest.mark.parametrize("completed", [False, True])
+def test_rows_begun_when_interrupted_are_zero_again(order, backend, completed, monkeypatch):
+    """Ctrl-C may come when a row has been drawn and not yet counted; the wavefront is in several rows at once."""
+    weights, calls = packed("grey"), []
+    known = torch.zeros(3, 1, 5, 5, dtype=torch.bool)
+    known[:, :, 3, 1:3] = True
+    given = {"given": torch.full((3, 1, 5, 5), 0.5), "known": known} if completed else {}
+    whole = ops.pixelcnn_sample(weights, 3, seed=1, order=order, backend=backend, **given)
+    rows_of, rows = module._rows_of, Naive.rows
+
+    def interrupted(run):
+        def until(*args):
+            run(*args)
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        return until
+
+    monkeypatch.setattr(module, "_rows_of", lambda *args: interrupted(rows_of(*args)))
+    monkeypatch.setattr(Naive, "rows", interrupted(rows))
+    one_row = lambda *args: None  # noqa: E731
+    part = ops.pixelcnn_sample(weights, 3, seed=1, order=order, backend=backend, callback=one_row, **given)
+    assert part.rows == 2 and torch.equal(part.x[:, :, :2], whole.x[:, :, :2])
+    assert torch.equal(part.x[:, :, 2:], torch.where(known, 0.5, 0.0)[:, :, 2:] * completed)
+    assert torch.equal(part.log_prob[:, :2], whole.log_prob[:, :2]) and not part.log_prob[:, 2:].any()
+
+
+@needs_kernel
+def test_sigint_ends_a_call():
+    """A real signal, from another thread, while the kernel runs."""
+    weights, threads = network(image_size=28, dim=32, depth=6, scale=0.02).packed(), torch.get_num_threads()
+    torch.set_num_threads(1)  # half a second and more
+    try:
+        whole = ops.pixelcnn_sample(weights, 64, seed=1)
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        part = ops.pixelcnn_sample(weights, 64, seed=1)
+        timer.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert part.rows < 28 and torch.equal(part.x[:, :, : part.rows], whole.x[:, :, : part.rows])
+    assert not part.x[:, :, part.rows :].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_images(backend):
     found = ops.pixelcnn_sample(packed("colour"), 0, seed=1, backend=backend, labels=torch.empty(0, dtype=torch.int64))
@@ -290,6 +366,12 @@ def test_packed_weights_follow_the_parameters():
     with torch.no_grad():
         net.out.conv.weight.mul_(2)
     assert not torch.equal(net.packed().matrices, first.matrices)
+    assert len(pickle.dumps(net)) < 1.1 * len(pickle.dumps(network()))  # of which nothing has been packed
+    with torch.inference_mode():  # where nobody counts changes
+        net = network()
+        first = net.packed()
+        net.out.conv.weight.mul_(2)
+        assert not torch.equal(net.packed().matrices, first.matrices)
 
 
 def test_whole_squares_are_taken_if_masked():
@@ -403,9 +485,31 @@ def test_bad_arguments_are_named():
         (ValueError, "the reference has no order='wavefront'", lambda: draw(2, backend="reference", order="wavefront")),
         (ValueError, "order='naive' is the reference's", lambda: draw(2, backend="cpu", order="naive")),
         (RuntimeError, "has no triton kernel", lambda: draw(2, backend="triton")),
+        (ValueError, "given must have a number wherever known is True, got 50 NaN",
+         lambda: draw(2, given=x + torch.nan, known=known)),
+        (RuntimeError, "has no backward, but an input requires grad",
+         lambda: draw(2, given=x.clone().requires_grad_(), known=known)),
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             call()
+    nan = torch.where(known, x, torch.nan)
+    assert torch.equal(draw(2, given=nan, known=known).x, draw(2, given=x, known=known).x)
+
+
+@needs_kernel
+def test_a_named_backend_does_not_fall_back_to_naive():
+    with ops.backend("cpu"), pytest.raises(ValueError, match="order='naive' is the reference's, got backend='cpu'"):
+        ops.pixelcnn_sample(packed("grey"), 1, seed=0, order="naive")
+
+
+def test_a_compiled_function_may_call_it():
+    weights = packed("grey")
+    draw = lambda seed: ops.pixelcnn_sample(weights, 2, seed=seed).x + 1  # noqa: E731
+    seed = torch.tensor(4)
+    assert torch.equal(torch.compile(draw, backend="eager")(seed), draw(seed))
+    torch._dynamo.reset()  # what it compiled in parts it would take again
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="loops over rows on the host"):
+        torch.compile(draw, backend="eager", fullgraph=True)(seed)
 
 
 @needs_kernel
@@ -415,6 +519,7 @@ def test_the_kernel_checks_what_it_is_given():
     for index, wrong, message in (
         (2, torch.empty(8, dtype=torch.uint8), "state must hold"), (3, case.args[3][:-1], "weights must hold"),
         (5, case.args[5][:-1], "fields must be"), (12, 0, "groups must be of"), (14, 9, "rows must be within"),
+        (6, case.args[6][:-1], "labels must be"), (7, torch.ones(3, 1, 5, 4, dtype=torch.bool), "known must be"),
         (0, case.args[0][:, :, :2], "x must be contiguous"),
     ):  # fmt: skip
         args = [*case.args]

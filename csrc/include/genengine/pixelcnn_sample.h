@@ -493,7 +493,9 @@ struct PixelSampler {
       return [=, this](int j) {
         const int c = begin + j / entry;
         const float x = call.x[pixel(p, c)];
-        const float value = s.embedding ? vector(s.level_entry(c, static_cast<int>(nearest_bin(x, last))))[j % entry] : x;
+        const float bin = nearest_bin(x, last);
+        const int level = bin > 0.f ? static_cast<int>(bin) : 0;  // NaN, of outputs that overflow, has no level
+        const float value = s.embedding ? vector(s.level_entry(c, level))[j % entry] : x;
         left[j] = above[j] = Team::narrow(value);
       };
     });
