@@ -29,7 +29,7 @@ __all__ = ["ORDERS", "PixelCNNSamples", "PixelCNNShape", "PixelCNNWeights", "pac
 ORDERS = ("raster", "wavefront", "naive")
 GROUP = 16  # images that a thread, or a block of a GPU, takes through a row together, at most
 TILE = 16  # rows of a GPU's smallest product: fewer take as long
-PATIENCE = 0.05  # seconds of a call without a look at Ctrl-C, as far as rows allow
+PATIENCE = 0.2  # seconds of a call without a look at Ctrl-C, as far as rows allow
 
 
 class PixelCNNSamples(NamedTuple):
@@ -85,7 +85,7 @@ def pixelcnn_sample(
             it needs of the one above is there. "naive" (reference alone): a whole forward pass for every pixel. None:
             "raster" on a CPU; see `default_order` for a GPU.
         callback: callback(rows done, H), after every row. Ctrl-C, in it or between rows, ends the call with what is
-            there. Without a callback a CPU looks for Ctrl-C after as many rows as fit in some 50 ms, one at least; a
+            there. Without a callback a CPU looks for Ctrl-C after as many rows as fit in some 200 ms, one at least; a
             GPU when all are done.
 
     The caches of all images are kept throughout, some hundred kilobytes each (with 64 features and 7 layers 0.3 MB for
