@@ -1,6 +1,7 @@
 """README's figures are what its result files say, and the tool that writes them notices when they are not."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,10 @@ def test_a_suite_without_rows_of_a_kind_is_no_empty_table(tool, readme, tmp_path
 def test_a_failed_row_is_said_to_have_failed(tool):
     rows = [made.failed("normal", "ValueError: no"), made.row("uniform")]
     assert tool.op_line(rows, "`normal`", "noise", "CPU", "forward", "1", ("normal",)).endswith("| failed | failed |")
+
+
+def test_a_result_of_one_group_takes_the_place_of_its_own_kind_alone():
+    takes = runpy.run_path(str(TOOL))["takes"]
+    assert takes("figures models", "models", "models") and takes("figures models", None, "all")
+    assert takes("figures models", "pixelcnn", "pixelcnn")
+    assert not takes("figures models", "pixelcnn", "models") and not takes("figures models", "models", "pixelcnn")

@@ -174,13 +174,24 @@ def pointed(text: str, file: Path, folder: Path) -> str:
     fits = [
         (marker, path)
         for marker, path, _, _ in tables_of(text)
-        if report["suite"] in ("all", marker.removeprefix("figures ")) and is_gpu(folder / path) in (None, is_gpu(file))
+        if takes(marker, suite_of(folder / path), report["suite"]) and is_gpu(folder / path) in (None, is_gpu(file))
     ]
     if not fits:
         raise ValueError(f"no marker fits {file}, a result of the suite {report['suite']!r}")
     for marker, path in fits:
         text = text.replace(f"<!-- {marker}: {path} -->", f"<!-- {marker}: {name} -->")
     return text
+
+
+def takes(marker: str, shown: str | None, suite: str) -> bool:
+    """Whether a marker that shows a result of the suite `shown` is for one of `suite`, too: the same, or its kind's."""
+    kinds = ("all", marker.removeprefix("figures "))
+    return suite == shown or (suite in kinds and shown in (None, *kinds))
+
+
+def suite_of(file: Path) -> str | None:
+    """The suite of a result of any version; None if there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")).get("suite") if file.exists() else None
 
 
 def is_gpu(file: Path) -> bool | None:
