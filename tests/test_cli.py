@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from genengine import cli, images
+from genengine import cli, demo, images
 from genengine.arguments import parse_labels, settings
 
 COMMANDS = ("env", "verify", "demo", "train", "sample", "evaluate", "gallery", "bench", "report", "profile", "trace")
@@ -339,3 +339,17 @@ def test_profile_of_an_op_as_json(capsys):
 def test_profile_of_bad_arguments(words, message, capsys):
     status, _, err = run("profile", *words, "--device", "cpu", capsys=capsys)
     assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_every_row_of_the_demo_is_timed(monkeypatch, capsys):
+    from genengine.benchmarks import suite
+
+    timed = []
+
+    def time_one(entry, case, options):
+        timed.append(entry.name)
+        return {"name": entry.name, "error": "not timed here"}
+
+    monkeypatch.setattr(suite, "time_one", time_one)
+    demo.show_gain()
+    assert timed == list(demo.GAINS) and capsys.readouterr().out.count("not timed here") == len(timed)
