@@ -88,6 +88,24 @@ def counter(op: str, name: str, value: int) -> int:
     return value
 
 
+def num(op: str, value) -> int:
+    """A number of samples to draw."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: num must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: num must be at least 0, got {value}")
+    return value
+
+
+def temperature(op: str, value) -> float:
+    """What logits are divided by: in [1e-6, 1e6]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: temperature must be a float, got {type(value).__name__}")
+    if not 1e-6 <= value <= 1e6:
+        raise ValueError(f"{op}: temperature must be in [1e-6, 1e6], got {value}")
+    return float(value)
+
+
 def sample_ids(op: str, ids, device, batch: int) -> Tensor | None:
     """`sample_ids` as an int64 (B,) tensor of global sample indices, or None for 0, 1, 2, ..."""
     if ids is None:

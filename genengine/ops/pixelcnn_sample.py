@@ -106,8 +106,8 @@ def pixelcnn_sample(
         )
     shape, device = weights.shape, weights.device
     _check.no_grad_needed(op, (weights.matrices, weights.vectors, given))
-    num = _count(op, num)
-    _check_options(op, temperature, order, callback)
+    num, temperature = _check.num(op, num), _check.temperature(op, temperature)
+    _check_options(op, order, callback)
     labels = _check_labels(op, labels, num, shape.classes, device)
     x, known = _check_given(op, given, known, num, shape, device)
     seed = _check.seed_tensor(op, seed, device, num)
@@ -118,7 +118,7 @@ def pixelcnn_sample(
         backend = "reference"
     name = _registry.choose(SAMPLE, device, weights.dtype, backend)
     order = order or default_order(shape, group_size(num, name, device), name)
-    draws = Draws(labels, known, seed, sample_ids, float(temperature))
+    draws = Draws(labels, known, seed, sample_ids, temperature)
     return _by_rows(x, weights, draws, order, name, callback)
 
 
@@ -199,19 +199,7 @@ def default_order(shape: PixelCNNShape, images: int, name: str) -> str:
 # ---- argument checks -------------------------------------------------------------------------------------------------
 
 
-def _count(op, num):
-    if isinstance(num, bool) or not isinstance(num, int):
-        raise TypeError(f"{op}: num must be an int, got {type(num).__name__}")
-    if num < 0:
-        raise ValueError(f"{op}: num must be at least 0, got {num}")
-    return num
-
-
-def _check_options(op, temperature, order, callback):
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"{op}: temperature must be a float, got {type(temperature).__name__}")
-    if not 1e-6 <= temperature <= 1e6:
-        raise ValueError(f"{op}: temperature must be in [1e-6, 1e6], got {temperature}")
+def _check_options(op, order, callback):
     if order is not None and order not in ORDERS:
         raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)} or None, got {order!r}")
     if callback is not None and not callable(callback):
@@ -301,8 +289,7 @@ def _cost(arguments, results):
 SAMPLE = _registry.define(
     "pixelcnn_sample(Tensor(a!) x, Tensor(b!) log_prob, Tensor(c!) state, Tensor matrices, Tensor vectors, "
     "int[] fields, Tensor? labels, Tensor? known, Tensor seed, Tensor sample_ids, float temperature, "
-    "bool wavefront, int images, "
-    "int first_row, int last_row) -> ()",
+    "bool wavefront, int images, int first_row, int last_row) -> ()",
     reference,
     fake=lambda *args: None,
     module="pixelcnn_sample",

@@ -165,14 +165,8 @@ def cache_numel(sizes, num):
 def _check_options(op, weights, num, temperature, order, callback):
     if not isinstance(weights, TransformerWeights):
         raise TypeError(f"{op}: weights must be what pack_transformer returns, got {type(weights).__name__}")
-    if isinstance(num, bool) or not isinstance(num, int):
-        raise TypeError(f"{op}: num must be an int, got {type(num).__name__}")
-    if num < 0:
-        raise ValueError(f"{op}: num must be at least 0, got {num}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"{op}: temperature must be a float, got {type(temperature).__name__}")
-    if not 1e-6 <= temperature <= 1e6:
-        raise ValueError(f"{op}: temperature must be in [1e-6, 1e6], got {temperature}")
+    _check.num(op, num)
+    _check.temperature(op, temperature)
     if order is not None and order not in ORDERS:
         raise ValueError(f"{op}: order must be one of {', '.join(ORDERS)} or None, got {order!r}")
     if callback is not None and not callable(callback):

@@ -13,7 +13,7 @@ import torch
 
 from genengine import ops, testing
 from genengine.nets.pixelcnn import PixelCNN
-from genengine.ops import _panels, _pixelcnn_weights, _registry
+from genengine.ops import _panels, _registry
 from genengine.ops._categorical import inverse_cdf
 from genengine.ops._pixelcnn_reference import Draws, Naive
 from genengine.ops.pixelcnn_sample import SAMPLE
@@ -533,4 +533,3 @@ def test_opcheck():
     tests = ("test_schema", "test_faketensor")
     for namespace in ("genengine", "genengine_reference"):
         torch.library.opcheck(getattr(torch.ops, namespace).pixelcnn_sample.default, case.args, test_utils=tests)
-    assert _pixelcnn_weights.OP == "pack_pixelcnn"
