@@ -12,7 +12,7 @@ from torch import Tensor
 from genengine import random
 from genengine.ops._categorical import inverse_cdf, log_prob
 from genengine.ops._pixelcnn_weights import unpack
-from genengine.ops.logistic_mixture import LOWEST_LOG_SCALE, reference_sample, split_params
+from genengine.ops.logistic_mixture import LOWEST_LOG_SCALE, pairs, sample_by, split_params
 from genengine.ops.normal import reference_uniform
 
 _STREAM = random.STREAMS["uniform"]
@@ -77,27 +77,25 @@ class Draw:
 
     def __init__(self, x, probs, shape, draws):
         self.x, self.probs, self.s, self.draws = x, probs, shape, draws
-        s, size = shape, shape.size
-        self.u = torch.empty(len(x), size * size * s.channels, device=x.device)
-        if not s.components:
-            reference_uniform(self.u, draws.seed, draws.sample_ids, 0, _STREAM)
+        self.each = 1 + shape.channels if shape.components else shape.channels  # uniforms of a pixel
+        self.u = torch.empty(len(x), shape.size**2 * self.each, device=x.device)
+        reference_uniform(self.u, draws.seed, draws.sample_ids, 0, _STREAM)
 
     def __call__(self, outputs, y, x, group):
         """outputs: (B, O) of the pixel and group."""
+        first = (y * self.s.size + x) * self.each
         if self.s.components:
-            return self._mixture(outputs, y, x)
+            return self._mixture(outputs, y, x, self.u[:, None, first : first + self.each])
         s, temperature = self.s, self.draws.temperature
         logits = outputs[:, : s.levels]
-        level = inverse_cdf(logits.float(), self.u[:, (y * s.size + x) * s.channels + group], temperature)
+        level = inverse_cdf(logits.float(), self.u[:, first + group], temperature)
         value = (2 * level.float() - (s.levels - 1)) / (s.levels - 1)
         self._write(slice(group, group + 1), y, x, value[:, None], log_prob(logits, level, temperature))
 
-    def _mixture(self, outputs, y, x):
-        s, (_, _, seed, ids, temperature) = self.s, self.draws
+    def _mixture(self, outputs, y, x, u):
+        s, temperature = self.s, self.draws.temperature
         params = outputs[:, : s.logits, None]
-        place = y * s.size + x
-        wide = params.float().expand(-1, -1, place + 1)  # the op counts pixels from the first of what it is given
-        value = reference_sample(wide, s.channels, s.levels, temperature, seed, ids, 0)[..., place]
+        value = sample_by(params, s.channels, s.levels, temperature, u)[..., 0]
         self._write(slice(None), y, x, value, _mixture_log_prob(params, value, s, temperature))
 
     def _write(self, channels, y, x, value, found):
@@ -113,8 +111,7 @@ def _mixture_log_prob(params, value, s, temperature):
     """As `logistic_mixture_log_prob` with logits / temperature and every logistic wider by it."""
     logits, means, log_scales, couplings = split_params(params.double(), s.channels)
     means = means.clone()
-    pairs = [(c, j) for c in range(s.channels) for j in range(c)]
-    for (c, j), coupling in zip(pairs, couplings.unbind(1), strict=True):
+    for (c, j), coupling in zip(pairs(s.channels), couplings.unbind(1), strict=True):
         means[:, c] += torch.tanh(coupling) * value[:, j, None, None]
     scale = log_scales.clamp_min(LOWEST_LOG_SCALE).exp() * temperature
     h, last = 1 / (s.levels - 1), s.levels - 1

@@ -95,15 +95,12 @@ def logistic_mixture_sample(
     if not isinstance(channels, int):
         raise TypeError(f"{op}: channels must be an int, got {type(channels).__name__}")
     _check_sizes(op, params, channels, bins)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"{op}: temperature must be a float, got {type(temperature).__name__}")
-    if not 1e-6 <= temperature <= 1e6:
-        raise ValueError(f"{op}: temperature must be in [1e-6, 1e6], got {temperature}")
+    temperature = _check.temperature(op, temperature)
     _check.no_grad_needed(op, (params,))
     seed = _check.seed_tensor(op, seed, params.device, params.shape[0])
     sample_ids = _check.sample_ids(op, sample_ids, params.device, params.shape[0])
     kernel = _registry.resolve(SAMPLE, params.device, params.dtype, backend)
-    options = (channels, bins, float(temperature), seed, sample_ids, _check.counter(op, "step", step))
+    options = (channels, bins, temperature, seed, sample_ids, _check.counter(op, "step", step))
     return kernel(_dense(params), *options)
 
 
@@ -161,7 +158,7 @@ def reference_log_prob_backward(grad, x, params, bins):
     dlog_scales = torch.where(m.clamped, 0.0, weight * (-m.a * above + m.b * below - inside))
     dcouplings = [
         dmeans[:, c] * m.x[:, j : j + 1] * (1 - torch.tanh(coupling).square())
-        for (c, j), coupling in zip(_pairs(m.x.shape[1]), m.couplings.unbind(1), strict=True)
+        for (c, j), coupling in zip(pairs(m.x.shape[1]), m.couplings.unbind(1), strict=True)
     ]
     dlogits = responsibility - grad[:, None] * torch.softmax(m.logits, dim=1)
     parts = torch.cat([dlogits, dmeans.flatten(1, 2), dlog_scales.flatten(1, 2), *dcouplings], dim=1)
@@ -178,7 +175,7 @@ class _Mixture:
         self.lowest, self.highest = ((index == end)[:, :, None] for end in (0, bins - 1))
         self.logits, means, log_scales, self.couplings = split_params(params.to(_wide_dtype(params)), x.shape[1])
         means = means.clone()
-        for (c, j), coupling in zip(_pairs(x.shape[1]), self.couplings.unbind(1), strict=True):
+        for (c, j), coupling in zip(pairs(x.shape[1]), self.couplings.unbind(1), strict=True):
             means[:, c] += torch.tanh(coupling) * self.x[:, j : j + 1]
         self.clamped = log_scales < LOWEST_LOG_SCALE
         self.s = log_scales.clamp_min(LOWEST_LOG_SCALE)
@@ -205,18 +202,25 @@ def split_params(params, channels):
     return parts[0], *(part.unflatten(1, (count, k)) for part, count in zip(parts[1:], counts[1:], strict=True))
 
 
-def _pairs(channels):
+def pairs(channels):
+    """The channels (c, j), j < c, that a coupling belongs to, in the order of the couplings."""
     return [(c, j) for c in range(channels) for j in range(c)]
 
 
 def reference_sample(params, channels, bins, temperature, seed, sample_ids, step):
     batch, _, *spatial = params.shape
+    pixels = torch.Size(spatial).numel()
+    u = torch.empty(batch, pixels * (1 + channels), dtype=torch.float32, device=params.device)
+    reference_uniform(u, seed, sample_ids, step, _STREAM)
+    return sample_by(params, channels, bins, temperature, u.view(batch, pixels, 1 + channels))
+
+
+def sample_by(params, channels, bins, temperature, u):
+    """`reference_sample` with the uniforms (B, pixels, 1 + C) given."""
+    batch, _, *spatial = params.shape
     logits, means, log_scales, couplings = (t.flatten(-len(spatial)) if spatial else t[..., None] for t in
                                             split_params(params.float(), channels))  # (B, ..., K, pixels)  # fmt: skip
     pixels = logits.shape[-1]
-    u = torch.empty(batch, pixels * (1 + channels), dtype=torch.float32, device=params.device)
-    reference_uniform(u, seed, sample_ids, step, _STREAM)
-    u = u.view(batch, pixels, 1 + channels)
     chosen, total = _choose(logits, u[..., 0], 1 / temperature)
     pick = lambda t: t.gather(1, chosen[:, None])[:, 0]  # noqa: E731
     x = torch.empty(batch, channels, pixels, dtype=torch.float32, device=params.device)
