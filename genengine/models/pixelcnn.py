@@ -176,7 +176,9 @@ class PixelCNN(Model):
             seed: int in [0, 2^64).  first_id: global index of the first sample, in [0, 2^32 - num].
             given, known: images (num or 1, C, H, W) to complete, and where they are known: bool, broadcastable to
                 them. Known pixels stay, taken at their nearest levels. Every other pixel sees the known and drawn ones
-                *before* it: the exact conditional distribution if all known pixels come first in raster order.
+                *before* it: the exact conditional distribution if all known pixels come first in raster order. Under a
+                mixture of logistics a pixel is known in all its channels or in none, but for the fixed point, which
+                draws all channels and then puts the known ones back.
             order: "raster", "wavefront" or "naive" of `ops.pixelcnn_sample`, or "fixed_point"; None: "raster" where the
                 op has a kernel for the device, else "fixed_point". The images are the same.
             progress: show a progress bar.  check_finite: look at every output of the network.
