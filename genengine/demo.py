@@ -62,8 +62,8 @@ def show_gain() -> None:
     print("3. What fusion gains here: one thread, CPU time, interleaved (median ratio, 95 % interval)")
     options = suite.Options(budget=1.5, compile_modes=())  # to compile takes longer than this whole demo
     for name in GAINS:
-        case = next(registry.find(name).cases("cpu"))
-        print(gain_line(suite.time_one(registry.find(name), case, options)), flush=True)
+        entry = registry.find(name)
+        print(gain_line(suite.time_one(entry, next(entry.cases("cpu")), options)), flush=True)
     print("   the whole suite, torch.compile included: genengine bench all")
 
 

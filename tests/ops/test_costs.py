@@ -23,10 +23,9 @@ WRITES_ARGUMENTS = (
     "transformer_sample_out",
 )  # fmt: skip
 OPS = sorted(_registry.OPS)
-HELPERS = ("EXTENSION", "backend")
-PUBLIC = sorted(
-    name for name in set(ops.__all__) - {*HELPERS} if name[0].islower() and not name.startswith("pack_")
-)  # neither the classes beside the ops, nor what prepares weights
+PUBLIC = sorted(  # neither the classes beside the ops, nor what prepares weights
+    name for name in ops.__all__ if name[0].islower() and not name.startswith("pack_") and name != "backend"
+)
 
 
 def tensors(value):
