@@ -60,7 +60,8 @@ class Loop:
             self._draw_seed, self._draw_ids = request.seed, request.sample_ids
             if static:
                 self._draw_seed = torch.empty(batch, dtype=torch.int64, device=device)
-                self._draw_ids = torch.empty(batch, dtype=torch.int64, device=device)
+                self._first_ids = torch.arange(batch, device=device)
+                self._draw_ids = torch.empty_like(self._first_ids)
         self.cond = None
 
     # ---- the start of a run ------------------------------------------------------------------------------------
@@ -99,9 +100,8 @@ class Loop:
     def _load_table(self, request):
         """The table's rows at the head of a buffer that holds as many as any run had."""
         table, batch = request.table, self.x.shape[0]
-        same = self.table_source is None or self.table_source is table or _same_table(self.table_source, table)
         run = self.extensions.run
-        fits = same or run is None or not run.reads_table
+        fits = run is None or not run.reads_table or _same_table(self.table_source, table)
         self.table_source, self.num_rows = table, table.num_rows
         rows = torch.from_numpy(table.astype_float32())
         width = batch if request.extensions.write_rows else table.batch
@@ -117,10 +117,7 @@ class Loop:
         if not self.static:
             return
         self._draw_seed.copy_(request.seed)
-        if request.sample_ids is not None:
-            self._draw_ids.copy_(request.sample_ids)
-        else:
-            torch.arange(len(self._draw_ids), out=self._draw_ids)
+        self._draw_ids.copy_(self._first_ids if request.sample_ids is None else request.sample_ids)
 
     def _load_x(self, request):
         if request.x is not None:
@@ -163,7 +160,9 @@ class Loop:
 
     def tensors(self) -> list[Tensor]:
         """The buffers, the conditions, the extensions' tensors and those of the scheduled model's attributes."""
-        held = [vars(self), getattr(self._scheduled, "__dict__", {}), *self.extensions.states()]
+        scheduled = getattr(self._scheduled, "__dict__", {})
+        wrapped = [vars(value) for value in scheduled.values() if hasattr(value, "update") and hasattr(value, "__dict__")]
+        held = [vars(self), scheduled, wrapped, *self.extensions.states()]
         return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
 
     # ---- the rows ------------------------------------------------------------------------------------------------

@@ -358,8 +358,20 @@ class _MeanHalf:
         return self.net(x, t, y).chunk(2, dim=1)[0]
 
     def for_schedule(self, t_rows, y=None):
-        step_fn = self.net.for_schedule(t_rows, y)
-        return lambda x, row: step_fn(x, row).chunk(2, dim=1)[0]
+        return _MeanHalfOfStep(self.net.for_schedule(t_rows, y))
+
+
+class _MeanHalfOfStep:
+    """Likewise of what `for_schedule` returned."""
+
+    def __init__(self, step_fn):
+        self._step_fn = step_fn
+
+    def __call__(self, x, row):
+        return self._step_fn(x, row).chunk(2, dim=1)[0]
+
+    def update(self, t_rows, y=None):
+        return self._step_fn.update(t_rows, y)
 
 
 def _check_path(path, num_timesteps, prediction):
