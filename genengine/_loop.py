@@ -161,7 +161,9 @@ class Loop:
     def tensors(self) -> list[Tensor]:
         """The buffers, the conditions, the extensions' tensors and those of the scheduled model's attributes."""
         scheduled = getattr(self._scheduled, "__dict__", {})
-        wrapped = [vars(value) for value in scheduled.values() if hasattr(value, "update") and hasattr(value, "__dict__")]
+        wrapped = [
+            vars(value) for value in scheduled.values() if hasattr(value, "update") and hasattr(value, "__dict__")
+        ]
         held = [vars(self), scheduled, wrapped, *self.extensions.states()]
         return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
 

@@ -7,7 +7,9 @@ host is an error. `using()` puts it in the place of CUDA graphs for tensors on t
 """
 
 import contextlib
+import threading
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,23 +24,23 @@ class ReplayedGraph:
 
     made = []  # all graphs, for tests to look at
     fail_next = []  # exceptions that the next recordings raise
-    _recording = False
+    _thread = threading.local()
 
     @classmethod
     def capturing(cls):
-        return cls._recording
+        return getattr(cls._thread, "recording", False)
 
     def __init__(self, run, warm_up):
         warm_up()
         if self.fail_next:
             raise self.fail_next.pop(0)
         recorder = _Recorder()
-        type(self)._recording = True
+        self._thread.recording = True
         try:
             with recorder:
                 run()
         finally:
-            type(self)._recording = False
+            self._thread.recording = False
             recorder.undo()
         self.calls, self.nbytes, self.replays = recorder.calls, recorder.temporary_bytes(), 0
         self.made.append(self)
@@ -50,7 +52,8 @@ class ReplayedGraph:
             new = tree_leaves(func(*args, **kwargs))
             for old, value in zip(results, new, strict=True):
                 if old is not None:
-                    old.copy_(value)
+                    with torch.inference_mode(old.is_inference()):
+                        old.copy_(value)
 
     def release(self):
         self.calls = None
@@ -90,7 +93,8 @@ class _Recorder(TorchDispatchMode):
             storage.copy_(before)
         for tensor in self._own.values():
             if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.fill_(float("nan"))
 
     def temporary_bytes(self):
         return sum(tensor.untyped_storage().nbytes() for tensor in self._own.values())

@@ -213,8 +213,7 @@ class Extensions:
             self._adopt(started, static=True)
             return False
         for extension, state in zip(self._running, held, strict=True):  # hooks may have bound other tensors
-            vars(extension).clear()
-            vars(extension).update(state)
+            _set_state(extension, state)
         return True
 
     def states(self) -> list[dict]:
@@ -232,8 +231,8 @@ class Extensions:
         self._before = [extension for extension in started if _overrides(extension, "before_row")]
         self._after = [extension for extension in started if _overrides(extension, "after_row")]
         if static:
-            for extension in (extension for extension in started if hasattr(extension, "__dict__")):
-                vars(extension).update(_static.own(_state(extension), self._lent()))
+            for extension in started:
+                _set_state(extension, _static.own(_state(extension), self._lent()))
             self._held = [tree_flatten(_state(extension)) for extension in started]
 
     def _lent(self):
@@ -268,8 +267,17 @@ class Extensions:
 
 
 def _state(extension):
-    """The attributes of an extension; of one with slots an object that is equal to no other."""
-    return vars(extension) if hasattr(extension, "__dict__") else {"slots": object()}
+    """The attributes of an extension, by name."""
+    slots = (getattr(kind, "__slots__", ()) for kind in type(extension).__mro__)
+    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+    return vars(extension) | {name: getattr(extension, name) for name in names if hasattr(extension, name)}
+
+
+def _set_state(extension, state):
+    for name in vars(extension).keys() - state:
+        del vars(extension)[name]
+    for name, value in state.items():
+        object.__setattr__(extension, name, value)  # a frozen one's too
 
 
 def _overrides(extension, hook):
