@@ -10,14 +10,14 @@ import torch
 
 
 class Graph(Protocol):
-    """Work recorded on construction, Graph(run, warm_up): warm_up() runs first, for kernels to be chosen and compiled;
-    run() is recorded, not run. Raises RuntimeError where it cannot be recorded."""
+    """Work recorded on construction, Graph(run, warm_up, restore): warm_up() runs first, for kernels to be chosen and
+    compiled, then restore(), which undoes it; run() is recorded, not run. Raises RuntimeError where it cannot be."""
 
     nbytes: int  # of memory that the recording keeps for itself
 
     @staticmethod
-    def capturing() -> bool:
-        """Whether some graph is being recorded."""
+    def recording() -> bool:
+        """Whether a graph is being recorded on the current stream."""
 
     def replay(self) -> None:
         """Do the recorded work, in order with the current stream."""
@@ -34,16 +34,17 @@ class CudaGraph:
     nbytes is what the allocator has reserved for the pool.
     """
 
-    capturing = staticmethod(torch.cuda.is_current_stream_capturing)
+    recording = staticmethod(torch.cuda.is_current_stream_capturing)
 
-    def __init__(self, run: Callable[[], None], warm_up: Callable[[], None]):
+    def __init__(self, run: Callable[[], None], warm_up: Callable[[], None], restore: Callable[[], None]):
         self._graph = torch.cuda.CUDAGraph()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
                 warm_up()
-            side.synchronize()
+            current.wait_stream(side)
+            restore()  # on this stream, so that what it allocates belongs to the stream that will use it
             with capturing(self._graph, side):
                 run()
         except torch.OutOfMemoryError:
@@ -53,7 +54,6 @@ class CudaGraph:
                 f"sample: this denoiser cannot be captured in a CUDA graph ({error}); it must not read values back to "
                 "the host: pass capture='never' if it does"
             ) from error
-        current.wait_stream(side)
         self.nbytes = _pool_bytes(self._graph.pool())
 
     def replay(self) -> None:

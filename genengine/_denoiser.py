@@ -119,8 +119,9 @@ def _graphs_of_its_own(part):
 def _asks_for_graphs(callback):
     """Look for the options of Inductor behind the callbacks that dynamo wraps around it."""
     while callback is not None:
-        config = getattr(callback, "config", None)
-        if isinstance(config, dict) and "triton.cudagraphs" in config:
-            return bool(config["triton.cudagraphs"])
+        if isinstance(callback, torch._TorchCompileInductorWrapper):
+            from torch._inductor import config  # slow to import, unless such a wrapper exists
+
+            return bool(callback.config.get("triton.cudagraphs", config.triton.cudagraphs))
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
     return False

@@ -110,7 +110,7 @@ class Loop:
                 self._rows = torch.empty((table.num_rows, width, rows.shape[2]), device=self.x.device)
             fits = False
         self.table = self._rows[: table.num_rows]
-        self.table.copy_(rows)
+        self.table.copy_(rows, non_blocking=True)  # from memory that is not pinned: safe, as it is staged at once
         return fits
 
     def _load_draws(self, request):
@@ -264,7 +264,7 @@ def _per_sample(value, x):
     value = np.asarray(value, dtype=np.float32)
     if value.size == 1:
         return value.item()
-    return torch.from_numpy(value).to(x.device).reshape(-1, *[1] * (x.dim() - 1))
+    return torch.from_numpy(value).to(x.device, non_blocking=True).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _same_table(a, b):
@@ -315,13 +315,12 @@ def record(loop: Loop, request: Request, mode: str) -> _capture.Graph:
     def warm_up():
         for row in sorted({rows[0], rows[-1]}):
             loop.row(row)
-        loop.begin(request)
 
     def run():
         for row in rows:
             loop.row(row)
 
-    return _capture.GRAPHS[loop.x.device.type](run, warm_up)
+    return _capture.GRAPHS[loop.x.device.type](run, warm_up, lambda: loop.begin(request))
 
 
 def drive(loop: Loop, graph: _capture.Graph | None, mode: str, callback, progress) -> None:
@@ -356,7 +355,7 @@ def run(request: Request, mode: str, callback, progress) -> Tensor:
 def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured on the device's current stream."""
     graphs = _capture.GRAPHS.get(device.type)
-    return graphs is not None and graphs.capturing()
+    return graphs is not None and graphs.recording()
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

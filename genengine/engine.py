@@ -19,7 +19,6 @@ from genengine.ops import _registry
 from genengine.ops.sampler_step import SAMPLER_STEP
 from genengine.table import CoefficientTable
 
-MAX_LOOP_ROWS = 256  # capture="auto": longer loops are one row replayed, for capturing takes one pass of Python per row
 DEVICE_SHARE = 4  # max_bytes=None: a quarter of the device's memory
 
 
@@ -89,10 +88,11 @@ class Engine:
             quarter of the device's memory, on a CPU no bound. The form used last stays, however large. Each graph has a
             pool of its own, so that evicting one frees its memory.
         capture: "loop" captures all rows in one graph: nothing on the host between them, but capturing takes a pass of
-            Python for every row, once. "step" captures one row and replays it. "auto" takes "loop" up to 256 rows, else
-            "step"; with a callback or a progress bar "step"; where the host takes part in every row (noise,
+            Python for every row, once. "step" captures one row and replays it. "auto" takes "loop" up to max_loop_rows,
+            else "step"; with a callback or a progress bar "step"; where the host takes part in every row (noise,
             check_finite), or with a denoiser that torch.compile gave graphs of its own, nothing is captured; nor is
             with "never", on a CPU, or inside the capture of another graph. Buffers are kept even then.
+        max_loop_rows: see capture, at least 0.
     Raises:
         ValueError, TypeError: arguments out of range.
 
@@ -102,17 +102,18 @@ class Engine:
 
     def __init__(
         self, denoiser: Callable[..., Tensor], *, max_graphs: int = 8, max_bytes: int | None = None,
-        capture: str = "auto",
+        capture: str = "auto", max_loop_rows: int = 256,
     ):  # fmt: skip
         if not callable(denoiser):
             raise TypeError(f"Engine: denoiser must be callable, got {type(denoiser).__name__}")
-        if isinstance(max_graphs, bool) or not isinstance(max_graphs, int) or max_graphs < 1:
-            raise ValueError(f"Engine: max_graphs must be an int >= 1, got {max_graphs!r}")
-        if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 0):
-            raise ValueError(f"Engine: max_bytes must be an int >= 0 or None, got {max_bytes!r}")
+        _check_count("max_graphs", max_graphs, 1)
+        _check_count("max_loop_rows", max_loop_rows, 0)
+        if max_bytes is not None:
+            _check_count("max_bytes", max_bytes, 0)
         if capture not in CAPTURE_MODES:
             raise ValueError(f"Engine: capture must be one of {', '.join(CAPTURE_MODES)}, got {capture!r}")
-        self.denoiser, self.max_graphs, self.max_bytes, self.capture = denoiser, max_graphs, max_bytes, capture
+        self.denoiser, self.max_graphs, self.max_bytes = denoiser, max_graphs, max_bytes
+        self.capture, self.max_loop_rows = capture, max_loop_rows
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._lock, self._running, self._done = threading.RLock(), False, None
         self._counts = Stats()
@@ -146,7 +147,7 @@ class Engine:
             extensions=extensions,
         )  # fmt: skip
         watched = callback is not None or bool(progress)
-        auto = "loop" if request.table.num_rows <= MAX_LOOP_ROWS else "step"
+        auto = "loop" if request.table.num_rows <= self.max_loop_rows else "step"
         mode = _loop.choose_mode(request, self.capture, watched, auto)
         if _loop.capturing(request.device):  # the other graph would go on using our buffers
             return _loop.run(request, mode, callback, progress)
@@ -183,7 +184,8 @@ class Engine:
 
     def __reduce__(self):
         """A copy, or what is pickled, starts with nothing captured."""
-        options = {"max_graphs": self.max_graphs, "max_bytes": self.max_bytes, "capture": self.capture}
+        names = ("max_graphs", "max_bytes", "capture", "max_loop_rows")
+        options = {name: getattr(self, name) for name in names}
         return functools.partial(Engine, **options), (self.denoiser,)
 
     # ---- one run at a time -------------------------------------------------------------------------------------
@@ -274,6 +276,11 @@ class Engine:
                 self._done.synchronize()  # its last replay
             entry.graph.release()
             entry.graph = None
+
+
+def _check_count(name, value, least):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Engine: {name} must be an int >= {least}, got {value!r}")
 
 
 def _form(request, mode):

@@ -44,7 +44,7 @@ def sample(
     denoiser(x, t, **cond) -> output: any callable; x (k B, ...), t float32 (k B,), k branches in one batch, both
     buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the
     model times (R, k B) of all rows and returns step(x, row) -> output, row int32 (k B,) on the device: then work that
-    depends on t alone is done before the loop.
+    depends on t alone is done before the loop. (`Engine` also asks it for update(t_rows, **cond), see there.)
     table: from `genengine.solvers`; with a learned variance, output has 2C channels, the second half of the last
     branch's being v in s exp(l v). shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
@@ -55,8 +55,9 @@ def sample(
     callback: called with a StepInfo after each row. progress: a progress bar, or its title.
     capture: on a GPU, "step" captures one row in a CUDA graph and replays it for every row, "loop" captures the whole
     loop in one graph, "never" neither. "auto" takes "step", which costs one pass of Python instead of R, or "never"
-    where the host takes part in every row (noise, check_finite) or the caller is capturing a graph. Ignored on a CPU. A
-    captured denoiser's Python code runs a few times only, not once per row.
+    where the host takes part in every row (noise, check_finite), the caller is capturing a graph, or torch.compile has
+    given the denoiser graphs of its own (mode="reduce-overhead"). Ignored on a CPU. A captured denoiser's Python code
+    runs a few times only, not once per row. Every call captures anew: `Engine` keeps buffers and graph for the next.
     device: of the samples; default that of x, of a tensor in cond, of the denoiser's parameters, else the CPU.
     model_dtype: of the model's input; default the denoiser's floating parameters' dtype, else float32.
     check_finite: raise FloatingPointError naming the first row whose model output is not finite (one sync per row).

@@ -27,11 +27,12 @@ class ReplayedGraph:
     _thread = threading.local()
 
     @classmethod
-    def capturing(cls):
+    def recording(cls):
         return getattr(cls._thread, "recording", False)
 
-    def __init__(self, run, warm_up):
+    def __init__(self, run, warm_up, restore):
         warm_up()
+        restore()
         if self.fail_next:
             raise self.fail_next.pop(0)
         recorder = _Recorder()

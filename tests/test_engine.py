@@ -87,9 +87,8 @@ def test_where_the_host_takes_part_nothing_is_captured(graphs):
         Engine(denoiser, capture="loop").sample(table, SHAPE, callback=lambda info: None)
 
 
-def test_long_loops_are_one_row_replayed(graphs, monkeypatch):
-    monkeypatch.setattr("genengine.engine.MAX_LOOP_ROWS", 4)
-    agree(Engine(denoiser), solvers.euler(FLOW, GRID, prediction="velocity"), SHAPE)
+def test_long_loops_are_one_row_replayed(graphs):
+    agree(Engine(denoiser, max_loop_rows=4), solvers.euler(FLOW, GRID, prediction="velocity"), SHAPE)
     assert graphs[0].replays == 5
 
 

@@ -210,8 +210,9 @@ def test_a_copy_starts_with_nothing_captured(graphs):
     [
         ({"denoiser": 3}, TypeError, "denoiser must be callable, got int"),
         ({"max_graphs": 0}, ValueError, "max_graphs must be an int >= 1, got 0"),
-        ({"max_bytes": -1}, ValueError, "max_bytes must be an int >= 0 or None, got -1"),
-        ({"max_bytes": 0.5}, ValueError, "max_bytes must be an int >= 0 or None, got 0.5"),
+        ({"max_bytes": -1}, ValueError, "max_bytes must be an int >= 0, got -1"),
+        ({"max_bytes": 0.5}, ValueError, "max_bytes must be an int >= 0, got 0.5"),
+        ({"max_loop_rows": True}, ValueError, "max_loop_rows must be an int >= 0, got True"),
         ({"capture": "always"}, ValueError, "capture must be one of auto, loop, step, never, got 'always'"),
     ],
 )
@@ -309,7 +310,9 @@ def test_a_callback_may_raise_but_not_run_its_own_engine():
 def test_within_another_capture_it_uses_buffers_of_its_own(graphs):
     engine, found = Engine(denoiser), []
     agree(engine, EULER, SHAPE, seed=1)
-    outer = replayed_graph.ReplayedGraph(lambda: found.append(engine.sample(EULER, SHAPE, seed=1)), lambda: None)
+    outer = replayed_graph.ReplayedGraph(
+        lambda: found.append(engine.sample(EULER, SHAPE, seed=1)), lambda: None, lambda: None
+    )  # fmt: skip
     agree(engine, EULER, SHAPE, seed=2)
     outer.replay()
     assert torch.equal(found[0], genengine.sample(denoiser, EULER, SHAPE, seed=1, capture="never"))

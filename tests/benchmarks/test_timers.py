@@ -217,7 +217,7 @@ def test_a_cpu_has_no_streams():
     ("capturing", "noise", "mode"), [(False, None, "step"), (True, None, "never"), (False, torch.ones(1), "never")]
 )
 def test_sampling_inside_a_capture_captures_nothing(monkeypatch, capturing, noise, mode):
-    monkeypatch.setattr(_capture.CudaGraph, "capturing", lambda: capturing)
+    monkeypatch.setattr(_capture.CudaGraph, "recording", lambda: capturing)
     request = SimpleNamespace(
         device=torch.device("cuda"), shape=(1, 2), check_finite=False, noise=noise, denoiser=lambda x, t: x
     )
