@@ -1,4 +1,4 @@
-"""An engine on a GPU: replays equal uncaptured runs bit for bit, within bounds of memory, and never wait for the host."""
+"""An engine on a GPU: replays equal uncaptured runs bit for bit, keep to a bound of memory, and wait for no host."""
 
 import pytest
 import torch
