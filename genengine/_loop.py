@@ -110,7 +110,7 @@ class Loop:
                 self._rows = torch.empty((table.num_rows, width, rows.shape[2]), device=self.x.device)
             fits = False
         self.table = self._rows[: table.num_rows]
-        self.table.copy_(rows, non_blocking=True)  # from memory that is not pinned: safe, as it is staged at once
+        self.table.copy_(rows, non_blocking=_staged(self.x.device))
         return fits
 
     def _load_draws(self, request):
@@ -264,7 +264,15 @@ def _per_sample(value, x):
     value = np.asarray(value, dtype=np.float32)
     if value.size == 1:
         return value.item()
-    return torch.from_numpy(value).to(x.device, non_blocking=True).reshape(-1, *[1] * (x.dim() - 1))
+    return torch.from_numpy(value).to(x.device, non_blocking=_staged(x.device)).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _staged(device):
+    """Whether a copy from the host need not be waited for.
+
+    The driver takes what is not pinned at once; in a capture it would be read at the replay, when it is gone.
+    """
+    return not capturing(device)
 
 
 def _same_table(a, b):
