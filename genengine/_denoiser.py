@@ -42,6 +42,9 @@ def parts(denoiser: Callable) -> list[object]:
     found, waiting = {}, [denoiser]
     while waiting:
         part = waiting.pop()
+        if isinstance(part, (list, tuple, dict)):
+            waiting += part.values() if isinstance(part, dict) else part
+            continue
         if id(part) in found or not (callable(part) or isinstance(part, nn.Module)) or isinstance(part, type):
             continue
         found[id(part)] = part

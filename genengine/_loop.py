@@ -164,7 +164,8 @@ class Loop:
         wrapped = [
             vars(value) for value in scheduled.values() if hasattr(value, "update") and hasattr(value, "__dict__")
         ]
-        held = [vars(self), scheduled, wrapped, *self.extensions.states()]
+        own = {name: value for name, value in vars(self).items() if name != "noise"}
+        held = [own, scheduled, wrapped, *self.extensions.states()]
         return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
 
     # ---- the rows ------------------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ class Engine:
             with torch.inference_mode():
                 entry = self._ready(request, mode)
                 _loop.drive(entry.loop, entry.graph, entry.mode, callback, progress)
+            entry.loop.noise = None  # the caller's
             self._counts.runs += 1
             self._counts.replays += entry.graph is not None
             return entry.loop.x.clone()
@@ -169,7 +170,7 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """A copy of what has been counted so far."""
-        entries = self._entries.values()
+        entries = list(self._entries.values())
         graphs = sum(entry.graph is not None for entry in entries)
         return replace(self._counts, graphs=graphs, bytes=sum(entry.nbytes for entry in entries))
 

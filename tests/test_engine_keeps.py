@@ -308,11 +308,14 @@ def test_a_callback_may_raise_but_not_run_its_own_engine():
 
 
 def test_within_another_capture_it_uses_buffers_of_its_own(graphs):
+    """Those of the engine may be evicted while the other graph lives."""
     engine, found = Engine(denoiser), []
     agree(engine, EULER, SHAPE, seed=1)
+    before = engine.stats
     outer = replayed_graph.ReplayedGraph(
         lambda: found.append(engine.sample(EULER, SHAPE, seed=1)), lambda: None, lambda: None
-    )  # fmt: skip
+    )
+    assert engine.stats == before
     agree(engine, EULER, SHAPE, seed=2)
     outer.replay()
     assert torch.equal(found[0], genengine.sample(denoiser, EULER, SHAPE, seed=1, capture="never"))
