@@ -215,7 +215,20 @@ class Engine:
     # ---- what is kept --------------------------------------------------------------------------------------------
 
     def _ready(self, request, mode):
-        """The entry for this run, loaded, and captured unless mode is "never"."""
+        """The entry for this run, loaded, and captured unless mode is "never"; where memory does not suffice for it,
+        once more with nothing else kept."""
+        try:
+            return self._prepare(request, mode)
+        except torch.OutOfMemoryError:
+            if not self._entries:
+                raise
+        for key in list(self._entries):
+            self._drop(key)
+            self._counts.evictions += 1
+        torch.cuda.empty_cache()
+        return self._prepare(request, mode)
+
+    def _prepare(self, request, mode):
         modes, weights = ((), ()) if mode == "never" else _denoiser.fingerprint(self.denoiser)
         key = (_form(request, mode), modes)
         known = key in self._entries
@@ -228,32 +241,19 @@ class Engine:
             entry.use_on_current_stream()
             if entry.graph is not None and not (fits and entry.serves(request, weights)):
                 self._release(entry)
-            if mode != "never" and entry.graph is None:
+            captures = mode != "never" and entry.graph is None
+            if captures:
                 entry.mode = "step" if self.capture == "auto" and not entry.loop.reusable else mode
-                entry.graph, entry.weights, entry.rows = self._record(entry, request), weights, request.table.num_rows
+                entry.graph = _loop.record(entry.loop, request, entry.mode)
+                entry.weights, entry.rows = weights, request.table.num_rows
                 self._counts.captures += 1
         except BaseException:  # half of it may be of this run, half of the last
             self._drop(key)
             raise
-        if not (known and fits):
+        if captures or not (known and fits):
             entry.measure()
             self._evict(request.device)
         return entry
-
-    def _record(self, entry, request):
-        """The graph of the entry's rows; where memory does not suffice, once more with nothing else kept."""
-        try:
-            return _loop.record(entry.loop, request, entry.mode)
-        except torch.OutOfMemoryError:
-            others = [key for key, other in self._entries.items() if other is not entry]
-            if not others:
-                raise
-        for key in others:
-            self._drop(key)
-            self._counts.evictions += 1
-        torch.cuda.empty_cache()
-        entry.loop.begin(request)
-        return _loop.record(entry.loop, request, entry.mode)
 
     def _evict(self, device):
         bound = self.max_bytes

@@ -107,6 +107,16 @@ def test_nested_tensors_and_values_in_cond(graphs):
     assert len(graphs) == 2
 
 
+def test_one_tensor_under_two_names_and_two_tensors(graphs):
+    engine = Engine(lambda x, t, y, z: denoiser(x, t, y) + 0.1 * denoiser(x, t, z))
+    y, z = torch.rand(6), torch.rand(3)
+    for cond in ({"y": z, "z": z}, {"y": z, "z": y[:3]}, {"y": y[:3], "z": y[3:]}, {"y": y[3:], "z": y[:3]}):
+        agree(engine, EULER, SHAPE, cond=cond)
+        agree(engine, EULER, SHAPE, cond={name: value + 1 for name, value in cond.items()})
+        agree(engine, EULER, SHAPE, cond=cond)
+    assert len(graphs) == 4
+
+
 def test_what_is_returned_stays_as_it_is():
     engine, table = Engine(denoiser), EULER
     first = engine.sample(table, SHAPE, seed=1)

@@ -93,6 +93,31 @@ def test_an_extension_s_state_starts_anew_after_the_warm_up_and_for_every_run(bi
     assert len(graphs) == 1
 
 
+@dataclass
+class Halves(Extension):
+    """Has views of its own buffer, of the state, and of a tensor that it shares with others."""
+
+    weight: torch.Tensor
+
+    def start(self, run):
+        self._kept, self._x = run.buffer().zero_(), run.x[:, 1:]
+        self._first, self._again = self._kept[:, :1], [self._kept]
+
+    def after_row(self, run):
+        self._first.add_(self.weight)
+        self._x.add_(self._again[0][:, 1:] + self._kept[:, :1])
+
+
+def test_views_of_one_memory_stay_such(graphs):
+    engine = Engine(denoiser)
+    for _ in range(3):
+        weight = torch.rand(3, 1, 4, 4)
+        agree(engine, EULER, SHAPE, extensions=(Halves(weight), Halves(weight)))
+    assert len(graphs) == 1
+    agree(engine, EULER, SHAPE, extensions=(Halves(weight), Halves(weight + 1)))
+    assert len(graphs) == 2
+
+
 class Reader(Extension):
     """Decides by the table on the host, in every row."""
 

@@ -231,8 +231,9 @@ class Extensions:
         self._before = [extension for extension in started if _overrides(extension, "before_row")]
         self._after = [extension for extension in started if _overrides(extension, "after_row")]
         if static:
-            for extension in started:
-                _set_state(extension, _static.own(_state(extension), self._lent()))
+            states = _static.own([_state(extension) for extension in started], self._lent())
+            for extension, state in zip(started, states, strict=True):
+                _set_state(extension, state)
             self._held = [tree_flatten(_state(extension)) for extension in started]
 
     def _lent(self):
