@@ -5,7 +5,7 @@
     {DEVICE NAME: {OP: [{"dtype": "bfloat16", "shape": [16, 256, 1152], "seconds": {BACKEND: SECONDS, ...}}, ...]}}
 
 the median seconds of a call on each backend, "reference" being torch's own op where the op has one. A device that is
-not in it takes the order of `DEFAULT`. Only kernels that were seen right (`_verify`) are ever chosen, in whatever order.
+not in it takes the order of `DEFAULT`. Only kernels that were seen right (`_verify`) are ever chosen.
 """
 
 from __future__ import annotations
