@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from genengine.ops import EXTENSION, _registry, _verify
+from genengine.ops import EXTENSION, _fastest, _registry, _verify
 
 RIGHT, WRONG, ABSENT = "right", "wrong", "not available"
 
@@ -63,8 +63,8 @@ def _choices(op, device):
             reason = _doubt(op, name, device)
         if reason:
             against[name] = reason
-    order = ("cpu", "cuda", "triton", "reference") if device.type == "cuda" else ("cpu", "reference")
-    default = next(name for name in order if name not in against)
+    order = ("cpu",) if device.type == "cpu" else _fastest.order(op.name, device, torch.float32)
+    default = next(name for name in (*order, "reference") if name not in against)
     return {"default": default, "unavailable": against}
 
 
@@ -137,8 +137,9 @@ def verify(device: torch.device, report: Callable[[str], None] | None = None) ->
 
 def _verify_one(op, backend, device):
     row = {"op": op.public, "backend": backend, "device": str(device), "detail": "", "seconds": 0.0}
-    if reason := _registry.why_not(op, backend, device.type, torch.float32):
-        return row | {"verdict": ABSENT, "detail": reason}
+    reasons = [_registry.why_not(op, backend, device.type, dtype) for dtype in _registry.KERNEL_DTYPES]
+    if all(reasons):
+        return row | {"verdict": ABSENT, "detail": reasons[0]}
     start = time.perf_counter()
     problems = _verify.run(op, backend, device)
     row["seconds"] = time.perf_counter() - start
