@@ -73,9 +73,9 @@ class Engine:
     noise (a graph of one row serves fewer rows, too), other values of an extension's tensors. Another form is captured
     beside it: other shapes, dtypes or layouts, another kind of table, other extensions or options of theirs, values in
     cond that are no tensors, another `genengine.backend`, autocast or training mode. Weights are read where they lie:
-    changed in place they count at once; where the denoiser's modules hold other tensors, it is captured anew. An engine
-    sees the modules that are the denoiser, or that a function, a partial or an object encloses as it is called;
-    whatever else Python decides within the denoiser stays as it was captured, until `clear`.
+    changed in place they count at once; where the denoiser holds other tensors, it is captured anew. An engine sees the
+    modules and tensors that a function encloses or names, a partial holds, or a callable object has for attributes, in
+    short lists and dicts, too; whatever else Python decides within the denoiser stays as captured, until `clear`.
 
     A denoiser with for_schedule prepares each run anew. Its step function may have update(t_rows, **cond) -> bool: take
     other times and conditions, of no more rows, into the tensors that step reads; False where they do not fit. The

@@ -216,6 +216,26 @@ def test_modules_are_found_in_what_a_function_encloses(graphs):
         assert engine.stats.captures == 2
 
 
+def test_tensors_that_a_function_encloses_are_read_where_they_lie(graphs):
+    held, gain = [torch.rand(SHAPE)], torch.rand(())
+    held.append(held)
+    data = [held] * 1000  # not looked through
+
+    def model(x, t):
+        return denoiser(x, t) + held[0] * gain * len(data)
+
+    engine = Engine(model)
+    agree(engine, EULER, SHAPE)
+    held[0].mul_(2)
+    agree(engine, EULER, SHAPE)
+    assert len(graphs) == 1
+    held[0] = torch.rand(SHAPE)
+    agree(engine, EULER, SHAPE)
+    gain = torch.rand(())
+    agree(engine, EULER, SHAPE)
+    assert len(graphs) == 3
+
+
 def test_a_compiled_model_is_captured_and_its_own_graphs_are_not(graphs):
     table = EULER
     engine = Engine(torch.compile(Net(), backend="eager"))
