@@ -167,11 +167,22 @@ class Slots(Extension):
         run.x.mul_(self.factor).add_(self.offset)
 
 
+class Hidden(Extension):
+    __slots__ = ("__factor",)
+
+    def __init__(self, factor):
+        self.__factor = factor
+
+    def after_row(self, run):
+        run.x.mul_(self.__factor)
+
+
 def test_an_extension_with_slots_has_attributes_too(graphs):
     engine = Engine(denoiser)
     for factor in (0.9, 0.9, 0.8):
         agree(engine, EULER, SHAPE, extensions=(Slots(factor, torch.rand(SHAPE)),))
-    assert len(graphs) == 2
+        agree(engine, EULER, SHAPE, extensions=(Hidden(factor),))
+    assert len(graphs) == 4
 
 
 # ---- bounds --------------------------------------------------------------------------------------------------------
