@@ -21,8 +21,10 @@ OWN = {"attention": "torch"}  # ops whose fallback is torch's own op, and the va
 
 
 def op_of(row: dict) -> str | None:
-    """The dispatcher op that a row times: that of its name ("attention, causal"), else of its group ("CFG + Euler row" of
-    sampler_step); None of a row that runs forward and backward."""
+    """The dispatcher op that a row times: of its name ("attention, causal"), else of its group ("CFG + Euler row").
+
+    None of a row that runs forward and backward.
+    """
     if "forward and backward" in row["name"]:
         return None
     names = (row["name"].split(",")[0], row["group"], f"{row['group']}_out")
