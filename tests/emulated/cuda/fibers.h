@@ -10,8 +10,10 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <random>
+#include <string>
 #include <vector>
 
 namespace genengine {
@@ -20,17 +22,24 @@ constexpr int kWarpThreads = 32;
 
 class Fibers {
  public:
-  enum class Wait { none, warp, block, over };
+  enum class Wait { none, warp, block, until, over };
+
+  // What goes on beside the threads (copies, say), once a round; idle: no thread may go on, unless this makes one. Says whether
+  // anything happened.
+  using Beside = std::function<bool(bool idle)>;
 
   // body() on each of `threads` threads; returns the number of times that all waited for one another. omit: every how manieth
   // barrier is left out, 0 for none: to see what a missing one does.
-  int64_t run(int threads, uint64_t seed, int omit, std::function<void()> body) {
+  int64_t run(int threads, uint64_t seed, int omit, std::function<void()> body, Beside beside = {}) {
     body_ = std::move(body);
+    beside_ = std::move(beside);
     omit_ = omit;
     passed_.assign(threads, 0);
     draws_.seed(seed);
     barriers_ = 0;
     waits_.assign(threads, Wait::none);
+    untils_.assign(threads, Until{});
+    draw_paces();
     slots_.assign(threads, Slots{});
     started_.assign(threads, false);
     places_.resize(threads);
@@ -50,6 +59,14 @@ class Fibers {
 
   void barrier() {
     if (omit_ == 0 || ++passed_[current_] % omit_ != 0) wait(Wait::block);
+  }
+
+  // Until free() holds; why() tells what that is if it never does.
+  void wait_until(std::function<bool()> free, std::function<std::string()> why) {
+    if (free() && draws_() % 2) return;
+    untils_[current_] = {std::move(free), std::move(why)};
+    wait(Wait::until);
+    untils_[current_] = {};
   }
 
   // What every lane of the warp offers, read by each after all have offered: read(lane) gives another's.
@@ -110,19 +127,57 @@ class Fibers {
     for (size_t i = 0; i < waits_.size(); ++i)
       if (waits_[i] == Wait::none) ready.push_back(static_cast<int>(i));
     std::shuffle(ready.begin(), ready.end(), draws_);
-    for (const int i : ready) go_on(i);
-    bool went_on = false;
-    for (size_t first = 0; first < waits_.size(); first += kWarpThreads) went_on |= release(first, first + kWarpThreads, Wait::warp);
+    bool may_go_on = false;
+    const std::vector<char> rests = draw_rests();
+    for (const int i : ready)
+      if (rests[i / kWarpThreads])
+        may_go_on = true;
+      else
+        go_on(i);
+    for (size_t first = 0; first < waits_.size(); first += kWarpThreads) {
+      const size_t last = std::min(first + kWarpThreads, waits_.size());
+      may_go_on |= release(first, last, Wait::warp);
+    }
     if (release(0, waits_.size(), Wait::block)) {
       ++barriers_;
-      went_on = true;
+      may_go_on = true;
     }
-    for (const Wait wait : waits_)
-      if (wait != Wait::over && !went_on) {
-        fprintf(stderr, "threads of a block wait at different points, or some have ended\n");
-        abort();
+    for (size_t i = 0; i < waits_.size(); ++i)
+      if (waits_[i] == Wait::until && untils_[i].free()) {
+        waits_[i] = Wait::none;
+        may_go_on = true;
       }
-    return went_on;
+    if (std::all_of(waits_.begin(), waits_.end(), [](Wait wait) { return wait == Wait::over; })) return false;
+    if (beside_ && beside_(!may_go_on)) may_go_on = true;
+    if (!may_go_on) give_up();
+    return true;
+  }
+
+  // With something going on beside them, warps are of different speed: a warp rests in a round by its own probability.
+  void draw_paces() {
+    rest_.assign((waits_.size() + kWarpThreads - 1) / kWarpThreads, 0);
+    if (beside_)
+      for (int& sixteenths : rest_) sixteenths = std::array{0, 0, 8, 14}[draws_() % 4];
+  }
+
+  std::vector<char> draw_rests() {
+    std::vector<char> rests(rest_.size());
+    for (size_t i = 0; i < rests.size(); ++i) rests[i] = rest_[i] > 0 && static_cast<int>(draws_() % 16) < rest_[i];
+    return rests;
+  }
+
+  [[noreturn]] void give_up() {
+    fprintf(stderr, "threads of a block wait at different points, or some have ended\n");
+    const auto doing = [this](size_t i) -> std::string {
+      if (waits_[i] == Wait::until) return "until " + untils_[i].why();
+      return waits_[i] == Wait::warp ? "for its warp" : waits_[i] == Wait::block ? "for the block" : "no more: it has ended";
+    };
+    for (size_t i = 0, next; i < waits_.size(); i = next) {
+      const std::string what = doing(i);
+      for (next = i + 1; next < waits_.size() && doing(next) == what;) ++next;
+      fprintf(stderr, "  threads %zu .. %zu wait %s\n", i, next - 1, what.c_str());
+    }
+    abort();
   }
 
   bool release(size_t begin, size_t end, Wait from) {
@@ -132,12 +187,20 @@ class Fibers {
     return true;
   }
 
+  struct Until {
+    std::function<bool()> free;
+    std::function<std::string()> why;
+  };
+
   std::function<void()> body_;
+  Beside beside_;
   std::mt19937_64 draws_;
   std::vector<Place> places_;
   std::vector<char> started_;
   std::vector<std::vector<char>> stacks_;
   std::vector<Wait> waits_;
+  std::vector<Until> untils_;
+  std::vector<int> rest_;
   std::vector<Slots> slots_;
   std::vector<int64_t> passed_;
   Place main_;
