@@ -114,6 +114,8 @@ GENENGINE_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+GENENGINE_DEVICE void store_shared(void* to, uint32_t word) { *static_cast<uint32_t*>(to) = word; }
+
 // Each thread that wrote shared memory with ordinary stores, before the barrier after which TMA or wgmma reads it.
 GENENGINE_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
