@@ -1,0 +1,135 @@
+// Stands in for csrc/cuda/hopper/ptx.h where there is no GPU, an independent reading of the PTX ISA manual: the same names, on the
+// block of block.h. Copies and products are done at drawn times, within what barriers and waits allow; misuse ends the process.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+#include "cuda/hopper/block.h"
+#include "cuda/warp.h"
+
+namespace genengine::hopper {
+
+constexpr int kWarpgroup = 128;
+
+struct Half {
+  uint16_t bits;
+};
+
+using Barrier = uint64_t;
+
+inline uint32_t shared_address(const void* pointer) { return emulated::Block::instance().memory.address(pointer); }
+inline int block_index() { return emulated::Block::instance().index; }
+inline int block_count() { return emulated::Block::instance().count; }
+
+// ---- barriers --------------------------------------------------------------------------------------------------------------
+
+inline void barrier_init(Barrier* barrier, int arrivals) { emulated::Block::instance().barriers.init(barrier, arrivals); }
+inline void barrier_publish() { emulated::Block::instance().barriers.publish(); }
+inline void barrier_expect(Barrier* barrier, uint32_t bytes) {
+  emulated::Block::instance().barriers.arrive(shared_address(barrier), bytes);
+}
+inline void barrier_arrive(Barrier* barrier) { emulated::Block::instance().barriers.arrive(shared_address(barrier), 0); }
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  emulated::Block::instance().barriers.wait(shared_address(barrier), parity);
+}
+
+inline void named_sync(int id, int threads) { emulated::Block::instance().named.sync(id, threads); }
+inline void named_arrive(int id, int threads) { emulated::Block::instance().named.arrive(id, threads); }
+
+template <int Count>
+void take_registers() {
+  emulated::Block::instance().registers.change(Count, true);
+}
+template <int Count>
+void give_registers() {
+  emulated::Block::instance().registers.change(Count, false);
+}
+
+// ---- copies ----------------------------------------------------------------------------------------------------------------
+
+inline void prefetch_map(const TensorMap* map) { emulated::check_map(*map); }
+inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3) {
+  emulated::Block::instance().copies.load(shared_address(to), *map, shared_address(barrier), {c0, c1, c2, c3});
+}
+inline void tma_store(const TensorMap* map, const void* from, int c0, int c1, int c2, int c3) {
+  emulated::Block::instance().copies.store(*map, shared_address(from), {c0, c1, c2, c3});
+}
+inline void bulk_add(float* to, const float* from, uint32_t bytes) {
+  emulated::Block::instance().copies.add(to, shared_address(from), bytes);
+}
+inline void bulk_commit() { emulated::Block::instance().copies.commit(); }
+template <int Pending>
+void bulk_wait_read() {
+  emulated::Block::instance().copies.wait(Pending, true);
+}
+template <int Pending>
+void bulk_wait() {
+  emulated::Block::instance().copies.wait(Pending, false);
+}
+
+inline void store_shared(void* to, uint32_t word) { emulated::Block::instance().memory.store(to, &word, sizeof(word)); }
+inline void publish_to_async() { emulated::Block::instance().memory.publish(); }
+
+// ---- products --------------------------------------------------------------------------------------------------------------
+
+enum class Sums { along_rows, down_columns };
+
+// The descriptor's fields in units of 16 bytes: start (bits 0 .. 13), leading (16 .. 29) and stride (32 .. 45) byte offsets, and the
+// swizzle (62, 63).
+template <Sums Direction, int Line>
+uint64_t matrix(const void* from, uint32_t box = 0) {
+  static_assert(Line == 32 || Line == 64 || Line == 128);
+  const uint64_t start = shared_address(from), leading = Direction == Sums::down_columns ? box : 16, stride = 8 * Line;
+  return start / 16 + (leading / 16 << 16) + (stride / 16 << 32) + (static_cast<uint64_t>(Line == 128 ? 1 : Line == 64 ? 2 : 3) << 62);
+}
+inline uint64_t advanced(uint64_t matrix, uint32_t bytes) { return matrix + bytes / 16; }
+
+inline void wgmma_fence() { emulated::Block::instance().my_products().fence(); }
+inline void wgmma_commit() { emulated::Block::instance().my_products().commit(); }
+template <int Pending>
+void wgmma_wait() {
+  emulated::Block::instance().my_products().wait(Pending);
+}
+
+template <int Count, class Register>
+void pin(Register (&)[Count]) {}
+
+template <class T, int N>
+struct Product {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  static constexpr bool kHalf = std::is_same_v<T, Half>;
+
+  template <Sums A, Sums B>
+  static void of_shared(float (&sums)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+    constexpr bool kADown = A == Sums::down_columns, kBDown = B == Sums::down_columns;
+    emulated::Block::instance().my_products().issue({N, kHalf, false, kADown, kBDown, accumulate, a, b}, sums, nullptr);
+  }
+  template <Sums B>
+  static void of_registers(float (&sums)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    constexpr bool kBDown = B == Sums::down_columns;
+    emulated::Block::instance().my_products().issue({N, kHalf, true, false, kBDown, accumulate, 0, b}, sums, a);
+  }
+};
+
+// ---- arithmetic ------------------------------------------------------------------------------------------------------------
+
+// Numbers below the normal ones are zeros, before and after.
+inline float exp2_approx(float x) {
+  const float y = exp2f(fabsf(x) < 0x1p-126f ? 0.f : x);
+  return y < 0x1p-126f ? 0.f : y;
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+  const auto bits = [](float value) -> uint32_t {
+    if constexpr (std::is_same_v<T, Half>)
+      return emulated::to_half(value);
+    else
+      return to_bf16(value).bits;
+  };
+  return bits(low) | bits(high) << 16;
+}
+
+}  // namespace genengine::hopper
