@@ -39,6 +39,7 @@ struct ForwardForm {
   static constexpr int kBarriers = 2 * (kQueryStages + 2 * kStages);
   static constexpr int kShared = kQueryStages * kQueryBytes + 2 * kStages * kKeyBytes + kBarriers * 8;
 
+  static_assert(kShared <= 227 << 10, "what a block may have");
   static_assert(kConsumers >= 2 && kConsumers <= 4 && kDim % 8 == 0 && kKeys % 16 == 0 && kKeys <= 256);
   static_assert(kQueryBox % 1024 == 0 && kKeyBox % 1024 == 0, "boxes begin at whole swizzle patterns");
 };
