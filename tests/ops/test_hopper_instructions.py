@@ -1,4 +1,4 @@
-"""Hopper's instructions as tests/emulated has them, alone: what they compute at any schedule, and every misuse found."""
+"""Hopper's instructions as tests/emulated has them, alone: what they compute at any schedule, every misuse found."""
 
 import ctypes
 import itertools
