@@ -1,5 +1,6 @@
 // Stands in for csrc/cuda/hopper/ptx.h where there is no GPU, an independent reading of the PTX ISA manual: the same names, on the
-// block of block.h. Copies and products are done at drawn times, within what barriers and waits allow; misuse ends the process.
+// block of block.h; the descriptors of matrix.h are the kernels' own. Copies and products are done at drawn times, within what
+// barriers and waits allow; misuse ends the process.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -7,6 +8,7 @@
 #include <type_traits>
 
 #include "cuda/hopper/block.h"
+#include "cuda/hopper/matrix.h"
 #include "cuda/warp.h"
 
 namespace genengine::hopper {
@@ -73,18 +75,6 @@ inline void store_shared(void* to, uint32_t word) { emulated::Block::instance().
 inline void publish_to_async() { emulated::Block::instance().memory.publish(); }
 
 // ---- products --------------------------------------------------------------------------------------------------------------
-
-enum class Sums { along_rows, down_columns };
-
-// The descriptor's fields in units of 16 bytes: start (bits 0 .. 13), leading (16 .. 29) and stride (32 .. 45) byte offsets, and the
-// swizzle (62, 63).
-template <Sums Direction, int Line>
-uint64_t matrix(const void* from, uint32_t box = 0) {
-  static_assert(Line == 32 || Line == 64 || Line == 128);
-  const uint64_t start = shared_address(from), leading = Direction == Sums::down_columns ? box : 16, stride = 8 * Line;
-  return start / 16 + (leading / 16 << 16) + (stride / 16 << 32) + (static_cast<uint64_t>(Line == 128 ? 1 : Line == 64 ? 2 : 3) << 62);
-}
-inline uint64_t advanced(uint64_t matrix, uint32_t bytes) { return matrix + bytes / 16; }
 
 inline void wgmma_fence() { emulated::Block::instance().my_products().fence(); }
 inline void wgmma_commit() { emulated::Block::instance().my_products().commit(); }
