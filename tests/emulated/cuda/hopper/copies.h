@@ -141,7 +141,6 @@ class Copies {
     if (any) std::erase_if(copies_, [](const Copy& copy) { return copy.over; });
     return any;
   }
-  bool idle() const { return copies_.empty(); }
 
  private:
   enum class Kind { load, store, add };

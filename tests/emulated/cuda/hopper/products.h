@@ -1,5 +1,6 @@
-// wgmma: a warpgroup's products, done at drawn times between their issue and the wait that covers them. Sums in flight are NaN to
-// their threads, who may not write them either; operands in registers must stay as they are until then.
+// wgmma: a warpgroup's products, done at drawn times between their issue and the wait that covers them, each warp's rows at a time of
+// their own: a warp's wait says nothing of the others. Sums in flight are NaN to their threads, who may not write them either;
+// operands in registers must stay as they are until then.
 #pragma once
 #include <stdint.h>
 
@@ -37,7 +38,7 @@ class Products {
       mine.held.push_back({a, number, issued.a[index()]});
     }
     ++issued.threads;
-    if (!queue_.empty() && queue_.front().pace == Pace::at_once) go_on(false);
+    if (issued.threads == kThreads && issued.pace == Pace::at_once) go_on(false);
   }
 
   void commit() {
@@ -51,8 +52,12 @@ class Products {
   // Until at most `pending` of the thread's batches are unfinished.
   void wait(int pending) {
     const int64_t batches = static_cast<int64_t>(me().commits) - pending, done = batches > 0 ? ends_[batches - 1] : 0;
-    Fibers::instance().wait_until([this, done] { return first_ >= done; },
-                                  [this, done] { return text("for products: %lld of %lld are done", static_cast<long long>(first_), static_cast<long long>(done)); });
+    const int64_t& mine_done = done_[index() / kWarpThreads];
+    Fibers::instance().wait_until([&mine_done, done] { return mine_done >= done; },
+                                  [&mine_done, done] {
+                                    return text("for products: %lld of %lld are done", static_cast<long long>(mine_done),
+                                                static_cast<long long>(done));
+                                  });
     Thread& mine = me();
     for (const Held& held : mine.held)
       if (held.number < done && memcmp(held.at, held.words.data(), 16) != 0)
@@ -69,22 +74,32 @@ class Products {
       if (sums->of[index()]) refuse("wgmma: products were not waited for when their thread ends");
   }
 
-  // Products are done in order: those whose time has come, or the first for sure. Says whether any was.
+  // A warp's rows are done product after product: those whose time has come, or some for sure. Says whether any were.
   bool go_on(bool force) {
     bool any = false;
-    while (!queue_.empty() && queue_.front().threads == kThreads) {
-      const Pace pace = queue_.front().pace;
-      if (!(pace == Pace::at_once || std::exchange(force, false) || (pace == Pace::drawn && draws_->one_in(3)))) break;
-      multiply(queue_.front());
+    const size_t first_warp = draws_->below(kWarps);
+    for (size_t i = 0; i < queue_.size() && queue_[i].threads == kThreads; ++i) {
+      std::vector<int> warps;
+      for (size_t j = 0; j < kWarps; ++j) {
+        const int warp = static_cast<int>((first_warp + j) % kWarps);
+        const Pace pace = queue_[i].pace;
+        if (done_[warp] != first_ + static_cast<int64_t>(i)) continue;
+        if (!(pace == Pace::at_once || std::exchange(force, false) || (pace == Pace::drawn && draws_->one_in(3)))) continue;
+        warps.push_back(warp);
+        ++done_[warp];
+      }
+      if (!warps.empty()) multiply(queue_[i], warps);
+      any |= !warps.empty();
+    }
+    while (!queue_.empty() && *std::min_element(done_.begin(), done_.end()) > first_) {
       queue_.pop_front();
       ++first_;
-      any = true;
     }
     return any;
   }
-  bool idle() const { return queue_.empty() || queue_.front().threads < kThreads; }
 
  private:
+  static constexpr int kWarps = kThreads / kWarpThreads, kWarpRows = kRows / kWarps;
   static constexpr uint32_t kInFlight = 0x7fdead01;  // a NaN
 
   // Sums while products are to be added to them: value[row * columns + column], and where each thread has its own.
@@ -173,7 +188,8 @@ class Products {
     memcpy(mine.seen.back().words.data(), at, 4 * count);
   }
 
-  void multiply(Issued& issued) {
+  // The rows of some of the warps.
+  void multiply(Issued& issued, const std::vector<int>& warps) {
     const Instruction& what = issued.what;
     const int columns = what.columns;
     a_.resize(kDepth * kRows);
@@ -183,14 +199,15 @@ class Products {
     else
       decode(*memory_, what.a, what.a_down, what.half, kRows, a_.data());
     decode(*memory_, what.b, what.b_down, what.half, columns, b_.data());
-    if (!what.accumulate) std::fill(issued.sums->value.begin(), issued.sums->value.end(), 0.f);
-    for (int row = 0; row < kRows; ++row) {
-      float* sums = issued.sums->value.data() + row * columns;
-      for (int term = 0; term < kDepth; ++term) {
-        const float a = a_[term * kRows + row], *b = b_.data() + term * columns;
-        for (int i = 0; i < columns; ++i) sums[i] += a * b[i];
+    for (const int warp : warps)
+      for (int row = warp * kWarpRows; row < (warp + 1) * kWarpRows; ++row) {
+        float* sums = issued.sums->value.data() + row * columns;
+        if (!what.accumulate) std::fill(sums, sums + columns, 0.f);
+        for (int term = 0; term < kDepth; ++term) {
+          const float a = a_[term * kRows + row], *b = b_.data() + term * columns;
+          for (int i = 0; i < columns; ++i) sums[i] += a * b[i];
+        }
       }
-    }
   }
 
   const SharedMemory* memory_;
@@ -199,6 +216,7 @@ class Products {
   std::array<Thread, kThreads> threads_;
   std::deque<Issued> queue_;  // issued and not done
   int64_t first_ = 0;         // number of the first of them
+  std::array<int64_t, kWarps> done_{};  // by each warp
   std::vector<int64_t> ends_;  // of batches: products before
   std::vector<std::shared_ptr<Sums>> sums_;
   std::vector<float> a_, b_;
