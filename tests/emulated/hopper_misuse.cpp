@@ -1,4 +1,5 @@
-// Wrong uses of Hopper's instructions, each of which tests/emulated/cuda/hopper must find: for tests/ops/test_hopper_instructions.py.
+// Wrong uses of Hopper's instructions, each of which tests/emulated/cuda/hopper must find: for
+// tests/ops/test_hopper_instructions.py.
 #include <functional>
 #include <map>
 #include <string>
@@ -148,7 +149,9 @@ void of_copies(std::map<std::string, Misuse>& all) {
 }
 
 void of_products(std::map<std::string, Misuse>& all) {
-  const auto multiply = [](const Thread& t, Registers& r) { P64::of_shared<kAlong, kAlong>(r.sums, t.matrix(), t.matrix(), true); };
+  const auto multiply = [](const Thread& t, Registers& r) {
+    P64::of_shared<kAlong, kAlong>(r.sums, t.matrix(), t.matrix(), true);
+  };
   const auto finish = [] { wgmma_commit(), wgmma_wait<0>(); };
   all["no fence"] = [=](const Thread& t) {
     Registers r;
@@ -247,7 +250,8 @@ extern "C" void misuse(const char* name, int seeds) {
   of_barriers(all), of_copies(all), of_products(all), of_registers(all);
   const Misuse& body = all.at(name);
   for (int seed = 0; seed < seeds; ++seed)
-    emulated::Block::instance().run({128, 1, 1024 + 2 * kTile, static_cast<uint64_t>(seed)}, [&](char* memory) { body(Thread{memory}); });
+    emulated::Block::instance().run({128, 1, 1024 + 2 * kTile, static_cast<uint64_t>(seed)},
+                                    [&](char* memory) { body(Thread{memory}); });
 }
 
 // A product whose operand is overwritten, or whose sums are read, before it was waited for: what comes out, at `sums` (64, 64).

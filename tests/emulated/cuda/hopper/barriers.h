@@ -98,8 +98,9 @@ class NamedBarriers {
   }
 
   void end() const {
-    for (int id = 0; id < 16; ++id)
-      if (states_[id].come != 0) refuse("named barrier %d: %d arrivals of %d at the end", id, states_[id].come, states_[id].threads);
+    for (const State& state : states_)
+      if (state.come != 0)
+        refuse("named barrier %td: %d arrivals of %d at the end", &state - states_, state.come, state.threads);
   }
 
   void arrive(int id, int threads) { join(id, threads); }
@@ -107,10 +108,10 @@ class NamedBarriers {
   void sync(int id, int threads) {
     const int64_t turn = join(id, threads);
     State& state = states_[id];
-    Fibers::instance().wait_until([&state, turn] { return state.turn > turn; },
-                                  [&state, id] {
-                                    return text("for named barrier %d: %d of %d threads have come", id, state.come, state.threads);
-                                  });
+    const auto why = [&state, id] {
+      return text("for named barrier %d: %d of %d threads have come", id, state.come, state.threads);
+    };
+    Fibers::instance().wait_until([&state, turn] { return state.turn > turn; }, why);
   }
 
  private:
@@ -123,9 +124,11 @@ class NamedBarriers {
   // The number of the turn that the thread takes part in.
   int64_t join(int id, int threads) {
     if (id < 1 || id > 15) refuse("named barrier: id must be 1 .. 15, got %d", id);
-    if (threads < kWarpThreads || threads % kWarpThreads != 0) refuse("named barrier %d: %d threads are not whole warps", id, threads);
+    if (threads < kWarpThreads || threads % kWarpThreads != 0)
+      refuse("named barrier %d: %d threads are not whole warps", id, threads);
     State& state = states_[id];
-    if (state.come > 0 && state.threads != threads) refuse("named barrier %d: of %d threads and of %d", id, state.threads, threads);
+    if (state.come > 0 && state.threads != threads)
+      refuse("named barrier %d: of %d threads and of %d", id, state.threads, threads);
     state.threads = threads;
     ++state.come;
     ++state.of_warp[Fibers::instance().current() / kWarpThreads];
@@ -153,17 +156,20 @@ class Registers {
   void change(int count, bool take) {
     int& mine = of_thread_[Fibers::instance().current()];
     const char* name = take ? "take_registers" : "give_registers";
-    if (count % 8 != 0 || count < 24 || count > 256) refuse("%s: count must be a multiple of 8 in 24 .. 256, got %d", name, count);
+    if (count % 8 != 0 || count < 24 || count > 256)
+      refuse("%s: count must be a multiple of 8 in 24 .. 256, got %d", name, count);
     if (take ? count < mine : count > mine) refuse("%s: the thread has %d registers, got count %d", name, mine, count);
     if (take)
-      Fibers::instance().wait_until([this, &mine, count] { return used() - mine + count <= all_; },
-                                    [this, count] { return text("for %d registers: %d of %d are taken", count, used(), all_); });
+      Fibers::instance().wait_until(
+          [this, &mine, count] { return used() - mine + count <= all_; },
+          [this, count] { return text("for %d registers: %d of %d are taken", count, used(), all_); });
     mine = count;
   }
 
   void end() const {
     for (size_t i = 0; i < of_thread_.size(); ++i)
-      if (of_thread_[i] != of_thread_[i / 128 * 128]) refuse("registers: only part of warpgroup %zu took or gave up some", i / 128);
+      if (of_thread_[i] != of_thread_[i / 128 * 128])
+        refuse("registers: only part of warpgroup %zu took or gave up some", i / 128);
   }
 
  private:

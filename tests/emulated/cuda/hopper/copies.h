@@ -34,13 +34,15 @@ inline void check_map(const TensorMap& map) {
     if (map.size[d] < 1) refuse("tensor map: size %d must be at least 1", d);
     if (map.box[d] < 1 || map.box[d] > 256) refuse("tensor map: box %d must be in 1 .. 256, got %d", d, map.box[d]);
     if (d > 0 && (map.stride[d] % 16 != 0 || map.stride[d] < 0 || map.stride[d] >= 1ll << 40))
-      refuse("tensor map: stride %d must be a multiple of 16 bytes below 2^40, got %lld", d, static_cast<long long>(map.stride[d]));
+      refuse("tensor map: stride %d must be a multiple of 16 bytes below 2^40, got %lld", d,
+             static_cast<long long>(map.stride[d]));
   }
   const int line = map.element * map.box[0];
   if (line % 16 != 0) refuse("tensor map: a box's line must be a multiple of 16 bytes, got %d", line);
   if (map.swizzle != 0 && map.swizzle != 32 && map.swizzle != 64 && map.swizzle != 128)
     refuse("tensor map: swizzle must be 0, 32, 64 or 128 bytes, got %d", map.swizzle);
-  if (map.swizzle != 0 && line > map.swizzle) refuse("tensor map: a line of %d bytes exceeds its swizzle, %d", line, map.swizzle);
+  if (map.swizzle != 0 && line > map.swizzle)
+    refuse("tensor map: a line of %d bytes exceeds its swizzle, %d", line, map.swizzle);
 }
 
 // body(element of the box, its place in global memory or nullptr beyond the tensor) for each element, in the box's order.
@@ -77,7 +79,8 @@ class Copies {
     const uint32_t bytes = map.box_bytes();
     for (const Copy& other : copies_)
       if (other.kind == Kind::load ? overlap(other, to, bytes) : !other.read && overlap(other, to, bytes))
-        refuse("tma_load: shared memory at %u is still %s by an earlier copy", to, other.kind == Kind::load ? "written" : "read");
+        refuse("tma_load: shared memory at %u is still %s by an earlier copy", to,
+               other.kind == Kind::load ? "written" : "read");
     memory_.poison(to, bytes);
     start({Kind::load, map, from, to, bytes, barrier, nullptr, {}, Fibers::instance().current(), 0, draws_.pace(), false});
   }
@@ -104,7 +107,8 @@ class Copies {
     Fibers::instance().wait_until(
         [this, thread, done, only_read] {
           for (const Copy& copy : copies_)
-            if (copy.kind != Kind::load && copy.thread == thread && copy.group < done && !(only_read && copy.read)) return false;
+            if (copy.kind != Kind::load && copy.thread == thread && copy.group < done && !(only_read && copy.read))
+              return false;
           return true;
         },
         [] { return "for stores to memory"; });
@@ -114,7 +118,8 @@ class Copies {
   void leave() const {
     for (const Copy& copy : copies_)
       if (copy.thread == Fibers::instance().current() && copy.kind != Kind::load && !copy.read)
-        refuse("a store of shared memory at %u is still to read it when its thread ends (bulk_commit, bulk_wait_read)", copy.at);
+        refuse("a store of shared memory at %u is still to read it when its thread ends (bulk_commit, bulk_wait_read)",
+               copy.at);
   }
 
   // The block ended. What was stored is written.
@@ -158,7 +163,9 @@ class Copies {
     bool over = false;
   };
 
-  static bool overlap(const Copy& copy, uint32_t at, uint32_t bytes) { return copy.at < at + bytes && at < copy.at + copy.bytes; }
+  static bool overlap(const Copy& copy, uint32_t at, uint32_t bytes) {
+    return copy.at < at + bytes && at < copy.at + copy.bytes;
+  }
 
   void check_place(uint32_t at, const TensorMap& map) const {
     memory_.check(at, map.box_bytes());

@@ -1,6 +1,6 @@
-// A block's shared memory as Hopper has it: addresses of its own, and two views. Ordinary loads and stores go to one, copies and
-// products (the async proxy) to the other; what a thread stores reaches the second when that thread publishes it, and what
-// copies bring is in both.
+// A block's shared memory as Hopper has it: addresses of its own, and two views. Ordinary loads and stores go to one, copies
+// and products (the async proxy) to the other; what a thread stores reaches the second when that thread publishes it, and
+// what copies bring is in both.
 #pragma once
 #include <stdarg.h>
 #include <stdint.h>
@@ -130,7 +130,7 @@ class SharedMemory {
   size_t bytes_ = 0;
 };
 
-// TMA's and wgmma's swizzle of a line's bytes: address bits 4.. are xored with bits 7.., as many as the line has 16-byte chunks for.
+// TMA's and wgmma's swizzle of lines: address bits 4.. are xored with bits 7.., as many as number a line's 16-byte chunks.
 inline uint32_t swizzled(uint32_t address, int line) {
   const uint32_t bits = line == 128 ? 7 : line == 64 ? 3 : line == 32 ? 1 : 0;
   return address ^ (address >> 7 & bits) << 4;

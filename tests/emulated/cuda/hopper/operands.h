@@ -1,5 +1,5 @@
-// How wgmma finds its operands: matrices in shared memory by their descriptors, fragments in the registers of a warpgroup's threads.
-// Written from the PTX ISA manual (wgmma: matrix descriptors, register fragments) and the canonical layouts that CUTLASS lists.
+// How wgmma finds its operands: matrices in shared memory by their descriptors, fragments in the registers of a warpgroup's
+// threads. From the PTX ISA manual (wgmma: matrix descriptors, register fragments) and CUTLASS's list of canonical layouts.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -22,7 +22,8 @@ struct Instruction {
 
 inline float from_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent == 31 ? (fraction ? NAN : INFINITY) : ldexpf(exponent ? 1024 + fraction : fraction, (exponent ? exponent : 1) - 25);
+  float size = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+  if (exponent == 31) size = fraction ? NAN : INFINITY;
   return bits >> 15 ? -size : size;
 }
 
@@ -59,10 +60,11 @@ struct Descriptor {
       : start(bits << 4 & 0x3fff0), leading(bits >> 12 & 0x3fff0), stride(bits >> 28 & 0x3fff0), base(bits >> 49 & 7) {
     constexpr int kLines[4] = {0, 128, 64, 32};
     line = kLines[bits >> 62];
-    if (line == 0) refuse("wgmma: the matrix %llx is not swizzled; unswizzled ones are not emulated", static_cast<unsigned long long>(bits));
+    if (line == 0) refuse("wgmma: the matrix at %u is not swizzled; unswizzled ones are not emulated", start);
     if (base != 0) refuse("wgmma: base offset %u; only 0 is emulated", base);
     const uint32_t pattern = 8 * line;
-    if (start % pattern >= static_cast<uint32_t>(line)) refuse("wgmma: the matrix at %u begins within a pattern of %u bytes", start, pattern);
+    if (start % pattern >= static_cast<uint32_t>(line))
+      refuse("wgmma: the matrix at %u begins within a pattern of %u bytes", start, pattern);
   }
 };
 
@@ -76,7 +78,8 @@ inline void decode(const SharedMemory& memory, uint64_t bits, bool down, bool ha
     return words;
   };
   if (!down) {  // a row's terms lie in a line; eight lines are a group, the next one `stride` on
-    if (matrix.start % matrix.line + 32 > static_cast<uint32_t>(matrix.line)) refuse("wgmma: 16 columns at %u are beyond a line", matrix.start);
+    if (matrix.start % matrix.line + 32 > static_cast<uint32_t>(matrix.line))
+      refuse("wgmma: 16 columns at %u are beyond a line", matrix.start);
     for (int row = 0; row < count; ++row)
       for (int side = 0; side < 2; ++side) {
         const auto words = chunk(matrix.start + row / 8 * matrix.stride + row % 8 * matrix.line + side * 16);
@@ -90,7 +93,8 @@ inline void decode(const SharedMemory& memory, uint64_t bits, bool down, bool ha
   const int chunks = matrix.line / 16;
   for (int term = 0; term < kDepth; ++term)
     for (int i = 0; i < count / 8; ++i) {
-      const auto words = chunk(matrix.start + i % chunks * 16 + i / chunks * matrix.leading + term % 8 * matrix.line + term / 8 * matrix.stride);
+      const uint32_t box = matrix.start + i / chunks * matrix.leading + term / 8 * matrix.stride;
+      const auto words = chunk(box + term % 8 * matrix.line + i % chunks * 16);
       for (int j = 0; j < 8; ++j) values[term * count + i * 8 + j] = table[words[j]];
     }
 }

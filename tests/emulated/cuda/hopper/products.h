@@ -1,6 +1,6 @@
-// wgmma: a warpgroup's products, done at drawn times between their issue and the wait that covers them, each warp's rows at a time of
-// their own: a warp's wait says nothing of the others. Sums in flight are NaN to their threads, who may not write them either;
-// operands in registers must stay as they are until then.
+// wgmma: a warpgroup's products, done at drawn times between their issue and the wait that covers them, each warp's rows at a
+// time of their own: a warp's wait says nothing of the others. Sums in flight are NaN to their threads, who may not write them
+// either; operands in registers must stay as they are until then.
 #pragma once
 #include <stdint.h>
 
@@ -15,7 +15,8 @@ namespace genengine::hopper::emulated {
 
 class Products {
  public:
-  Products(const SharedMemory& memory, Draws& draws, int first_thread) : memory_(&memory), draws_(&draws), first_thread_(first_thread) {}
+  Products(const SharedMemory& memory, Draws& draws, int first_thread)
+      : memory_(&memory), draws_(&draws), first_thread_(first_thread) {}
 
   void fence() {
     Thread& mine = me();
@@ -28,7 +29,8 @@ class Products {
     Thread& mine = me();
     if (!mine.fenced) refuse("wgmma: no wgmma_fence before the first product of a batch");
     const int64_t number = mine.issued++;
-    if (number == first_ + static_cast<int64_t>(queue_.size())) queue_.push_back({what, sums_at(sums, what.columns), {}, 0, draws_->pace()});
+    if (number == first_ + static_cast<int64_t>(queue_.size()))
+      queue_.push_back({what, sums_at(sums, what.columns), {}, 0, draws_->pace()});
     Issued& issued = queue_[number - first_];
     if (!(issued.what == what)) refuse("wgmma: the threads of a warpgroup issue different products");
     take(*issued.sums, sums, what.accumulate, number);
@@ -69,7 +71,8 @@ class Products {
 
   void leave() {
     const Thread& mine = me();
-    if (mine.issued > (mine.commits ? ends_[mine.commits - 1] : 0)) refuse("wgmma: products were not committed when their thread ends");
+    if (mine.issued > (mine.commits ? ends_[mine.commits - 1] : 0))
+      refuse("wgmma: products were not committed when their thread ends");
     for (const auto& sums : sums_)
       if (sums->of[index()]) refuse("wgmma: products were not waited for when their thread ends");
   }

@@ -1,6 +1,6 @@
-// Stands in for csrc/cuda/hopper/ptx.h where there is no GPU, an independent reading of the PTX ISA manual: the same names, on the
-// block of block.h; the descriptors of matrix.h are the kernels' own. Copies and products are done at drawn times, within what
-// barriers and waits allow; misuse ends the process.
+// Stands in for csrc/cuda/hopper/ptx.h where there is no GPU, an independent reading of the PTX ISA manual: the same names, on
+// the block of block.h; the descriptors of matrix.h are the kernels' own. Copies and products are done at drawn times, within
+// what barriers and waits allow; misuse ends the process.
 #pragma once
 #include <math.h>
 #include <stdint.h>
