@@ -43,6 +43,11 @@ _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in sorted(set(NA
 _LIBRARIES["genengine"].define("cpu_isa(int wanted) -> int")
 # Too: the bytes that `pixelcnn_sample` keeps of a group of images.
 _LIBRARIES["genengine"].define("pixelcnn_state(Tensor matrices, int[] fields, int images, bool wavefront) -> int")
+# Too: attention_backward for Hopper, whose dq is summed in any order, or deterministic.
+_LIBRARIES["genengine"].define(
+    "hopper_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, "
+    "float scale, bool deterministic) -> (Tensor, Tensor, Tensor)"
+)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -209,11 +214,12 @@ def _why_no_backend(op, name, device_type):
         return _why_no_triton(device_type)
     if device_type != name:
         return f"it runs on {name} tensors, these are on {device_type}"
-    return _why_no_kernel(op.name, name)
+    return missing_kernel(op.name, name)
 
 
 @torch._dynamo.assume_constant_result  # torch.compile takes the answer as it is, and does not look inside
-def _why_no_kernel(op_name: str, name: str) -> str | None:
+def missing_kernel(op_name: str, name: str) -> str | None:
+    """Why the extension has no kernel of this op for this device, or None if it has."""
     if (op_name, name) not in _kernel_reasons:
         _kernel_reasons[op_name, name] = _look_for_kernel(op_name, name)
     return _kernel_reasons[op_name, name]

@@ -22,6 +22,9 @@ constexpr int kWarpgroup = 128;  // threads that issue a product together
 struct Half {
   uint16_t bits;
 };
+struct alignas(16) FourWords {
+  uint32_t word[4];
+};
 
 using TensorMap = CUtensorMap;
 using Barrier = uint64_t;
@@ -87,6 +90,14 @@ GENENGINE_DEVICE void tma_load(void* to, const TensorMap* map, Barrier* barrier,
       : "memory");
 }
 
+// Bytes of global memory as they are, both ends and the count multiples of 16, counted at the barrier. One thread.
+GENENGINE_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(reinterpret_cast<uint64_t>(from)), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 // A box of shared memory into the tensor, nothing beyond its end. One thread, which also commits and waits.
 GENENGINE_DEVICE void tma_store(const TensorMap* map, const void* from, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
@@ -116,9 +127,24 @@ GENENGINE_DEVICE void bulk_wait() {
 }
 
 GENENGINE_DEVICE void store_shared(void* to, uint32_t word) { *static_cast<uint32_t*>(to) = word; }
+GENENGINE_DEVICE void store_shared(void* to, const FourFloats& values) { *static_cast<FourFloats*>(to) = values; }
 
 // Each thread that wrote shared memory with ordinary stores, before the barrier after which TMA or wgmma reads it.
 GENENGINE_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- turns of blocks: counters in global memory ----------------------------------------------------------------------------
+
+// Until the counter has reached `value`; what its writers wrote before is then seen.
+GENENGINE_DEVICE void await_count(const int* counter, int value) {
+  int found;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+  while (found < value);
+}
+
+// Counts one up after all this thread has written, by bulk copies that it has waited for, too.
+GENENGINE_DEVICE void count_up(int* counter) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
 
 // ---- products --------------------------------------------------------------------------------------------------------------
 
@@ -225,6 +251,20 @@ GENENGINE_DEVICE uint32_t pack(float low, float high) {
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// The halves of such a word.
+template <class T>
+GENENGINE_DEVICE float unpack_low(uint32_t word) {
+  if constexpr (std::is_same_v<T, Bf16>) return __uint_as_float(word << 16);
+  float value;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(value) : "r"(word));
+  return value;
+}
+template <class T>
+GENENGINE_DEVICE float unpack_high(uint32_t word) {
+  if constexpr (std::is_same_v<T, Bf16>) return __uint_as_float(word & 0xffff0000u);
+  return unpack_low<T>(word >> 16);
 }
 
 }  // namespace genengine::hopper
