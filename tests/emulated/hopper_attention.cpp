@@ -41,7 +41,7 @@ void run(const AttentionCall& call) {
                                blocks * call.heads * call.batch,
                                blocks,
                                call.section};
-  emulated::Block::instance().run({Form::kThreads, call.blocks, Form::kShared, call.seed},
+  emulated::Grid::instance().run({Form::kThreads, call.blocks, Form::kShared, call.seed},
                                   [&](char* memory) { attention_forward<Form>(forward, memory); });
 }
 

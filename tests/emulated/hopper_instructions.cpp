@@ -14,7 +14,7 @@ constexpr uint32_t kFirstTile = 1024;  // barriers come before
 
 template <class Body>
 void run(int threads, uint64_t seed, size_t bytes, Body body, int blocks = 1) {
-  emulated::Block::instance().run({threads, blocks, bytes, seed}, body);
+  emulated::Grid::instance().run({threads, blocks, bytes, seed}, body);
 }
 
 Barrier* barrier_at(char* memory, int number) { return reinterpret_cast<Barrier*>(memory) + number; }

@@ -250,13 +250,13 @@ extern "C" void misuse(const char* name, int seeds) {
   of_barriers(all), of_copies(all), of_products(all), of_registers(all);
   const Misuse& body = all.at(name);
   for (int seed = 0; seed < seeds; ++seed)
-    emulated::Block::instance().run({128, 1, 1024 + 2 * kTile, static_cast<uint64_t>(seed)},
+    emulated::Grid::instance().run({128, 1, 1024 + 2 * kTile, static_cast<uint64_t>(seed)},
                                     [&](char* memory) { body(Thread{memory}); });
 }
 
 // A product whose operand is overwritten, or whose sums are read, before it was waited for: what comes out, at `sums` (64, 64).
 extern "C" void too_early(float* sums, int overwrite, int read, uint64_t seed) {
-  emulated::Block::instance().run({128, 1, 1024 + 2 * kTile, seed}, [&](char* memory) {
+  emulated::Grid::instance().run({128, 1, 1024 + 2 * kTile, seed}, [&](char* memory) {
     const Thread t{memory};
     Registers r;
     for (uint16_t i = 0; t.first && i < 64 * 64; ++i) memcpy(tensor + 2 * i, i % 65 ? "\0\0" : "\x80\x3f", 2);  // the identity

@@ -5,13 +5,12 @@ import ctypes
 
 import pytest
 import torch
-from emulated_support import build
+from emulated_support import Guarded, build, tensors
 
 from genengine import testing
 from genengine.ops.attention import HOPPER_HEAD_DIMS, reference_attention
 from genengine.testing.attention import roundings
 
-GUARD = 512  # elements around what the kernel may write
 FEW_DIMS = (64, 72)  # that have a form for few queries
 DTYPES = [torch.bfloat16, torch.float16]
 FORMS = [
@@ -35,19 +34,6 @@ def block(tmp_path_factory):
     return ctypes.CDLL(build("hopper_attention.cpp", tmp_path_factory.mktemp("attention")))
 
 
-class Guarded:
-    """A tensor to be written, of NaN, between elements that must stay as they are."""
-
-    def __init__(self, shape, dtype):
-        count = torch.Size(shape).numel()
-        self.whole = torch.full((count + 2 * GUARD,), -77.0, dtype=dtype)
-        self.tensor = self.whole[GUARD : GUARD + count].fill_(float("nan")).view(shape)
-
-    def checked(self):
-        assert (self.whole[:GUARD] == -77).all() and (self.whole[-GUARD:] == -77).all()
-        return self.tensor.clone()
-
-
 def run(block, q, k, v, form, scale, *, blocks=1, section=1, seed=0):
     """o and lse of a grid of blocks."""
     batch, queries, heads, dim = q.shape
@@ -59,19 +45,6 @@ def run(block, q, k, v, form, scale, *, blocks=1, section=1, seed=0):
     )  # fmt: skip
     block.attention(ctypes.byref(call))
     return o.checked(), lse.checked()
-
-
-def packed(batch, tokens, heads, dim, dtype, count=3):
-    """Tensors (B, N, H, D) in one projection, all of whose other elements are NaN."""
-    whole = torch.full((batch + 1, tokens + 3, count, heads + 1, dim // 8 * 8 + 8), float("nan"), dtype=dtype)
-    inner = whole[:batch, 1 : tokens + 1, :, 1:, :dim]
-    inner.copy_(torch.randn(inner.shape))
-    return inner.unbind(2)
-
-
-def tensors(queries, keys, dim, dtype, batch=1, heads=1):
-    q, k, v = packed(batch, queries, heads, dim, dtype)
-    return (q, k, v) if keys == queries else (q, *packed(batch, keys, heads, dim, dtype, 2))
 
 
 def check(block, q, k, v, form, scale, **how):

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -29,8 +30,10 @@ class Fibers {
   using Beside = std::function<bool(bool idle)>;
 
   // body() on each of `threads` threads; returns the number of times that all waited for one another. omit: every how manieth
-  // barrier is left out, 0 for none: to see what a missing one does.
-  int64_t run(int threads, uint64_t seed, int omit, std::function<void()> body, Beside beside = {}) {
+  // barrier is left out, 0 for none: to see what a missing one does. blocks: as many, at the same time, of `threads` threads each.
+  int64_t run(int threads, uint64_t seed, int omit, std::function<void()> body, Beside beside = {}, int blocks = 1) {
+    of_block_ = threads;
+    threads *= blocks;
     body_ = std::move(body);
     beside_ = std::move(beside);
     omit_ = omit;
@@ -44,13 +47,17 @@ class Fibers {
     started_.assign(threads, false);
     places_.resize(threads);
     stacks_.resize(threads);
-    for (auto& stack : stacks_) stack.resize(kStack);
+    for (auto& stack : stacks_)
+      if (!stack) stack.reset(new char[kStack]);
     while (schedule()) {
     }
     return barriers_;
   }
 
+  // Of all; and as a block counts its own.
   int current() const { return current_; }
+  int thread() const { return current_ % of_block_; }
+  int block() const { return current_ / of_block_; }
 
   void wait(Wait for_what) {
     waits_[current_] = for_what;
@@ -114,7 +121,7 @@ class Fibers {
     started_[thread] = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks_[thread].data();
+    context.uc_stack.ss_sp = stacks_[thread].get();
     context.uc_stack.ss_size = kStack;
     context.uc_link = nullptr;
     makecontext(&context, &Fibers::enter, 0);
@@ -138,10 +145,11 @@ class Fibers {
       const size_t last = std::min(first + kWarpThreads, waits_.size());
       may_go_on |= release(first, last, Wait::warp);
     }
-    if (release(0, waits_.size(), Wait::block)) {
-      ++barriers_;
-      may_go_on = true;
-    }
+    for (size_t first = 0; first < waits_.size(); first += of_block_)
+      if (release(first, first + of_block_, Wait::block)) {
+        ++barriers_;
+        may_go_on = true;
+      }
     for (size_t i = 0; i < waits_.size(); ++i)
       if (waits_[i] == Wait::until && untils_[i].free()) {
         waits_[i] = Wait::none;
@@ -197,14 +205,14 @@ class Fibers {
   std::mt19937_64 draws_;
   std::vector<Place> places_;
   std::vector<char> started_;
-  std::vector<std::vector<char>> stacks_;
+  std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<Wait> waits_;
   std::vector<Until> untils_;
   std::vector<int> rest_;
   std::vector<Slots> slots_;
   std::vector<int64_t> passed_;
   Place main_;
-  int current_ = 0, omit_ = 0;
+  int current_ = 0, of_block_ = 1, omit_ = 0;
   int64_t barriers_ = 0;
 };
 

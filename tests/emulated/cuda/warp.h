@@ -22,7 +22,7 @@ struct alignas(16) FourFloats {
   float value[4];
 };
 
-inline int thread_index() { return Fibers::instance().current(); }
+inline int thread_index() { return Fibers::instance().thread(); }
 inline void block_barrier() { Fibers::instance().barrier(); }
 
 // ---- what lanes exchange -------------------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ class Barriers {
     if (at % 8 != 0) refuse("barrier_init: barrier at %u must be aligned to 8 bytes", at);
     if (arrivals < 1) refuse("barrier_init: arrivals must be at least 1, got %d", arrivals);
     if (barriers_.count(at)) refuse("barrier_init: barrier at %u was made before", at);
-    barriers_[at] = {arrivals, arrivals, 0, 0, Fibers::instance().current(), false};
+    barriers_[at] = {arrivals, arrivals, 0, 0, Fibers::instance().thread(), false};
     *barrier = mark(at);
   }
 
   void publish() {
-    for (auto& [at, state] : barriers_) state.published |= state.maker == Fibers::instance().current();
+    for (auto& [at, state] : barriers_) state.published |= state.maker == Fibers::instance().thread();
   }
 
   void arrive(uint32_t at, uint32_t bytes) {
@@ -131,7 +131,7 @@ class NamedBarriers {
       refuse("named barrier %d: of %d threads and of %d", id, state.threads, threads);
     state.threads = threads;
     ++state.come;
-    ++state.of_warp[Fibers::instance().current() / kWarpThreads];
+    ++state.of_warp[Fibers::instance().thread() / kWarpThreads];
     const int64_t turn = state.turn;
     if (state.come == threads) {
       for (int& count : state.of_warp)
@@ -154,7 +154,7 @@ class Registers {
   }
 
   void change(int count, bool take) {
-    int& mine = of_thread_[Fibers::instance().current()];
+    int& mine = of_thread_[Fibers::instance().thread()];
     const char* name = take ? "take_registers" : "give_registers";
     if (count % 8 != 0 || count < 24 || count > 256)
       refuse("%s: count must be a multiple of 8 in 24 .. 256, got %d", name, count);

@@ -75,14 +75,14 @@ class Copies {
   void load(uint32_t to, const TensorMap& map, uint32_t barrier, Place from) {
     check_map(map);
     check_place(to, map);
-    barriers_.check(barrier, "copy");
-    const uint32_t bytes = map.box_bytes();
-    for (const Copy& other : copies_)
-      if (other.kind == Kind::load ? overlap(other, to, bytes) : !other.read && overlap(other, to, bytes))
-        refuse("tma_load: shared memory at %u is still %s by an earlier copy", to,
-               other.kind == Kind::load ? "written" : "read");
-    memory_.poison(to, bytes);
-    start({Kind::load, map, from, to, bytes, barrier, nullptr, {}, Fibers::instance().current(), 0, draws_.pace(), false});
+    start_load({Kind::load, map, from, to, static_cast<uint32_t>(map.box_bytes()), barrier, nullptr, {}, 0, 0, Pace::late, false});
+  }
+
+  // Bytes as they are.
+  void load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || to % 16 != 0 || bytes % 16 != 0)
+      refuse("bulk_load: both ends and the size must be multiples of 16, got %p, %u and %u", from, to, bytes);
+    start_load({Kind::bytes, {}, {}, to, bytes, barrier, const_cast<void*>(from), {}, 0, 0, Pace::late, false});
   }
 
   void store(const TensorMap& map, uint32_t from, Place to) {
@@ -98,16 +98,16 @@ class Copies {
     start_store({Kind::add, {}, {}, from, bytes, 0, to, {}, 0, 0, Pace::late, false});
   }
 
-  void commit() { ++groups_[Fibers::instance().current()]; }
+  void commit() { ++groups_[Fibers::instance().thread()]; }
 
   // Until at most `pending` of the thread's groups are to be read from shared memory (or to be written).
   void wait(int pending, bool only_read) {
-    const int thread = Fibers::instance().current();
+    const int thread = Fibers::instance().thread();
     const int64_t done = groups_[thread] - pending;
     Fibers::instance().wait_until(
         [this, thread, done, only_read] {
           for (const Copy& copy : copies_)
-            if (copy.kind != Kind::load && copy.thread == thread && copy.group < done && !(only_read && copy.read))
+            if (copy.stores() && copy.thread == thread && copy.group < done && !(only_read && copy.read))
               return false;
           return true;
         },
@@ -117,15 +117,21 @@ class Copies {
   // A thread ends: nothing of shared memory may be in use.
   void leave() const {
     for (const Copy& copy : copies_)
-      if (copy.thread == Fibers::instance().current() && copy.kind != Kind::load && !copy.read)
+      if (copy.thread == Fibers::instance().thread() && copy.stores() && !copy.read)
         refuse("a store of shared memory at %u is still to read it when its thread ends (bulk_commit, bulk_wait_read)",
                copy.at);
+  }
+
+  // This thread has something to be written yet.
+  bool writes() const {
+    return std::any_of(copies_.begin(), copies_.end(),
+                       [](const Copy& copy) { return copy.stores() && copy.thread == Fibers::instance().thread(); });
   }
 
   // The block ended. What was stored is written.
   void end() {
     for (const Copy& copy : copies_)
-      if (copy.kind == Kind::load) refuse("tma_load: shared memory at %u is still written when the block ends", copy.at);
+      if (!copy.stores()) refuse("a load: shared memory at %u is still written when the block ends", copy.at);
     while (go_on(true)) {
     }
   }
@@ -148,19 +154,21 @@ class Copies {
   }
 
  private:
-  enum class Kind { load, store, add };
+  enum class Kind { load, bytes, store, add };
   struct Copy {
     Kind kind;
     TensorMap map;
     Place place;
     uint32_t at, bytes, barrier;
-    float* to;
+    void* global;  // of what goes without a map
     std::vector<char> data;  // once read
     int thread;
     int64_t group;
     Pace pace;
     bool read;
     bool over = false;
+
+    bool stores() const { return kind == Kind::store || kind == Kind::add; }
   };
 
   static bool overlap(const Copy& copy, uint32_t at, uint32_t bytes) {
@@ -172,8 +180,19 @@ class Copies {
     if (at % 128 != 0) refuse("tensor copy: shared memory at %u must be aligned to 128 bytes", at);
   }
 
+  void start_load(Copy copy) {
+    barriers_.check(copy.barrier, "copy");
+    for (const Copy& other : copies_)
+      if (!(other.stores() && other.read) && overlap(other, copy.at, copy.bytes))
+        refuse("a load: shared memory at %u is still %s by an earlier copy", copy.at, other.stores() ? "read" : "written");
+    memory_.poison(copy.at, copy.bytes);
+    copy.thread = Fibers::instance().thread();
+    copy.pace = draws_.pace();
+    start(std::move(copy));
+  }
+
   void start_store(Copy copy) {
-    copy.thread = Fibers::instance().current();
+    copy.thread = Fibers::instance().thread();
     copy.group = groups_[copy.thread];
     copy.pace = draws_.pace();
     copy.data.assign(memory_.read(copy.at, copy.bytes), memory_.read(copy.at, copy.bytes) + copy.bytes);
@@ -188,7 +207,7 @@ class Copies {
 
   void advance(size_t index) {
     Copy& copy = copies_[index];
-    if (copy.kind == Kind::load) {
+    if (!copy.stores()) {
       land(copy);
     } else if (!copy.read) {
       if (memcmp(memory_.read(copy.at, copy.bytes), copy.data.data(), copy.bytes) != 0)
@@ -205,10 +224,13 @@ class Copies {
   }
 
   void land(Copy& copy) {
-    each_element(copy.map, copy.place, [&](int number, const char* from) {
-      const char zeros[4] = {};
-      memory_.write(place_of(copy, number), from ? from : zeros, copy.map.element);
-    });
+    if (copy.kind == Kind::bytes)
+      memory_.write(copy.at, copy.global, copy.bytes);
+    else
+      each_element(copy.map, copy.place, [&](int number, const char* from) {
+        const char zeros[4] = {};
+        memory_.write(place_of(copy, number), from ? from : zeros, copy.map.element);
+      });
     copy.over = true;
     barriers_.complete(copy.barrier, copy.bytes);
   }
@@ -222,7 +244,7 @@ class Copies {
       for (uint32_t i = 0; i < copy.bytes / 4; ++i) {
         float value;
         memcpy(&value, copy.data.data() + 4 * i, 4);
-        copy.to[i] += value;
+        static_cast<float*>(copy.global)[i] += value;
       }
     copy.over = true;
   }

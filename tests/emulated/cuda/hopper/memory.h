@@ -29,7 +29,8 @@ namespace genengine::hopper::emulated {
 // A misuse of the instructions: says who did what, and ends the process.
 template <class... Values>
 [[noreturn]] void refuse(const char* format, Values... values) {
-  fprintf(stderr, "thread %d: %s\n", Fibers::instance().current(), text(format, values...).c_str());
+  const Fibers& fibers = Fibers::instance();
+  fprintf(stderr, "block %d, thread %d: %s\n", fibers.block(), fibers.thread(), text(format, values...).c_str());
   abort();
 }
 
@@ -87,10 +88,10 @@ class SharedMemory {
     const uint32_t at = address(to);
     check(at, bytes);
     memcpy(to, from, bytes);
-    written_[Fibers::instance().current()].push_back({at, static_cast<uint32_t>(bytes)});
+    written_[Fibers::instance().thread()].push_back({at, static_cast<uint32_t>(bytes)});
   }
   void publish() {
-    auto& mine = written_[Fibers::instance().current()];
+    auto& mine = written_[Fibers::instance().thread()];
     for (const auto& [at, bytes] : mine) memcpy(base(async_) + (at - kFirst), base(ordinary_) + (at - kFirst), bytes);
     mine.clear();
   }

@@ -137,7 +137,7 @@ class Products {
     std::vector<Seen> seen;
   };
 
-  int index() const { return Fibers::instance().current() - first_thread_; }
+  int index() const { return Fibers::instance().thread() - first_thread_; }
   Thread& me() { return threads_[index()]; }
 
   std::shared_ptr<Sums> sums_at(const float* at, int columns) {

@@ -18,69 +18,87 @@ constexpr int kWarpgroup = 128;
 struct Half {
   uint16_t bits;
 };
+struct alignas(16) FourWords {
+  uint32_t word[4];
+};
 
 using Barrier = uint64_t;
 
-inline uint32_t shared_address(const void* pointer) { return emulated::Block::instance().memory.address(pointer); }
-inline int block_index() { return emulated::Block::instance().index; }
-inline int block_count() { return emulated::Block::instance().count; }
+inline uint32_t shared_address(const void* pointer) { return emulated::mine().memory.address(pointer); }
+inline int block_index() { return emulated::mine().index; }
+inline int block_count() { return emulated::Grid::instance().count(); }
 
 // ---- barriers --------------------------------------------------------------------------------------------------------------
 
-inline void barrier_init(Barrier* barrier, int arrivals) { emulated::Block::instance().barriers.init(barrier, arrivals); }
-inline void barrier_publish() { emulated::Block::instance().barriers.publish(); }
+inline void barrier_init(Barrier* barrier, int arrivals) { emulated::mine().barriers.init(barrier, arrivals); }
+inline void barrier_publish() { emulated::mine().barriers.publish(); }
 inline void barrier_expect(Barrier* barrier, uint32_t bytes) {
-  emulated::Block::instance().barriers.arrive(shared_address(barrier), bytes);
+  emulated::mine().barriers.arrive(shared_address(barrier), bytes);
 }
-inline void barrier_arrive(Barrier* barrier) { emulated::Block::instance().barriers.arrive(shared_address(barrier), 0); }
+inline void barrier_arrive(Barrier* barrier) { emulated::mine().barriers.arrive(shared_address(barrier), 0); }
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
-  emulated::Block::instance().barriers.wait(shared_address(barrier), parity);
+  emulated::mine().barriers.wait(shared_address(barrier), parity);
 }
 
-inline void named_sync(int id, int threads) { emulated::Block::instance().named.sync(id, threads); }
-inline void named_arrive(int id, int threads) { emulated::Block::instance().named.arrive(id, threads); }
+inline void named_sync(int id, int threads) { emulated::mine().named.sync(id, threads); }
+inline void named_arrive(int id, int threads) { emulated::mine().named.arrive(id, threads); }
 
 template <int Count>
 void take_registers() {
-  emulated::Block::instance().registers.change(Count, true);
+  emulated::mine().registers.change(Count, true);
 }
 template <int Count>
 void give_registers() {
-  emulated::Block::instance().registers.change(Count, false);
+  emulated::mine().registers.change(Count, false);
 }
 
 // ---- copies ----------------------------------------------------------------------------------------------------------------
 
 inline void prefetch_map(const TensorMap* map) { emulated::check_map(*map); }
 inline void tma_load(void* to, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3) {
-  emulated::Block::instance().copies.load(shared_address(to), *map, shared_address(barrier), {c0, c1, c2, c3});
+  emulated::mine().copies.load(shared_address(to), *map, shared_address(barrier), {c0, c1, c2, c3});
+}
+inline void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  emulated::mine().copies.load(shared_address(to), from, bytes, shared_address(barrier));
 }
 inline void tma_store(const TensorMap* map, const void* from, int c0, int c1, int c2, int c3) {
-  emulated::Block::instance().copies.store(*map, shared_address(from), {c0, c1, c2, c3});
+  emulated::mine().copies.store(*map, shared_address(from), {c0, c1, c2, c3});
 }
 inline void bulk_add(float* to, const float* from, uint32_t bytes) {
-  emulated::Block::instance().copies.add(to, shared_address(from), bytes);
+  emulated::mine().copies.add(to, shared_address(from), bytes);
 }
-inline void bulk_commit() { emulated::Block::instance().copies.commit(); }
+inline void bulk_commit() { emulated::mine().copies.commit(); }
 template <int Pending>
 void bulk_wait_read() {
-  emulated::Block::instance().copies.wait(Pending, true);
+  emulated::mine().copies.wait(Pending, true);
 }
 template <int Pending>
 void bulk_wait() {
-  emulated::Block::instance().copies.wait(Pending, false);
+  emulated::mine().copies.wait(Pending, false);
 }
 
-inline void store_shared(void* to, uint32_t word) { emulated::Block::instance().memory.store(to, &word, sizeof(word)); }
-inline void publish_to_async() { emulated::Block::instance().memory.publish(); }
+inline void store_shared(void* to, uint32_t word) { emulated::mine().memory.store(to, &word, sizeof(word)); }
+inline void store_shared(void* to, const FourFloats& values) { emulated::mine().memory.store(to, &values, sizeof(values)); }
+inline void publish_to_async() { emulated::mine().memory.publish(); }
+
+// ---- turns of blocks -------------------------------------------------------------------------------------------------------
+
+inline void await_count(const int* counter, int value) {
+  Fibers::instance().wait_until([counter, value] { return *counter >= value; },
+                                [counter, value] { return emulated::text("for a counter to reach %d from %d", value, *counter); });
+}
+inline void count_up(int* counter) {
+  if (emulated::mine().copies.writes()) emulated::refuse("count_up: this thread has not waited for its stores (bulk_wait)");
+  ++*counter;
+}
 
 // ---- products --------------------------------------------------------------------------------------------------------------
 
-inline void wgmma_fence() { emulated::Block::instance().my_products().fence(); }
-inline void wgmma_commit() { emulated::Block::instance().my_products().commit(); }
+inline void wgmma_fence() { emulated::my_products().fence(); }
+inline void wgmma_commit() { emulated::my_products().commit(); }
 template <int Pending>
 void wgmma_wait() {
-  emulated::Block::instance().my_products().wait(Pending);
+  emulated::my_products().wait(Pending);
 }
 
 template <int Count, class Register>
@@ -94,12 +112,12 @@ struct Product {
   template <Sums A, Sums B>
   static void of_shared(float (&sums)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     constexpr bool kADown = A == Sums::down_columns, kBDown = B == Sums::down_columns;
-    emulated::Block::instance().my_products().issue({N, kHalf, false, kADown, kBDown, accumulate, a, b}, sums, nullptr);
+    emulated::my_products().issue({N, kHalf, false, kADown, kBDown, accumulate, a, b}, sums, nullptr);
   }
   template <Sums B>
   static void of_registers(float (&sums)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     constexpr bool kBDown = B == Sums::down_columns;
-    emulated::Block::instance().my_products().issue({N, kHalf, true, false, kBDown, accumulate, 0, b}, sums, a);
+    emulated::my_products().issue({N, kHalf, true, false, kBDown, accumulate, 0, b}, sums, a);
   }
 };
 
@@ -120,6 +138,15 @@ uint32_t pack(float low, float high) {
       return to_bf16(value).bits;
   };
   return bits(low) | bits(high) << 16;
+}
+
+template <class T>
+float unpack_low(uint32_t word) {
+  return emulated::values_of(std::is_same_v<T, Half>)[word & 0xffff];
+}
+template <class T>
+float unpack_high(uint32_t word) {
+  return emulated::values_of(std::is_same_v<T, Half>)[word >> 16];
 }
 
 }  // namespace genengine::hopper
