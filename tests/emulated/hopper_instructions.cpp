@@ -208,5 +208,30 @@ extern "C" void pass_on(const void* source, int count, float* sums, uint64_t see
   });
 }
 
+// Bytes from one place to another by way of shared memory.
+extern "C" void copy_floats(const float* from, float* to, int count, uint64_t seed) {
+  run(64, seed, kFirstTile + 4 * count, [&](char* memory) {
+    make_barriers(memory, 1);
+    if (thread_index() == 0) {
+      barrier_expect(barrier_at(memory, 0), 4 * count);
+      bulk_load(memory + kFirstTile, from, 4 * count, barrier_at(memory, 0));
+    }
+    barrier_wait(barrier_at(memory, 0), 0);
+    for (int i = thread_index(); i < count; i += 64) memcpy(to + i, memory + kFirstTile + 4 * i, 4);
+  });
+}
+
+// All blocks at the same time, the last one first: each writes its number where its turn is.
+extern "C" void in_turns(int* order, int blocks, uint64_t seed) {
+  int turn = 0;
+  const auto body = [&](char*) {
+    if (thread_index() != 0) return;
+    await_count(&turn, blocks - 1 - block_index());
+    order[turn] = block_index();
+    count_up(&turn);
+  };
+  emulated::Grid::instance().run({32, blocks, 0, seed, blocks}, body);
+}
+
 extern "C" float exp2_of(float x) { return exp2_approx(x); }
 extern "C" uint32_t packed(float low, float high, int half) { return half ? pack<Half>(low, high) : pack<Bf16>(low, high); }

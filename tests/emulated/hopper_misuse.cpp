@@ -145,6 +145,19 @@ void of_copies(std::map<std::string, Misuse>& all) {
     block_barrier();
     if (t.first) publish_to_async(), t.store(), bulk_wait_read<0>();
   };
+  all["load of odd bytes"] = [](const Thread& t) {
+    t.make();
+    if (t.first) bulk_load(t.tile(), tensor, 24, t.barrier());
+  };
+  all["counted up before it is written"] = [](const Thread& t) {
+    static int counter;
+    t.loaded();
+    if (t.first) t.store(), bulk_wait_read<0>(), count_up(&counter);
+  };
+  all["a turn never comes"] = [](const Thread&) {
+    static const int counter = 2;
+    await_count(&counter, 3);
+  };
   all["beyond the memory"] = [](const Thread& t) { memset(t.tile(2), 1, 4); };
 }
 

@@ -145,6 +145,23 @@ def test_sums_of_blocks(instructions):
         torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-4)
 
 
+def test_bytes_as_they_are(instructions):
+    source = torch.randn(132)
+    first = -source.data_ptr() % 16 // 4
+    for seed in range(6):
+        found = torch.zeros(128)
+        places = [ctypes.c_void_p(p) for p in (source.data_ptr() + 4 * first, found.data_ptr())]
+        instructions.copy_floats(*places, 128, ctypes.c_uint64(seed))
+        assert torch.equal(found, source[first : first + 128])
+
+
+def test_blocks_take_turns(instructions):
+    for seed in range(12):
+        order = (ctypes.c_int * 5)()
+        instructions.in_turns(order, 5, ctypes.c_uint64(seed))
+        assert list(order) == [4, 3, 2, 1, 0]
+
+
 def test_many_phases_of_a_ring(instructions):
     """A barrier's parity over many uses, at every schedule: all threads see every box, once."""
     source, _ = aligned((1, 13, 1, 32), np.float32, fill=0)
@@ -202,6 +219,9 @@ MISUSES = {
     "store's memory overwritten": "overwritten before a store has read it",
     "store not published": "has not published it",
     "published by another": "has not published it",
+    "load of odd bytes": "bulk_load: both ends and the size must be multiples of 16, got .* and 24",
+    "counted up before it is written": "count_up: this thread has not waited for its stores",
+    "a turn never comes": "for a counter to reach 3 from 2",
     "beyond the memory": "written outside its 17408 bytes",
     "no fence": "no wgmma_fence before the first product",
     "no fence for the second batch": "no wgmma_fence before the first product",
