@@ -51,7 +51,7 @@ def make(queries, keys, dim, dtype, causal, scale, batch=1, heads=1):
 
 
 def run(block, arguments, causal, scale, *, blocks=1, together=1, turns=False, seed=0):
-    """dq, dk and dv."""
+    """dq, dk, dv, and dq's sums before they are rounded."""
     grad_o, q, k, v, o, lse = arguments
     batch, queries, heads, dim = q.shape
     tiles = -(-queries // 64)
@@ -65,9 +65,9 @@ def run(block, arguments, causal, scale, *, blocks=1, together=1, turns=False, s
         queries, k.shape[1], dim, q.dtype == torch.float16, causal, blocks, together, scale, seed,
     )  # fmt: skip
     block.attention_backward(ctypes.byref(call))
-    for guarded in (stats, sums, counters):
+    for guarded in (stats, counters):
         guarded.checked()
-    return [g.checked() for g in grads]
+    return [g.checked() for g in (*grads, sums)]
 
 
 def check(block, arguments, causal, scale, **how):
@@ -76,7 +76,7 @@ def check(block, arguments, causal, scale, **how):
     exact = reference_attention_backward(*(t.double() for t in arguments), causal, scale)
     grad_o, q, k, v, _, _ = arguments
     extra = roundings(q, k, v, grad_o, causal, scale)
-    for name, value, plain, oracle in zip(("dq", "dk", "dv"), found, eager, exact, strict=True):
+    for name, value, plain, oracle in zip(("dq", "dk", "dv"), found[:3], eager, exact, strict=True):
         error, allowed = testing.error(value, oracle), testing.tolerance(plain, oracle) + extra[name]
         assert error <= allowed, f"{name}, {tuple(q.shape)}, {k.shape[1]} keys, {how}: {error} > {allowed}"
     return found
@@ -102,7 +102,7 @@ def test_batches_heads_and_blocks(block, dim, causal):
         found = run(block, arguments, causal, 0.2, turns=True, **how)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), how
         found = check(block, arguments, causal, 0.2, **how)
-        assert all(torch.equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True)), how
+        assert all(torch.equal(a, b) for a, b in zip(found[1:3], expected[1:3], strict=True)), how
 
 
 @pytest.mark.parametrize("dim", [72, 128])
@@ -113,3 +113,4 @@ def test_schedules(block, dim):
     for seed in range(1, 9):
         found = run(block, arguments, False, 0.2, turns=True, seed=seed, blocks=3, together=3)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
+        check(block, arguments, False, 0.2, seed=seed)

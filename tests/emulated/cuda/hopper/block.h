@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "cuda/hopper/barriers.h"
@@ -40,6 +41,10 @@ struct Block {
     copies.begin(launch.threads);
     products.clear();
     for (int first = 0; first < launch.threads; first += kThreads) products.emplace_back(memory, draws, first);
+    sources_.resize(products.size() + 2);
+    std::iota(sources_.begin(), sources_.end(), 0);
+    draw_sources();
+    steady_ = draws.one_in(2);
   }
 
   void end() {
@@ -49,19 +54,29 @@ struct Block {
     memory.end();
   }
 
-  // Work goes on beside the threads: as drawn, or one piece of it for sure. Says whether any did.
-  bool go_on(bool force) {
-    bool any = force ? false : copies.go_on(false);
-    const size_t sources = products.size() + 1, first = draws.below(sources);
-    for (size_t i = 0; i < sources && !(force && any); ++i) {
-      const size_t source = (first + i) % sources;
-      if (source < products.size())
-        any |= products[source].go_on(force);
-      else if (force)
-        any |= copies.go_on(true);
-    }
+  // Work goes on beside the threads, as drawn. Says whether any did.
+  bool go_on() {
+    bool any = copies.go_on();
+    for (Products& each : products) any |= each.go_on(false);
     return any;
   }
+
+  // A piece of it for sure, if there is any: of the stores, the loads, or a warpgroup's products, whichever comes first in a
+  // drawn order. Where that is one for the whole block, what comes last is as late as can be.
+  bool force() {
+    if (!steady_) draw_sources();
+    for (const size_t source : sources_)
+      if (source < products.size() ? products[source].go_on(true) : copies.force(source == products.size())) return true;
+    return false;
+  }
+
+ private:
+  void draw_sources() {
+    for (size_t i = sources_.size(); i > 1; --i) std::swap(sources_[i - 1], sources_[draws.below(i)]);
+  }
+
+  std::vector<size_t> sources_;
+  bool steady_ = false;
 };
 
 class Grid {
@@ -97,10 +112,10 @@ class Grid {
  private:
   bool go_on(bool idle) {
     bool any = false;
-    for (const auto& block : blocks_) any |= block->go_on(false);
+    for (const auto& block : blocks_) any |= block->go_on();
     if (!idle || any) return any;
     const size_t first = blocks_[0]->draws.below(blocks_.size());
-    for (size_t i = 0; i < blocks_.size() && !any; ++i) any = blocks_[(first + i) % blocks_.size()]->go_on(true);
+    for (size_t i = 0; i < blocks_.size() && !any; ++i) any = blocks_[(first + i) % blocks_.size()]->force();
     return any;
   }
 

@@ -132,25 +132,31 @@ class Copies {
   void end() {
     for (const Copy& copy : copies_)
       if (!copy.stores()) refuse("a load: shared memory at %u is still written when the block ends", copy.at);
-    while (go_on(true)) {
+    while (force(true)) {
     }
   }
 
-  // Work goes on: as drawn, or one piece of it for sure. Says whether any did.
-  bool go_on(bool force) {
+  // Work goes on as drawn. Says whether any did.
+  bool go_on() {
     bool any = false;
-    if (force && !copies_.empty()) {
-      advance(draws_.below(copies_.size()));
-      any = true;
-    } else {
-      for (Copy& copy : copies_)
-        if (copy.pace == Pace::drawn && draws_.one_in(4)) {
-          advance(&copy - copies_.data());
-          any = true;
-        }
-    }
-    if (any) std::erase_if(copies_, [](const Copy& copy) { return copy.over; });
+    for (Copy& copy : copies_)
+      if (copy.pace == Pace::drawn && draws_.one_in(4)) {
+        advance(copy);
+        any = true;
+      }
+    std::erase_if(copies_, [](const Copy& copy) { return copy.over; });
     return any;
+  }
+
+  // A piece of one store, or of one load, for sure, if there is any.
+  bool force(bool stores) {
+    std::vector<Copy*> found;
+    for (Copy& copy : copies_)
+      if (copy.stores() == stores) found.push_back(&copy);
+    if (found.empty()) return false;
+    advance(*found[draws_.below(found.size())]);
+    std::erase_if(copies_, [](const Copy& copy) { return copy.over; });
+    return true;
   }
 
  private:
@@ -201,12 +207,11 @@ class Copies {
 
   void start(Copy copy) {
     copies_.push_back(std::move(copy));
-    while (copies_.back().pace == Pace::at_once && !copies_.back().over) advance(copies_.size() - 1);
+    while (copies_.back().pace == Pace::at_once && !copies_.back().over) advance(copies_.back());
     if (copies_.back().over) copies_.pop_back();
   }
 
-  void advance(size_t index) {
-    Copy& copy = copies_[index];
+  void advance(Copy& copy) {
     if (!copy.stores()) {
       land(copy);
     } else if (!copy.read) {
