@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from genengine import testing
+from genengine import backend, testing
 from genengine.benchmarks import calls, machine, timers
 from genengine.benchmarks.registry import Case, Entry
 
@@ -235,6 +235,32 @@ def _runnable(sets, entry, compile_modes, skipped, first_call):
     return runnable
 
 
+def on_backends(names, entry, case, count, skipped):
+    """ "fused" on each of these backends, as "fused, NAME": functions on `count` sets of inputs of their own.
+
+    They are held to the row's check, too. Notes in `skipped` why a backend does not run or is not right.
+    """
+    found = {}
+    for name in names:
+        try:
+            with backend(name):
+                made = [entry.make(case) for _ in range(count)]
+                made[0].check()
+        except Exception as error:
+            skipped[f"fused, {name}"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            found[f"fused, {name}"] = [_within(name, benchmark.variants["fused"]) for benchmark in made]
+    return found
+
+
+def _within(name, run):
+    def call():
+        with backend(name):
+            return run()
+
+    return call
+
+
 def _meets_oracle(name, result, benchmark):
     """A registered baseline is held to the rule that ours is held to."""
     if benchmark.oracle is None:
@@ -248,6 +274,8 @@ def _timed(passes, entry, case, compile_modes, budget):
     found, hot = [], {}
     for sets in passes:
         runnable = _runnable(sets, entry, compile_modes, skipped, first_call)
+        if case.device == "cuda" and entry.kind == "ops":
+            runnable |= on_backends(("cuda", "triton"), entry, case, len(sets), skipped)
         share = {
             "device": case.device, "budget": budget / len(passes), "min_rounds": -(-MIN_ROUNDS // len(passes)),
             "skipped": skipped,

@@ -341,15 +341,19 @@ def with_backward(op: Op) -> tuple[Op, ...]:
 def automatic(op: Op, device: torch.device, dtype: torch.dtype, arguments: tuple | None = None) -> str:
     """The name of the backend used when none is asked for.
 
-    On a GPU, where a kernel that is there cannot take the arguments, the next one does; that is told once.
+    On a GPU that is the first verified one in the order of `_fastest`. Where a kernel that is there cannot take the
+    arguments, the next one does; that is told once.
     """
     if device.type == "cpu":
         return "reference" if why_not(op, "cpu", "cpu", dtype, arguments) else "cpu"
     if device.type == "cuda":
-        from genengine.ops import _verify
+        from genengine.ops import _fastest, _verify
 
         passed_over = None
-        for name in ("cuda", "triton"):  # CUDA C++ first: no compilation at run time
+        shape = None if arguments is None or torch.compiler.is_compiling() else arguments[0].shape
+        for name in _fastest.order(op.name, device, dtype, shape):
+            if name == "reference":  # torch's own op was faster
+                break
             parts = with_backward(op)
             if any(why_not(part, name, "cuda", dtype, arguments if part is op else None) for part in parts):
                 passed_over = passed_over or _limit(op, name, dtype, arguments)
