@@ -21,11 +21,14 @@ OWN = {"attention": "torch"}  # ops whose fallback is torch's own op, and the va
 
 
 def op_of(row: dict) -> str | None:
-    """The dispatcher op that a row times: that of its name, else of its group ("CFG + Euler row" of sampler_step)."""
-    if row["name"] in ops._registry.OPS:
-        return row["name"]
-    names = (row["group"], f"{row['group']}_out")
-    return None if "backward" in row["name"] else next((name for name in names if name in ops._registry.OPS), None)
+    """The dispatcher op that a row times: of its name ("attention, causal"), else of its group ("CFG + Euler row").
+
+    None of a row that runs forward and backward.
+    """
+    if "forward and backward" in row["name"]:
+        return None
+    names = (row["name"].split(",")[0], row["group"], f"{row['group']}_out")
+    return next((name for name in names if name in ops._registry.OPS), None)
 
 
 def rows_of(report: dict) -> dict:

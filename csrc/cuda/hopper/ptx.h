@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "cuda/hopper/matrix.h"
 #include "cuda/warp.h"
 
 namespace genengine::hopper {
@@ -146,22 +147,6 @@ GENENGINE_DEVICE void count_up(int* counter) {
 }
 
 // ---- products --------------------------------------------------------------------------------------------------------------
-
-// Where wgmma finds a matrix in a tile as described above. `line`: bytes of a line, 32, 64 or 128. Along its rows (Rows: the sum
-// runs over columns) a product's 16 columns lie within one box: add 16 columns' bytes, or a box's, to `from` for the next ones.
-// Down its columns (Columns: the sum runs over rows) a product takes 16 rows and as many boxes, `box` bytes apart, as it needs.
-enum class Sums { along_rows, down_columns };
-
-template <Sums Direction, int Line>
-GENENGINE_DEVICE uint64_t matrix(const void* from, uint32_t box = 0) {
-  static_assert(Line == 32 || Line == 64 || Line == 128);
-  constexpr uint64_t kSwizzle = Line == 128 ? 1 : Line == 64 ? 2 : 3, kEightLines = 8 * Line;
-  const uint64_t leading = Direction == Sums::along_rows ? 1 : box >> 4;  // unused along rows
-  return (shared_address(from) & 0x3ffff) >> 4 | leading << 16 | (kEightLines >> 4) << 32 | kSwizzle << 62;
-}
-
-// `from` of a later step as an increment of the matrix.
-GENENGINE_DEVICE uint64_t advanced(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
 // Before the first product of a batch, and after registers that take part were written by other instructions.
 GENENGINE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
