@@ -76,14 +76,16 @@ def time_variants(
     budget: float = 2.0,
     min_rounds: int = MIN_ROUNDS,
     skipped: dict[str, str] | None = None,
+    graphs: bool = True,
 ) -> dict[str, Timing]:
     """Time all variants in turn for about `budget` seconds, in at least `min_rounds` rounds of a sample each.
 
     variants: name -> functions that do the same work on different inputs, taken in rotation. skipped: takes the names
     of variants that raise as their clock is made, and why; without it, and of "fused", that raises RuntimeError.
+    graphs: whether to capture them, on a GPU.
     Returns seconds per call.
     """
-    samplers, failures = timers.samplers(variants, device)
+    samplers, failures = timers.samplers(variants, device, graphs=graphs)
     if failures and (skipped is None or "fused" in failures):
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failures.items()))
     (skipped if skipped is not None else {}).update(failures)
@@ -278,7 +280,7 @@ def _timed(passes, entry, case, compile_modes, budget):
             runnable |= on_backends(("cuda", "triton"), entry, case, len(sets), skipped)
         share = {
             "device": case.device, "budget": budget / len(passes), "min_rounds": -(-MIN_ROUNDS // len(passes)),
-            "skipped": skipped,
+            "skipped": skipped, "graphs": not benchmark.own_graphs,
         }  # fmt: skip
         found.append(time_variants(runnable, **share))
         if case.device == "cuda" and len(sets) > 1:

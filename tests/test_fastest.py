@@ -22,7 +22,8 @@ def load_tool():
 
 def row(name, shape, dtype="bfloat16", **seconds):
     variants = {variant.replace("_", ", "): {"median": value} for variant, value in seconds.items()}
-    return {"name": name, "shape": shape, "dtype": dtype, "device": "cuda", "variants": variants}
+    group = "sampler_step" if name.startswith("CFG") else "adaln"
+    return {"name": name, "group": group, "shape": shape, "dtype": dtype, "device": "cuda", "variants": variants}
 
 
 REPORT = {
@@ -35,7 +36,9 @@ REPORT = {
         row("adaln", [2, 3, 4], fused_cuda=1.1, fused_triton=1.0),
         row("adaln", [20, 30, 40], fused_cuda=1.0, fused_triton=2.0),
         row("adaln", [2, 3, 4], "float32", fused_triton=1.0),  # nothing to compare with
-        row("CFG + Euler row", [2, 3, 4], fused_cuda=1.0, fused_triton=2.0),  # no op's name
+        row("CFG + Euler row", [2, 3, 4], fused_cuda=1.0, fused_triton=2.0),
+        row("CFG + DDPM row", [2, 3, 4], fused_cuda=4.0, fused_triton=2.0),
+        row("adaln, forward and backward", [2, 3, 4], fused_cuda=1.0, fused_triton=2.0),  # of two ops
         row("adaln", [2, 3, 4]) | {"error": "broke"},
     ],
 }
@@ -58,7 +61,8 @@ def filled(tmp_path, monkeypatch):
 
 
 def test_the_tool_keeps_what_can_be_compared(filled):
-    assert list(filled["GPU X"]) == ["adaln", "attention"]
+    assert list(filled["GPU X"]) == ["adaln", "attention", "sampler_step_out"]
+    assert filled["GPU X"]["sampler_step_out"][0]["seconds"] == {"cuda": 5.0, "triton": 4.0}
     assert [entry["shape"] for entry in filled["GPU X"]["adaln"]] == [[2, 3, 4], [20, 30, 40]]
     assert filled["GPU X"]["attention"][0]["seconds"].keys() == {"cuda", "triton", "reference"}
 

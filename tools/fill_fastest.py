@@ -3,8 +3,9 @@
     python tools/fill_fastest.py benchmarks/results/h200/*.json [--check]
 
 Of every row of an op it takes the time of each backend ("fused, cuda", "fused, triton"), with inputs from memory, not
-the cache, and that of torch's own op ("torch") as "reference" where the op falls back to it. Files later in the order
-of their names replace rows of earlier ones. --check: only say whether the table would change.
+the cache, and that of torch's own op ("torch") as "reference" where the op falls back to it. Rows of one op, shape and
+dtype (Euler's row and a multistep one) count together. Files later in the order of their names replace what earlier
+ones say of a device and op. --check: only say whether the table would change.
 """
 
 import argparse
@@ -19,28 +20,42 @@ VARIANTS = {"fused, cuda": "cuda", "fused, triton": "triton"}
 OWN = {"attention": "torch"}  # ops whose fallback is torch's own op, and the variant that times it
 
 
-def rows_of(report: dict):
-    """(device, op, row of the table) of every row that timed two backends or more."""
-    device = report["environment"]["device"]
+def op_of(row: dict) -> str | None:
+    """The dispatcher op that a row times: of its name ("attention, causal"), else of its group ("CFG + Euler row").
+
+    None of a row that runs forward and backward.
+    """
+    if "forward and backward" in row["name"]:
+        return None
+    names = (row["name"].split(",")[0], row["group"], f"{row['group']}_out")
+    return next((name for name in names if name in ops._registry.OPS), None)
+
+
+def rows_of(report: dict) -> dict:
+    """(op, dtype, shape) -> seconds by backend, of what timed two backends or more."""
+    found: dict = {}
     for row in report["rows"]:
-        if row.get("device") != "cuda" or "error" in row or row["name"] not in ops._registry.OPS:
+        if row["device"] != "cuda" or "error" in row or (op := op_of(row)) is None:
             continue
-        variants = VARIANTS | ({OWN[row["name"]]: "reference"} if row["name"] in OWN else {})
+        variants = VARIANTS | ({OWN[op]: "reference"} if op in OWN else {})
         seconds = {variants[name]: timing["median"] for name, timing in row["variants"].items() if name in variants}
         if len(seconds) > 1:
-            yield device, row["name"], {"dtype": row["dtype"], "shape": row["shape"], "seconds": seconds}
+            key = (op, row["dtype"], tuple(row["shape"]))
+            before = found.get(key, dict.fromkeys(seconds, 0.0))
+            found[key] = {name: before[name] + seconds[name] for name in before.keys() & seconds.keys()}
+    return found
 
 
 def table(reports: list[dict]) -> dict:
     found: dict = {}
     for report in reports:
-        for device, op, row in rows_of(report):
-            rows = found.setdefault(device, {}).setdefault(op, {})
-            rows[row["dtype"], tuple(row["shape"])] = row
-    return {
-        device: {op: [rows[key] for key in sorted(rows)] for op, rows in sorted(ops.items())}
-        for device, ops in sorted(found.items())
-    }
+        by_op: dict = {}
+        for (op, dtype, shape), seconds in sorted(rows_of(report).items()):
+            entry = {"dtype": dtype, "shape": list(shape), "seconds": dict(sorted(seconds.items()))}
+            by_op.setdefault(op, []).append(entry)
+        if by_op:
+            found.setdefault(report["environment"]["device"], {}).update(by_op)
+    return {device: dict(sorted(found[device].items())) for device in sorted(found)}
 
 
 def main(arguments=None) -> int:
