@@ -33,6 +33,11 @@ EXCEPTIONS = {
         "csrc/cpu/isa/attention.cpp": "so are its loops",
         "csrc/cuda/attention.cu": "a CUDA C++ kernel is written for one architecture, in csrc/cuda/hopper",
     },
+    "patch_step": {
+        "csrc/cpu/patch_step.cpp": "the product is torch's, the row sampler_step's",
+        "csrc/cpu/isa/patch_step.cpp": "so are its loops",
+        "csrc/cuda/patch_step.cu": "the product of blocks is Triton's",
+    },
     "pixelcnn_sample": {"kernels/pixelcnn_sample.py": "Triton has no state across the steps of one launch"},
     "transformer_sample": {
         "kernels/transformer_sample.py": "on a GPU its products and attention are torch's own kernels",

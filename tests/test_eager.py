@@ -57,7 +57,7 @@ def test_the_plain_form_is_the_op(name):
 
 def test_every_op_that_a_model_differentiates_has_a_plain_form():
     functions = {name for name in ops.__all__ if name[0].islower() and not name.startswith("pack_")}
-    sampling = {"logistic_mixture_sample", "pixelcnn_sample", "sampler_step", "transformer_sample"}
+    sampling = {"logistic_mixture_sample", "patch_step", "pixelcnn_sample", "sampler_step", "transformer_sample"}
     assert functions - set(eager.PLAIN) == {"backend", "qk_norm_rope", "advance", "guidance_moments"} | sampling
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from genengine import ops
 from genengine.nets import layers
 from genengine.nets.conditioned import Conditioned
+from genengine.ops.patch_step import unpatchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ class DiT(Conditioned):
             r = rows[6 * i : 6 * i + 8]
             x, h = ops.gated_adaln(x, block.attn(h), r[2], r[4], r[3])
             x, h = ops.gated_adaln(x, block.mlp(h), r[5], r[7], r[6])
-        return layers.unpatchify(self.final_layer.linear(h), self.grid, self.config.patch_size, self.out_channels)
+        return unpatchify(self.final_layer.linear(h), self.grid, self.config.patch_size, self.out_channels)
 
 
 def _modulation_parts(net, prefix):

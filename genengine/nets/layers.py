@@ -88,13 +88,6 @@ class PatchEmbed(nn.Module):
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
-def unpatchify(tokens, grid, patch_size, channels):
-    """Tokens (B, N, p*p*C), features in the order (row, column, channel), to images (B, C, H, W)."""
-    b, p = tokens.shape[0], patch_size
-    x = tokens.reshape(b, grid[0], grid[1], p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
-    return x.reshape(b, channels, grid[0] * p, grid[1] * p)
-
-
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of time through a two-layer MLP.
 

@@ -48,8 +48,8 @@ def check_history(op, history, x):
     _check.same_device(op, "history", history, "x", x)
 
 
-def check_x_in(op, x_in, x, output):
-    _check.same_dtype(op, "x_in", x_in, "outputs", output)
+def check_x_in(op, x_in, x, output, output_name):
+    _check.same_dtype(op, "x_in", x_in, output_name, output)
     if x_in.dim() != x.dim() or x_in.shape[1:] != x.shape[1:] or (x.shape[0] and x_in.shape[0] % x.shape[0]):
         raise ValueError(f"{op}: x_in must be (k B, ...) with (B, ...) = {tuple(x.shape)}, got {tuple(x_in.shape)}")
     _check.same_device(op, "x_in", x_in, "x", x)

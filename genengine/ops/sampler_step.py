@@ -185,14 +185,24 @@ def reference_advance(step, table, t):
 
 def _cost(arguments, results):
     x, outputs, table, step, history, seed, sample_ids, noise, variance, out, x_in = arguments
-    drawn = noise is None and seed is not None
-    variance = variance if drawn or noise is not None else None  # nothing to scale
-    rows = x.shape[0] * len(COLUMNS) * table.element_size()
-    moved = rows + traffic(x, outputs, step, history, seed, sample_ids, noise, variance, out, x_in)
+    variance = variance if seed is not None or noise is not None else None  # nothing to scale
     branches = sum(output.shape[0] for output in outputs) // max(x.shape[0], 1)
+    moved = row_bytes(x, table) + traffic(x, outputs, step, history, seed, sample_ids, noise, variance, out, x_in)
+    flops, exps = row_work(branches, history, seed, noise, variance is not None, x_in)
+    return per_element(moved, x.numel(), flops, exps)
+
+
+def row_bytes(x, table):
+    """Bytes of a row for each sample."""
+    return x.shape[0] * len(COLUMNS) * table.element_size()
+
+
+def row_work(branches, history, seed, noise, learned, x_in):
+    """(flops, exps) per element of x of a row, as `sampler_step` states them; learned: with a variance to scale by."""
+    drawn = noise is None and seed is not None
     flops = 8 + 3 * (branches - 1) + 2 * (0 if history is None else history.shape[0]) + (x_in is not None)
-    flops += 2 * (drawn or noise is not None) + 3 * (variance is not None) + drawn * NORMAL_FLOPS
-    return per_element(moved, x.numel(), flops, exps=(variance is not None) + drawn * NORMAL_EXPS)
+    flops += 2 * (drawn or noise is not None) + 3 * learned + drawn * NORMAL_FLOPS
+    return flops, learned + drawn * NORMAL_EXPS
 
 
 def _cost_advance(arguments, results):
@@ -250,7 +260,7 @@ def _check_arguments(x, outputs, table, step, history, seed, noise, variance, ou
     if history is not None:
         _row_checks.check_history(op, history, x)
     if x_in is not None:
-        _row_checks.check_x_in(op, x_in, x, outputs[0])
+        _row_checks.check_x_in(op, x_in, x, outputs[0], "outputs")
     if out is not None:
         _check.same_dtype(op, "out", out, "x", x)
         _check.shape(op, "out", out, "x's shape", x.shape)
