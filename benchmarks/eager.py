@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from genengine import ops as fused
 from genengine.benchmarks.bench_adaln import eager_adaln, eager_gated_adaln
 from genengine.benchmarks.bench_logistic_mixture import eager as eager_logistic_mixture
+from genengine.nets import layers
 from genengine.ops._activations import ACTIVATIONS
 
 
@@ -27,12 +28,14 @@ def ops(*, same_noise: bool = False) -> Iterator[None]:
     plain = {name: function for name, function in PLAIN.items() if not (same_noise and name in _NOISE)}
     if same_noise:
         plain |= {"diffuse": _diffuse(_our_noise), "reparameterize": _reparameterize(_our_noise)}
-    kept = {name: getattr(fused, name) for name in plain}
+    kept, epilogue = {name: getattr(fused, name) for name in plain}, layers.GELU_EPILOGUE
     for name, function in plain.items():
         setattr(fused, name, function)
+    layers.GELU_EPILOGUE = ()
     try:
         yield
     finally:
+        layers.GELU_EPILOGUE = epilogue
         for name, function in kept.items():
             setattr(fused, name, function)
 

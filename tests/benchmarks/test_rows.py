@@ -16,7 +16,8 @@ SMALL = {  # group or row -> a shape that takes no time; models keep their image
     "ema_update": (2, 32), "extensions": LATENTS, "glu": MLP, "group_norm_silu": (2, 64, 5, 5),
     "guidance_moments": LATENTS, "k_diffusion": (2, 4, 8, 8), "logistic_mixture": (2, 3, 4, 5, 5), "loop": LATENTS,
     "normal": (2, 37), "nearest codes": (64, 8, 4), "qk_norm_rope": (2, 5, 3, 2, 8), "reparameterize": LATENTS,
-    "sampler_step": (3, 4, 6, 6), "patch_step": (2, 9, 24), "trace": (10,), "pixelcnn_sample": (3, 2, 6),
+    "sampler_step": (3, 4, 6, 6), "trace": (10,), "pixelcnn_sample": (3, 2, 6),
+    "patch_step": (2, 9, 24), "linear_epilogues": (5, 24, 36),
     "pixelcnn_sample against batch": (3, 2, 6), "transformer_sample": (2, 6, 16, 2, 5),
 }  # fmt: skip
 EAGER_NOISE = "eager draws noise of its own; shapes and dtypes are compared"
