@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genengine import _capture
+from genengine import _capture, _last_layer
 from genengine._progress import progress_bar
 from genengine.extensions._protocol import Extension, Extensions, Run
 from genengine.ops import _check, _layout, _ranges, _registry, normal
@@ -64,7 +64,9 @@ def sample(
     denoiser(x, t, **cond) -> output: any callable; x (k B, ...), t float32 (k B,), k branches in one batch, both
     buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the
     model times (R, k B) of all rows and returns step(x, row) -> output, row int32 (k B,) on the device: then work that
-    depends on t alone is done before the loop.
+    depends on t alone is done before the loop. If step has last_layer, (weight, bias, patch_size), and tokens(x, row)
+    -> h (k B, N, D) with output = unpatchify(h W^T + bias), a GPU does that layer and the row in one pass
+    (`ops.patch_step`), which rounds the output less; not with check_finite or extensions that see outputs or x.
     table: from `genengine.solvers`; with a learned variance, output has 2C channels, the second half of the last
     branch's being v in s exp(l v). shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,
@@ -174,6 +176,7 @@ class _Run:
             self._scheduled = self.denoiser.for_schedule(t_rows, **self.cond)
         else:
             self._scheduled = None
+        self._joined_row = _last_layer.joined_row(self, self._scheduled)
 
     def rewind(self):
         self.step.zero_()
@@ -196,6 +199,8 @@ class _Run:
 
     def row(self, row):
         """Model, fused row, on to the next; `row` chooses only the noise given, all else is read on the device."""
+        if self._joined_row is not None:
+            return self._joined_row(row)
         if self._scheduled is not None:
             output = self._scheduled(self.x_in, self.step)
         else:
@@ -212,7 +217,7 @@ class _Run:
             output = self._conform(output)
         if self.check_finite:
             self._check_finite((output, variance), row)
-        noise = None if self.noise is None else self._given_noise(row)
+        noise = None if self.noise is None else self.given_noise(row)
         outputs = self.extensions.before_row(output, noise)
         x_in = None if row + 1 == self.num_rows or self.extensions.change_x else self.x_in
         self.kernel(
@@ -263,7 +268,7 @@ class _Run:
                 f"sample: the model output of row {row} of {self.num_rows} (t = {self.times[row]:g}) is not finite"
             )
 
-    def _given_noise(self, row):
+    def given_noise(self, row):
         if callable(self.noise):
             noise = self.noise(row)
             _check_noise(noise, self.x.shape, "(B, ...)", self.x)

@@ -14,7 +14,7 @@ LAYERS = [
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],
-    ["sampler", "extensions", "rotary", "nets", "evaluate", "images"],
+    ["sampler", "_last_layer", "extensions", "rotary", "nets", "evaluate", "images"],
     ["_probe", "_registers", "_recording", "_loop_fit", "trace"],
     ["integrations"],
     ["models"],

@@ -7,12 +7,24 @@ into everything its blocks need of it, and runs from there: so a sampling run co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from genengine.nets import configs, layers
+
+
+class LastLayer(NamedTuple):
+    """A linear layer (weight (F, D), bias (F,) or None) of which F features are a patch: row, column, channel.
+
+    `genengine.sample` can join it to the solver's row.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    patch_size: int
 
 
 class Conditioned(nn.Module):
@@ -30,6 +42,14 @@ class Conditioned(nn.Module):
     def _run(self, x, modulation):
         """The network behind its embeddings: x (B, C, H, W), modulation (B, M)."""
         raise NotImplementedError
+
+    def _tokens(self, x, modulation):
+        """`_run` up to `last_layer`: tokens (B, N, D). Of networks that have one."""
+        raise NotImplementedError
+
+    def last_layer(self) -> LastLayer | None:
+        """The layer that ends `_run`, if it is a product of tokens and nothing but."""
+        return None
 
     @classmethod
     def from_config(cls, config, *, seed=0, **overrides):
@@ -91,7 +111,8 @@ class Conditioned(nn.Module):
             t_rows: (R, B) float32, model time of each table row and sample.  y: (B,) int64 or None.
         Returns:
             step_fn(x, row) -> output, with x (B, C, H, W) and row (B,) integer, on the device; rows beyond
-            the last are read as the last (a finished sample).
+            the last are read as the last (a finished sample). step_fn.last_layer, if not None, is what makes the
+            output of step_fn.tokens(x, row) -> (B, N, D).
         Raises:
             ValueError, TypeError: y as in `forward`, its values checked on every device.
         """
@@ -107,12 +128,16 @@ class Conditioned(nn.Module):
         # Written anew by each step; out= and autograd exclude each other.
         rows = None if table is None or table.requires_grad else table.new_empty(b, table.shape[1])
 
-        def step_fn(x, row):
+        def modulation(row):
             index = place.gather(0, row.long().clamp(max=num_rows - 1).unsqueeze(0)).squeeze(0)
             if table is None:
-                return self._run(x, self.modulation(c.index_select(0, index)))
-            return self._run(x, torch.index_select(table, 0, index, out=rows))
+                return self.modulation(c.index_select(0, index))
+            return torch.index_select(table, 0, index, out=rows)
 
+        def step_fn(x, row):
+            return self._run(x, modulation(row))
+
+        step_fn.tokens, step_fn.last_layer = lambda x, row: self._tokens(x, modulation(row)), self.last_layer()
         return step_fn
 
     def _name(self):
