@@ -137,8 +137,9 @@ def verify(device: torch.device, report: Callable[[str], None] | None = None) ->
 
 def _verify_one(op, backend, device):
     row = {"op": op.public, "backend": backend, "device": str(device), "detail": "", "seconds": 0.0}
-    if reason := _registry.why_not(op, backend, device.type, torch.float32):
-        return row | {"verdict": ABSENT, "detail": reason}
+    reasons = [_registry.why_not(op, backend, device.type, dtype) for dtype in _registry.KERNEL_DTYPES]
+    if all(reasons):
+        return row | {"verdict": ABSENT, "detail": reasons[0]}
     start = time.perf_counter()
     problems = _verify.run(op, backend, device)
     row["seconds"] = time.perf_counter() - start

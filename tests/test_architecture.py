@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "attention": {
         "csrc/cpu/attention.cpp": "the CPU kernel is torch's own",
         "csrc/cpu/isa/attention.cpp": "so are its loops",
-        "csrc/cuda/attention.cu": "a CUDA C++ kernel is written for one architecture, in csrc/cuda/hopper",
+        "csrc/cuda/attention.cu": "its CUDA C++ kernel is written for one architecture, in csrc/cuda/hopper",
     },
     "patch_step": {
         "csrc/cpu/patch_step.cpp": "the product is torch's, the row sampler_step's",

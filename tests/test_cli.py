@@ -38,8 +38,8 @@ def test_env(capsys):
     assert status == 0 and "sampler_step" in out and "runs on" in out
     status, out, _ = run("env", "--json", capsys=capsys)
     report = json.loads(out)
-    attention = report["ops"]["attention"]["cpu"]
-    assert attention["default"] == "cpu" and attention["unavailable"]["cuda"] == "attention has no cuda kernel"
+    op = report["ops"]["pixelcnn_sample"]["cpu"]
+    assert op["default"] == "cpu" and op["unavailable"]["triton"] == "pixelcnn_sample has no triton kernel"
 
 
 def test_verify_writes_verdicts(tmp_path, monkeypatch, capsys):

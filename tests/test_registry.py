@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 import genengine
-from genengine import environment, testing
+from genengine import environment, ops, testing
 from genengine.ops import EXTENSION, _registry, _verify, adaln, attention, diffuse, gated_adaln, normal
+from genengine.testing.pixelcnn_sample import packed
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # named only: nothing here runs on it
@@ -23,12 +25,14 @@ def test_named_backends_never_fall_back():
 
 
 def test_the_context_passes_over_kernels_that_are_not_meant_to_exist():
-    """attention has no CUDA C++ kernel: automatic in the context, refused where it is named in the call."""
+    """pixelcnn_sample has no Triton kernel: automatic in the context, refused where it is named in the call."""
+    weights = packed("plain")
+    with genengine.backend("triton"):
+        images = ops.pixelcnn_sample(weights, 1, seed=3)[0]
+        assert torch.equal(images, ops.pixelcnn_sample(weights, 1, seed=3)[0])
+        with pytest.raises(RuntimeError, match="cannot run here: pixelcnn_sample has no triton kernel"):
+            ops.pixelcnn_sample(weights, 1, seed=3, backend="triton")
     q = torch.randn(1, 3, 2, 4)
-    with genengine.backend("cuda"):
-        assert torch.equal(attention(q, q, q), attention(q, q, q, backend="cpu"))
-        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: attention has no cuda kernel"):
-            attention(q, q, q, backend="cuda")
     with genengine.backend("reference"):
         assert torch.equal(attention(q, q, q), attention(q, q, q, backend="reference"))
     with genengine.backend("cpu"), pytest.raises(RuntimeError, match="its kernels take"):
@@ -224,6 +228,37 @@ def test_the_choice_traces(pretended_gpu):
         lambda x: x + place[_registry.automatic(op, GPU, torch.float32)], fullgraph=True, backend="eager"
     )
     assert compiled(torch.zeros(())) == 1
+
+
+def test_a_kernel_with_limits_is_passed_over_and_that_is_told_once(pretended_gpu, monkeypatch):
+    """attention's CUDA kernel is Hopper's, for 16 bits and five head dims: else the next runs, with one warning."""
+    names = ("attention", "attention_backward")
+    pretended_gpu |= {f"{name}/{kind}": True for name in names for kind in ("cuda", "triton")}
+    monkeypatch.undo()  # the real `why_not`, on a pretended Hopper
+    monkeypatch.setattr(_verify, "known", lambda device: pretended_gpu)
+    monkeypatch.setattr(_registry, "_why_no_backend", lambda op, name, device_type: None)
+    monkeypatch.setattr(_registry, "_told", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    op, capability = _registry.OPS["attention"], (9, 0)
+
+    def chosen(dim, dtype=torch.bfloat16):
+        return _registry.automatic(op, GPU, dtype, (torch.empty(1, 2, 3, dim, dtype=dtype),) * 3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [chosen(dim) for dim in (64, 72, 80, 96, 128)] == ["cuda"] * 5
+    with pytest.warns(UserWarning, match="attention: its cuda kernel cannot run: .* not 40; triton runs instead"):
+        assert chosen(40) == "triton"
+    with pytest.warns(UserWarning, match="float16 and bfloat16, not torch.float32; triton runs instead"):
+        assert chosen(64, torch.float32) == "triton"
+    capability = (8, 6)
+    with pytest.warns(UserWarning, match="compute capability 9.0.*, this one has 8.6; triton"):
+        assert chosen(64) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(64) == chosen(72) == "triton"
+    with pytest.raises(RuntimeError, match="attention: backend 'cuda' cannot run here: it is written for Hopper"):
+        _registry.choose(op, GPU, torch.bfloat16, "cuda", (torch.empty(1, 2, 3, 64),) * 3)
 
 
 def test_reports_use_public_names(private_cache, monkeypatch):

@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -42,7 +43,7 @@ _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in sorted(set(NA
 _LIBRARIES["genengine"].define("cpu_isa(int wanted) -> int")
 # Too: the bytes that `pixelcnn_sample` keeps of a group of images.
 _LIBRARIES["genengine"].define("pixelcnn_state(Tensor matrices, int[] fields, int images, bool wavefront) -> int")
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Op:
     module: str
     kernels: tuple[str, ...]
     cost: Callable[[tuple, object], Cost] = field(compare=False)
+    limits: Callable[[str, torch.dtype, tuple | None], str | None] = field(compare=False)
     overloads: dict[str, object] = field(default_factory=dict, compare=False)
 
     @property
@@ -77,6 +79,7 @@ def define(
     cpu: Callable | None = None,
     cuda: Callable | None = None,
     cost: Callable[[tuple, object], Cost] = bytes_alone,
+    limits: Callable[[str, torch.dtype, tuple | None], str | None] = lambda backend, dtype, arguments: None,
 ) -> Op:
     """Define one op in all three namespaces.
 
@@ -84,7 +87,8 @@ def define(
     backward(ops, ctx, *grads): gradients, calling other ops through `ops`, the namespace the forward ran in.
     module: the op file this belongs to; its Triton kernels are looked up in `genengine.kernels.<module>`.
     kernels: the backends it is to have kernels for. cpu, cuda: the kernel, where it is torch's own and not C++ of ours.
-    cost: cost(arguments, results) of a call, both as the schema orders them.
+    cost: cost(arguments, results) of a call, both as the schema orders them. limits(backend, dtype, arguments): why a
+    kernel that is there cannot take such arguments (None: any), where it is narrower than the op.
     """
     name = schema[: schema.index("(")]
     for namespace, library in _LIBRARIES.items():
@@ -101,7 +105,7 @@ def define(
     for key, kernel in (("CPU", cpu), ("CUDA", cuda)):
         if kernel is not None:
             _LIBRARIES["genengine"].impl(name, kernel, key)
-    op = Op(name, module, kernels, cost)
+    op = Op(name, module, kernels, cost, limits)
     for backend, namespace in NAMESPACES.items():
         op.overloads[backend] = getattr(getattr(torch.ops, namespace), name).default
     OPS[name] = op
@@ -189,14 +193,18 @@ def _check_name(op_name, name):
         raise ValueError(f"{op_name}: backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
 
 
-def why_not(op: Op, name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """The reason why `name` cannot run `op` on this device and dtype, or None if it can."""
+def why_not(op: Op, name: str, device_type: str, dtype: torch.dtype, arguments: tuple | None = None) -> str | None:
+    """The reason why `name` cannot run `op` on this device and dtype (with these arguments), or None if it can."""
     if name == "reference":
         return None
     if name not in op.kernels:
         return f"{op.public} has no {name} kernel"
-    if dtype not in _KERNEL_DTYPES:
-        return f"its kernels take {', '.join(map(str, _KERNEL_DTYPES))}, not {dtype}"
+    if dtype not in KERNEL_DTYPES:
+        return f"its kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {dtype}"
+    return _why_no_backend(op, name, device_type) or op.limits(name, dtype, arguments)
+
+
+def _why_no_backend(op, name, device_type):
     if name == "triton":
         return _why_no_triton(device_type)
     if device_type != name:
@@ -254,17 +262,20 @@ def resolve(op: Op, device: torch.device, dtype: torch.dtype, name: str | None =
     return overload(op, choose(op, device, dtype, name))
 
 
-def choose(op: Op, device: torch.device, dtype: torch.dtype, name: str | None = None) -> str:
+def choose(
+    op: Op, device: torch.device, dtype: torch.dtype, name: str | None = None, arguments: tuple | None = None
+) -> str:
     """The name of the backend that will run `op` for tensors of this device and dtype.
 
     name: a backend asked for by the caller; None takes the enclosing `backend(...)` block's if the op is to have such a
-    kernel, else the fastest that is verified on the device. Raises RuntimeError if a named backend cannot run.
+    kernel, else the fastest that is verified on the device. arguments: of the call, where the op's kernels have limits.
+    Raises RuntimeError if a named backend cannot run.
     """
     name = name or named(op)
     if name is None:
-        return automatic(op, device, dtype)
+        return automatic(op, device, dtype, arguments)
     _check_name(op.name, name)
-    if reason := why_not(op, name, device.type, dtype):
+    if reason := why_not(op, name, device.type, dtype, arguments):
         raise RuntimeError(f"{op.public}: backend {name!r} cannot run here: {reason}")
     return name
 
@@ -321,17 +332,42 @@ def with_backward(op: Op) -> tuple[Op, ...]:
     return (op,) if backward is None else (op, *with_backward(backward))
 
 
-def automatic(op: Op, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend used when none is asked for."""
+def automatic(op: Op, device: torch.device, dtype: torch.dtype, arguments: tuple | None = None) -> str:
+    """The name of the backend used when none is asked for.
+
+    On a GPU, where a kernel that is there cannot take the arguments, the next one does; that is told once.
+    """
     if device.type == "cpu":
-        return "reference" if why_not(op, "cpu", "cpu", dtype) else "cpu"
+        return "reference" if why_not(op, "cpu", "cpu", dtype, arguments) else "cpu"
     if device.type == "cuda":
         from genengine.ops import _verify
 
+        passed_over = None
         for name in ("cuda", "triton"):  # CUDA C++ first: no compilation at run time
             parts = with_backward(op)
-            if any(why_not(part, name, "cuda", dtype) for part in parts):
+            if any(why_not(part, name, "cuda", dtype, arguments if part is op else None) for part in parts):
+                passed_over = passed_over or _limit(op, name, dtype, arguments)
                 continue
             if all(_verify.verified(part.name, name, str(device)) for part in parts):
+                _tell_once(op.public, passed_over, name)
                 return name
+        _tell_once(op.public, passed_over, "reference")
     return "reference"
+
+
+def _limit(op, name, dtype, arguments):
+    """Why a kernel that is there is passed over."""
+    if name not in op.kernels or dtype not in KERNEL_DTYPES or _why_no_backend(op, name, "cuda"):
+        return None
+    reason = op.limits(name, dtype, arguments)
+    return reason and f"its {name} kernel cannot run: {reason}"
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def _tell_once(op_name, reason, name):
+    if reason is None or torch.compiler.is_compiling() or (op_name, reason) in _told:
+        return
+    _told.add((op_name, reason))
+    warnings.warn(f"{op_name}: {reason}; {name} runs instead", stacklevel=4)

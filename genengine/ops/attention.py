@@ -1,9 +1,10 @@
 """attention: softmax(q k^T * scale) v over tokens, heads beside the features, of any head dim to 256.
 
-The files it lacks, and why (the one exception to "an op is one name", kept here and in tests/test_architecture.py):
+The files it lacks, and why (an exception to "an op is one name", kept here and in tests/test_architecture.py):
 csrc/cpu/attention.cpp and csrc/cpu/isa/attention.cpp, for the CPU kernel is torch's own, which is vectorised, tiled and
 returns the log-sum-exp; csrc/cuda/attention.cu, for on a GPU the portable kernel is Triton's, and CUDA C++ pays only
-where it is written for one architecture: that kernel's place is csrc/cuda/hopper.
+where it is written for one architecture: Hopper's is csrc/cuda/hopper/attention.cu, for 16-bit inputs and the head dims
+that image models have. Where it cannot run Triton's does, and where neither was seen right torch's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from genengine.ops import _check, _ranges, _registry
 from genengine.ops._cost import per_element, traffic
 
 MAX_HEAD_DIM = 256
+HOPPER_HEAD_DIMS = (64, 72, 80, 96, 128)
 _SCALES = (1e-30, 1e30)  # positive in float32: a masked score, -inf, must stay -inf
 
 
@@ -39,7 +41,8 @@ def attention(
     (only an innermost stride other than 1 costs a copy). D in 1..256.
     causal: query i sees keys 0..i (M = N needed). scale: in 1e-30 .. 1e30, default 1 / sqrt(D).
     return_lse: also return the log-sum-exp, which is not differentiable. backend: see `genengine.backend`; "cpu" is
-    torch's own kernel (which takes a NaN in q for an o of zeros), "cuda" does not exist yet.
+    torch's own kernel (which takes a NaN in q for an o of zeros), "cuda" is written for Hopper GPUs (compute capability
+    9.0), 16-bit inputs and D of 64, 72, 80, 96 or 128; there rows that do not begin on 16 bytes cost a copy, too.
     dtypes: all float32, float16, bfloat16 or float64, alike. Sums are float32; 16-bit kernels round the weights to the
     inputs' dtype before the product with v. Differentiable once in q, k and v; the gradients are deterministic.
 
@@ -70,7 +73,7 @@ def attention(
         raise ValueError(f"{op}: causal needs as many keys as queries, N = {tokens}, got M = {k.shape[1]}")
     if k.shape[1] == 0 and tokens > 0:
         raise ValueError(f"{op}: k must hold at least one key, got M = 0")
-    scale, name = _scale(scale, dim), _registry.choose(_OP, q.device, q.dtype, backend)
+    scale, name = _scale(scale, dim), _registry.choose(_OP, q.device, q.dtype, backend, (q, k, v))
     if not return_lse and (name == "cpu" or (name == "reference" and not (backend or _registry.named(_OP)))):
         run = _registry.guarded(_OP, _torch_attention)
         if _ranges.kernels is not None:
@@ -172,6 +175,34 @@ def _unit_rows(tensor):
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+# ---- CUDA C++: Hopper's kernels --------------------------------------------------------------------------------------
+
+
+def _limits(backend, dtype, arguments):
+    """What csrc/cuda/hopper/attention.cu does not take; arguments begin with a (B, N, H, D)."""
+    if backend != "cuda":
+        return None
+    if dtype == torch.float32:
+        return "it takes float16 and bfloat16, not torch.float32"
+    major, minor = _capability(arguments[0].device.index if arguments else None)
+    if (major, minor) != (9, 0):
+        return f"it is written for Hopper GPUs (compute capability 9.0), this one has {major}.{minor}"
+    if arguments is not None and arguments[0].shape[-1] not in HOPPER_HEAD_DIMS:
+        dims = ", ".join(map(str, HOPPER_HEAD_DIMS))
+        return f"it takes head dims of {dims}, not {arguments[0].shape[-1]}"
+    return None
+
+
+@torch._dynamo.assume_constant_result
+def _capability(index):
+    return torch.cuda.get_device_capability(index)
+
+
+def _cuda_attention_backward(*arguments):
+    """Triton's kernels, which take whatever Hopper's forward takes."""
+    return torch.ops.genengine_triton.attention_backward(*arguments)
+
+
 # ---- shapes, gradients, schemas ------------------------------------------------------------------------------------
 
 
@@ -224,8 +255,9 @@ _registry.define(
     fake=_fake_attention_backward,
     module="attention",
     cost=_cost_backward,
-    kernels=("cpu", "triton"),
     cpu=_cpu_attention_backward,
+    cuda=_cuda_attention_backward,
+    limits=_limits,
 )
 _OP = _registry.define(
     "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor, Tensor)",
@@ -235,6 +267,6 @@ _OP = _registry.define(
     setup_context=_save,
     module="attention",
     cost=_cost,
-    kernels=("cpu", "triton"),
     cpu=_cpu_attention,
+    limits=_limits,
 )

@@ -179,7 +179,7 @@ _LIMITS: dict[str, Callable[[Match], bool]] = {
 def fits(form: Form, found: Match) -> bool:
     """Whether a kernel of the op takes tensors of these sizes and dtypes: what runs on its reference saves nothing."""
     written = {operand.dtype for node in found.nodes for operand in node.step.writes}
-    kernels = {*_registry._KERNEL_DTYPES, torch.complex64}  # complex only in between: pairs that are turned
+    kernels = {*_registry.KERNEL_DTYPES, torch.complex64}  # complex only in between: pairs that are turned
     return written <= kernels and _LIMITS.get(form.op, lambda found: True)(found)
 
 

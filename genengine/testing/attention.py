@@ -12,6 +12,9 @@ SMALL = ((5, 5, 8, False), (7, 33, 72, False), (33, 7, 40, False), (40, 40, 64, 
 LARGE = (
     (300, 333, 72, False), (333, 300, 64, False), (300, 300, 128, True), (256, 256, 80, False), (257, 257, 96, True),
     (140, 200, 160, False), (140, 140, 192, True), (130, 260, 256, False), (150, 150, 17, True),
+    # Hopper's other forms: causal or not, and all queries of a head in one tile
+    (256, 256, 72, False), (250, 640, 64, False), (401, 401, 72, True), (450, 450, 64, True), (200, 530, 128, False),
+    (300, 300, 80, True), (129, 385, 96, False),
 )  # fmt: skip
 # torch's CPU kernel adds up weights that are good to some 14 bits where the inputs have 16: lse errs as much.
 LSE_SLACK = 2.0**-13
