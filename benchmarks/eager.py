@@ -90,6 +90,11 @@ def group_norm_silu(x, weight, bias, num_groups, scale=None, shift=None, eps=1e-
     return F.silu(x) if silu else x
 
 
+def add_group_norm_silu(x, branch, *rest, **options):
+    x = x + branch
+    return x, group_norm_silu(x, *rest, **options)
+
+
 def ema_update(averages, values, decay):
     for average, value in zip(averages, values, strict=True):
         average.mul_(decay).add_(value, alpha=1 - decay)
@@ -139,6 +144,7 @@ _NOISE = ("normal", "uniform")
 PLAIN: dict[str, Callable] = {
     "adaln": eager_adaln, "gated_adaln": eager_gated_adaln, "attention": attention, "bias_act": bias_act,
     "bias_gelu": bias_gelu, "geglu": geglu, "swiglu": swiglu, "group_norm_silu": group_norm_silu,
+    "add_group_norm_silu": add_group_norm_silu,
     "ema_update": ema_update, "normal": normal, "uniform": uniform, "diffuse": _diffuse(_torch_noise),
     "reparameterize": _reparameterize(_torch_noise), "logistic_mixture_log_prob": eager_logistic_mixture,
 }  # fmt: skip

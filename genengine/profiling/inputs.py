@@ -68,6 +68,11 @@ def _group_norm_silu(draw, shape):
     return (x, draw(shape[1]), draw(shape[1]), min(32, shape[1])), {}
 
 
+def _add_group_norm_silu(draw, shape):
+    (x, *rest), _ = _group_norm_silu(draw, shape)
+    return (x, draw(*shape).contiguous(memory_format=torch.channels_last), *rest), {}
+
+
 def _bias_act(draw, shape):
     return (draw(*shape), draw(shape[1])), {"activation": "lrelu"}
 
@@ -166,6 +171,7 @@ OPS: dict[str, Inputs] = {
     "attention": Inputs(*_HEADS, _attention),
     "qk_norm_rope": Inputs(*_HEADS, _qk_norm_rope),
     "group_norm_silu": Inputs((4, 256, 64, 64), "(B, C, H, W)", _group_norm_silu),
+    "add_group_norm_silu": Inputs((4, 256, 64, 64), "(B, C, H, W)", _add_group_norm_silu),
     "bias_act": Inputs((16, 256, 32, 32), "(B, C, H, W)", _bias_act),
     "bias_gelu": Inputs(*_HIDDEN, lambda draw, s: ((draw(*s), draw(s[-1])), {"approximate": "tanh"})),
     "geglu": Inputs(*_HIDDEN, lambda draw, s: ((draw(*s),), {})),

@@ -348,6 +348,10 @@ def test_groups(parameters, modulated, silu, forward, backward):
     assert found == Cost((48 + given + 8) * 4, forward * 24, silu * 24)
     found = cost("group_norm_silu_backward", x, x, *rows, moment, moment, 2, bool(silu), False)
     assert found == Cost((72 + 2 * given + 8) * 4, backward * 24, silu * 24)
+    found = cost("add_group_norm_silu", x, x, *rows, 2, 1e-5, bool(silu), False)
+    assert found == Cost((96 + given + 8) * 4, (forward + 1) * 24, silu * 24)
+    found = cost("add_group_norm_silu_backward", x, x, x, *rows, moment, moment, 2, bool(silu), False)
+    assert found == Cost((96 + 2 * given + 8) * 4, (backward + 1) * 24, silu * 24)
 
 
 @pytest.mark.parametrize(
