@@ -17,6 +17,7 @@ SHAPES = {
     "SD": (64, *calls.SD), "SDXL": (16, *calls.SDXL), "SD3, Flux": (16, *calls.SD3), "CogVideoX-5B": (2, *calls.VIDEO),
 }  # fmt: skip
 COMMON = {"shapes": SHAPES, "dtypes": ("float32", "bfloat16"), "group": "diffuse", "axes": {"batch": 0, "channels": 1}}
+COMMON |= {"cuda_shapes": calls.MANY}
 
 
 def eager(x0, alpha, sigma, c_x0, c_eps):

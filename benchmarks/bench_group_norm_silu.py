@@ -20,7 +20,10 @@ SHAPES = {
     "ADM, 8 px": (4, 768, 8, 8), "SD, 64 px": (2, 320, 64, 64), "SD, 32 px": (2, 640, 32, 32),
     "SD, 16 px": (2, 1280, 16, 16), "SD decoder, 256 px": (1, 256, 256, 256),
 }  # fmt: skip
-CUDA_SHAPES = {"SDXL, 128 px": (2, 320, 128, 128), "SD decoder, 512 px": (1, 128, 512, 512)}
+CUDA_SHAPES = {
+    "DDPM, CIFAR-10": (64, 128, 32, 32), "SDXL, 128 px": (2, 320, 128, 128), "SD decoder, 512 px": (1, 128, 512, 512),
+    "SDXL, 128 px, 16 images": (16, 320, 128, 128),
+}  # fmt: skip
 FORMATS = {"": torch.contiguous_format, ", channels_last": torch.channels_last}
 
 

@@ -53,8 +53,8 @@ def oracle(output):
 
 
 @register(
-    "moments of two branches", group="guidance_moments", shapes=SHAPES, dtypes=("float32", "bfloat16"),
-    axes={"batch": 0, "channels": 1},
+    "moments of two branches", group="guidance_moments", shapes=SHAPES, cuda_shapes=calls.MANY,
+    dtypes=("float32", "bfloat16"), axes={"batch": 0, "channels": 1},
 )  # fmt: skip
 def make(case):
     output = case.randn(2 * case.shape[0], *case.shape[1:])

@@ -51,4 +51,7 @@ def make(name, case):
 
 
 for _name in TORCHS:
-    register(_name, shapes=SHAPES, group="normal", axes={"batch": 0, "elements": 1})(partial(make, _name))
+    register(
+        _name, shapes=SHAPES, cuda_shapes={"SDXL, 1,024 images": (1024, math.prod(calls.SDXL))}, group="normal",
+        axes={"batch": 0, "elements": 1},
+    )(partial(make, _name))  # fmt: skip

@@ -17,7 +17,7 @@ SHAPES = {
     "CogVideoX-5B": (2, *calls.VIDEO),
 }  # fmt: skip
 COMMON = {"shapes": SHAPES, "dtypes": ("float32", "bfloat16"), "group": "reparameterize"}
-COMMON |= {"axes": {"batch": 0, "channels": 1}}
+COMMON |= {"axes": {"batch": 0, "channels": 1}, "cuda_shapes": calls.MANY}
 
 
 def eager(mean, logvar):

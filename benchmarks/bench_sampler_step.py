@@ -233,6 +233,7 @@ def by_parts(case):
 
 
 _common = {"dtypes": ("float32", "bfloat16"), "group": "sampler_step", "axes": {"batch": 0, "channels": 1}}
+_common |= {"cuda_shapes": calls.MANY}
 for _name in GUIDED:
     _quick = None if _name in ("CFG + Euler row", "CFG + DDPM row with noise") else ()
     _gate = _name == "CFG + DDPM row with noise"

@@ -13,6 +13,7 @@ from genengine.ops._cost import Cost, _tensors
 
 # Latents (C, ...) by model: at 512 pixels, at 1024, and the six seconds of CogVideoX-5B.
 SD, SDXL, SD3, VIDEO = (4, 64, 64), (4, 128, 128), (16, 128, 128), (16, 13, 60, 90)
+MANY = {"SDXL, 1,024 images": (1024, *SDXL)}  # on a GPU: beyond 64 MB in 16 bits, too, where memory alone counts
 
 
 def kernel(name: str, like: Tensor) -> Callable:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from genengine import testing
+from genengine import backend, testing
 from genengine.benchmarks import calls, machine, timers
 from genengine.benchmarks.registry import Case, Entry
 
@@ -76,14 +76,16 @@ def time_variants(
     budget: float = 2.0,
     min_rounds: int = MIN_ROUNDS,
     skipped: dict[str, str] | None = None,
+    graphs: bool = True,
 ) -> dict[str, Timing]:
     """Time all variants in turn for about `budget` seconds, in at least `min_rounds` rounds of a sample each.
 
     variants: name -> functions that do the same work on different inputs, taken in rotation. skipped: takes the names
     of variants that raise as their clock is made, and why; without it, and of "fused", that raises RuntimeError.
+    graphs: whether to capture them, on a GPU.
     Returns seconds per call.
     """
-    samplers, failures = timers.samplers(variants, device)
+    samplers, failures = timers.samplers(variants, device, graphs=graphs)
     if failures and (skipped is None or "fused" in failures):
         raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failures.items()))
     (skipped if skipped is not None else {}).update(failures)
@@ -235,6 +237,32 @@ def _runnable(sets, entry, compile_modes, skipped, first_call):
     return runnable
 
 
+def on_backends(names, entry, case, count, skipped):
+    """ "fused" on each of these backends, as "fused, NAME": functions on `count` sets of inputs of their own.
+
+    They are held to the row's check, too. Notes in `skipped` why a backend does not run or is not right.
+    """
+    found = {}
+    for name in names:
+        try:
+            with backend(name):
+                made = [entry.make(case) for _ in range(count)]
+                made[0].check()
+        except Exception as error:
+            skipped[f"fused, {name}"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            found[f"fused, {name}"] = [_within(name, benchmark.variants["fused"]) for benchmark in made]
+    return found
+
+
+def _within(name, run):
+    def call():
+        with backend(name):
+            return run()
+
+    return call
+
+
 def _meets_oracle(name, result, benchmark):
     """A registered baseline is held to the rule that ours is held to."""
     if benchmark.oracle is None:
@@ -248,9 +276,11 @@ def _timed(passes, entry, case, compile_modes, budget):
     found, hot = [], {}
     for sets in passes:
         runnable = _runnable(sets, entry, compile_modes, skipped, first_call)
+        if case.device == "cuda" and entry.kind == "ops":
+            runnable |= on_backends(("cuda", "triton"), entry, case, len(sets), skipped)
         share = {
             "device": case.device, "budget": budget / len(passes), "min_rounds": -(-MIN_ROUNDS // len(passes)),
-            "skipped": skipped,
+            "skipped": skipped, "graphs": not benchmark.own_graphs,
         }  # fmt: skip
         found.append(time_variants(runnable, **share))
         if case.device == "cuda" and len(sets) > 1:

@@ -114,7 +114,8 @@ class Benchmark:
     nanoseconds per element. goals: figures to reach, reported as reached or not, never enforced.
     repeats: variants of which one run is a part of the work, such as one pass of a loop over equal passes -> how many
     runs make the whole. Their times are multiplied by it, and the row says so.
-    published: what papers report of such work.
+    published: what papers report of such work. own_graphs: on a GPU, call the variants plainly, for they replay graphs
+    of their own, or are meant to be launched by Python.
     """
 
     variants: Mapping[str, Callable[[], object]]
@@ -127,6 +128,7 @@ class Benchmark:
     goals: tuple[Goal, ...] = ()
     repeats: Mapping[str, int] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
+    own_graphs: bool = False
 
 
 @dataclass(frozen=True)

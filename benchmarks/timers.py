@@ -19,23 +19,28 @@ GRAPH_CALLS = 20  # in one graph, whose own launch takes some microseconds
 GRAPH_SECONDS = 2e-3  # that a graph takes at most, unless one pass over the functions takes longer
 
 
-def samplers(variants: Mapping[str, list[Callable]], device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+def samplers(
+    variants: Mapping[str, list[Callable]], device: str, *, graphs: bool = True
+) -> tuple[dict[str, Callable], dict[str, str]]:
     """Clocks of all variants of one row, warmed up, and why some have none.
 
     variants: name -> functions that do the same work on different inputs, taken in rotation. device: "cpu" or "cuda".
     Returns ({name: sample}, {name: "Type: message"}), a name in one of the two: a variant that raises is in the second,
     and costs the others nothing. sample(count) -> (seconds per call by the protocol's clock, wall seconds per call)
     makes count * sample.calls calls. `sample.clock` names the clock, the same for all; on a GPU it is of graphs, or, if
-    any variant cannot be captured, of plain calls for all, with what prevented it in `sample.reason` (else None).
+    any variant cannot be captured, of plain calls for all, with what prevented it in `sample.reason` (else None);
+    without `graphs` of plain calls at once.
     """
     if torch.device(device).type != "cuda":
         return _each(variants, _CpuSampler)
     with stream_of(device):
         passes, failures = _each(variants, _warm_up)
         variants = {name: variants[name] for name in passes}
-        graphs, reason = _capture_all({name: functions * passes[name] for name, functions in variants.items()})
+        captured, reason = {}, "its variants replay graphs of their own"
+        if graphs:
+            captured, reason = _capture_all({name: functions * passes[name] for name, functions in variants.items()})
         found = {
-            name: _CudaSampler(functions, passes[name], graphs.get(name), reason)
+            name: _CudaSampler(functions, passes[name], captured.get(name), reason)
             for name, functions in variants.items()
         }
         return found, failures

@@ -8,6 +8,7 @@ images = genengine.sample(denoiser, table, (16, 4, 64, 64), cond={"y": labels}, 
 """
 
 from genengine import extensions, ops, paths, schedules, solvers
+from genengine.engine import Engine
 from genengine.ops import backend
 from genengine.sampler import sample
 from genengine.table import CoefficientTable
@@ -15,5 +16,5 @@ from genengine.trace import trace
 
 __version__ = "0.1.0"
 __all__ = [
-    "CoefficientTable", "backend", "extensions", "ops", "paths", "sample", "schedules", "solvers", "trace",
+    "CoefficientTable", "Engine", "backend", "extensions", "ops", "paths", "sample", "schedules", "solvers", "trace",
 ]  # fmt: skip

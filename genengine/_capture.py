@@ -1,21 +1,76 @@
-"""CUDA graphs of the sampling loop. One captured row serves every row: step, time and table live on the device."""
+"""CUDA graphs: work that was recorded once is replayed without Python. What a graph reads and writes stays in place."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 
-def one_step(run):
-    """A function of the row index that replays one captured row; the last row writes an x_in that nobody reads."""
-    graph = _capture(run, rows=(0,))
-    return lambda row: graph.replay()
+class Graph(Protocol):
+    """Work recorded on construction, Graph(run, warm_up, restore): warm_up() runs first, for kernels to be chosen and
+    compiled, then restore(), which undoes it; run() is recorded, not run. Raises RuntimeError where it cannot be."""
+
+    nbytes: int  # of memory that the recording keeps for itself
+
+    @staticmethod
+    def recording() -> bool:
+        """Whether a graph is being recorded on the current stream."""
+
+    def replay(self) -> None:
+        """Do the recorded work, in order with the current stream."""
+
+    def release(self) -> None:
+        """Give its memory back; it cannot be replayed any more."""
 
 
-def replay_loop(run):
-    """Capture all rows into one graph, and run it once."""
-    _capture(run, rows=range(run.num_rows)).replay()
+class CudaGraph:
+    """A `Graph` of CUDA kernels, recorded on a side stream of the current device.
+
+    Its temporaries lie in a memory pool of its own. Graphs that never run at the same time, and keep nothing there
+    between two replays, could share one; then none could be released alone, nor its memory be told from the others'.
+    nbytes is what the allocator has reserved for the pool.
+    """
+
+    recording = staticmethod(torch.cuda.is_current_stream_capturing)
+
+    def __init__(self, run: Callable[[], None], warm_up: Callable[[], None], restore: Callable[[], None]):
+        self._graph = torch.cuda.CUDAGraph()
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        try:
+            with torch.cuda.stream(side):
+                warm_up()
+            current.wait_stream(side)
+            restore()  # on this stream, so that what it allocates belongs to the stream that will use it
+            with capturing(self._graph, side):
+                run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"sample: this denoiser cannot be captured in a CUDA graph ({error}); it must not read values back to "
+                "the host: pass capture='never' if it does"
+            ) from error
+        self.nbytes = _pool_bytes(self._graph.pool())
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def release(self) -> None:
+        self._graph.reset()
+
+
+# By the type of the device; where there is none, nothing is captured.
+GRAPHS: dict[str, type[Graph]] = {"cuda": CudaGraph}
+
+
+def _pool_bytes(pool: tuple[int, int]) -> int:
+    """Bytes that the allocator has reserved for a graph's memory pool, of blocks in use and free."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
 
 @contextlib.contextmanager
@@ -54,33 +109,3 @@ def _release(generator):
 
 def _draw(generator):
     torch.empty(1, device=generator.device).uniform_(generator=generator)
-
-
-def _capture(run, rows):
-    """A graph of the rows, with the run's state left as it was before.
-
-    Everything happens on a stream of this run's own device. The warm-up compiles what would otherwise compile inside
-    the capture: the first row and the last, whose kernel writes no x_in.
-    """
-    initial, graph = run.x.clone(), torch.cuda.CUDAGraph()
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    try:
-        with torch.cuda.stream(side):
-            for row in sorted({rows[0], rows[-1]}):
-                run.row(row)
-            run.x.copy_(initial)
-            run.rewind()
-        side.synchronize()
-        with capturing(graph, side):
-            for row in rows:
-                run.row(row)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"sample: this denoiser cannot be captured in a CUDA graph ({error}); it must not read values back to the "
-            "host: pass capture='never' if it does"
-        ) from error
-    current.wait_stream(side)
-    return graph

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from genengine.ops import _registry
 from genengine.ops.patch_step import PATCH_STEP
 
 
-def joined_row(run, scheduled) -> Callable[[int], None] | None:
-    """A function of the row index that does a row of the loop by `patch_step`, or None where the loop must not.
+@dataclass(frozen=True)  # not a tuple, whose weights an engine would take for tensors of a run
+class Joined:
+    """What a row is made of: tokens(x, row) of the network, its last layer (weight, bias, patch_size), the kernel."""
 
-        h = scheduled.tokens(x_in, step);    x = row(x, unpatchify(h W^T + bias)) in one pass;    then `advance`
+    tokens: Callable[[Tensor, Tensor], Tensor]
+    layer: tuple
+    kernel: Callable
 
-    scheduled: what the denoiser's for_schedule returned. It joins if it has `tokens` and a `last_layer` (weight, bias,
-    patch_size) that is not None, if nothing else needs the output (an extension, check_finite), and where patch_step's
-    own kernel is the one to run: on a CPU it would be the same two calls.
+
+def join(run, scheduled) -> Joined | None:
+    """The last layer of a scheduled denoiser for the loop to join to its rows, or None where it must not.
+
+        h = scheduled.tokens(x_in, step);    x = row(x, unpatchify(h W^T + bias)) in one pass
+
+    scheduled: what the denoiser's for_schedule returned. It joins if it has `tokens` and a `last_layer` that is not
+    None, if nothing else needs the output (an extension, check_finite), and where patch_step's own kernel is the one to
+    run: on a CPU it would be the same two calls.
     """
     layer = getattr(scheduled, "last_layer", None)
     if layer is None or run.check_finite or run.extensions.write_rows or run.extensions.change_x:
         return None
     if not _fits(run, layer) or _registry.choose(PATCH_STEP, run.x.device, run.x.dtype) != "triton":
         return None
-    kernel = _registry.direct(PATCH_STEP, run.x.device, run.x.dtype)
-    tokens, (weight, bias, patch_size) = scheduled.tokens, layer
-
-    def row(index):
-        h = tokens(run.x_in, run.step)
-        noise = None if run.noise is None else run.given_noise(index)
-        x_in = None if index + 1 == run.num_rows else run.x_in
-        kernel(
-            run.x, h, weight, bias, patch_size, run.table, run.sample_step, run.history, run.seed, run.sample_ids,
-            noise, run.x, x_in,
-        )  # fmt: skip
-        run.advance(run.step, run.table, run.t)
-
-    return row
+    return Joined(scheduled.tokens, tuple(layer), _registry.direct(PATCH_STEP, run.x.device, run.x.dtype))
 
 
 def _fits(run, layer) -> bool:

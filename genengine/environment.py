@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from genengine.ops import EXTENSION, _registry, _verify
+from genengine.ops import EXTENSION, _fastest, _registry, _verify
 
 RIGHT, WRONG, ABSENT = "right", "wrong", "not available"
 
@@ -63,8 +63,8 @@ def _choices(op, device):
             reason = _doubt(op, name, device)
         if reason:
             against[name] = reason
-    order = ("cpu", "cuda", "triton", "reference") if device.type == "cuda" else ("cpu", "reference")
-    default = next(name for name in order if name not in against)
+    order = ("cpu",) if device.type == "cpu" else _fastest.order(op.name, device, torch.float32)
+    default = next(name for name in (*order, "reference") if name not in against)
     return {"default": default, "unavailable": against}
 
 

@@ -265,8 +265,9 @@ class CoefficientTable:
         for name, weight in zip(("g1", "g2"), weights, strict=False):
             rows[..., _INDEX[name]] = weight
         guided = replace(self, rows=rows)
-        if "_checked" in vars(self):  # other finite weights leave a valid table valid
-            vars(guided)["_checked"] = True
+        if "_checked" in vars(self):  # other finite weights leave a valid table valid, and nothing else changes
+            for name in ("_checked", "needs_noise", "learned_variance", "num_history"):
+                vars(guided)[name] = getattr(self, name)
         return guided
 
     def with_guidance_interval(self, t_low: float, t_high: float) -> "CoefficientTable":

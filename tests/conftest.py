@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture
+def graphs():
+    """Runs on a CPU are captured by a stand-in for CUDA graphs: the list of those made."""
+    import replayed_graph
+
+    with replayed_graph.using() as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
 def fresh_generator():
     """Fresh but reproducible random inputs in every test."""

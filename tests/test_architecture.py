@@ -10,11 +10,11 @@ PACKAGE = ROOT / "genengine"
 
 # Lower layers first; a module may import its own layer and those below.
 LAYERS = [
-    ["random", "paths", "_beta", "schedules", "prediction", "table", "_progress", "_capture"],
+    ["random", "paths", "_beta", "schedules", "prediction", "table", "_progress", "_capture", "_static", "_denoiser"],
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],
-    ["sampler", "_last_layer", "extensions", "rotary", "nets", "evaluate", "images"],
+    ["engine", "sampler", "_loop", "_last_layer", "_request", "extensions", "rotary", "nets", "evaluate", "images"],
     ["_probe", "_registers", "_recording", "_loop_fit", "trace"],
     ["integrations"],
     ["models"],

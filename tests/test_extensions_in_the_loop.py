@@ -19,7 +19,7 @@ from extension_cases import (
 from support import skip_unless_available
 
 import genengine
-from genengine import data, solvers
+from genengine import _loop, data, solvers
 from genengine import extensions as ext
 from genengine.models import FAMILIES
 
@@ -74,19 +74,22 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_written_during_a_run_are_restored_by_a_rewind(name, monkeypatch):
+def test_rows_written_during_a_run_are_restored_by_another_start(name, monkeypatch):
     """As the warm-up of a CUDA graph does it: the first and the last row, then from the start."""
-    expected, drive = run(name), genengine.sampler._drive
+    expected, drive, load, requests = run(name), _loop.drive, _loop.Loop.load, []
 
-    def warmed_up(state, *args):
-        initial = state.x.clone()
-        state.row(0)
-        state.row(state.num_rows - 1)
-        state.x.copy_(initial)
-        state.rewind()
-        drive(state, *args)
+    def loaded(loop, request):
+        requests.append(request)
+        return load(loop, request)
 
-    monkeypatch.setattr("genengine.sampler._drive", warmed_up)
+    def warmed_up(loop, *args):
+        loop.row(0)
+        loop.row(loop.num_rows - 1)
+        loop.begin(requests[-1])
+        drive(loop, *args)
+
+    monkeypatch.setattr(_loop.Loop, "load", loaded)
+    monkeypatch.setattr(_loop, "drive", warmed_up)
     assert torch.equal(run(name), expected)
 
 

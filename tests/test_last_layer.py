@@ -91,6 +91,20 @@ def test_given_noise(device, noise):
     assert joins.taken == {"tokens"} and (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.triton
+def test_an_engine_joins_too(device):
+    net, table = network().to(device), TABLES["history and noise"]()
+    y = torch.arange(2, device=device)
+    engine = genengine.Engine(net)
+    for seed in (3, 4, 3):
+        options = {"cond": {"y": y}, "uncond": {"y": 0 * y + 5}, "guidance": 2.0, "seed": seed, "device": device}
+        assert torch.equal(engine.sample(table, SHAPE, **options), genengine.sample(net, table, SHAPE, **options))
+    (entry,) = engine._entries.values()
+    assert entry.loop._joined is not None
+    weights = {parameter.data_ptr() for parameter in net.parameters()}
+    assert not weights & {tensor.data_ptr() for tensor in entry.loop.tensors()}
+
+
 class Identity(extensions.Extension):
     def after_row(self, run):
         pass

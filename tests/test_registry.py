@@ -237,6 +237,7 @@ def test_a_kernel_with_limits_is_passed_over_and_that_is_told_once(pretended_gpu
     monkeypatch.undo()  # the real `why_not`, on a pretended Hopper
     monkeypatch.setattr(_verify, "known", lambda device: pretended_gpu)
     monkeypatch.setattr(_registry, "_why_no_backend", lambda op, name, device_type: None)
+    monkeypatch.setattr(_registry, "missing_kernel", lambda op_name, name: None)
     monkeypatch.setattr(_registry, "_told", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     op, capability = _registry.OPS["attention"], (9, 0)

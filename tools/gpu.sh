@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make gpu: verify, test, benchmark and profile on a CUDA machine, in stages with a time limit each, results as they come.
-#   tools/gpu.sh PYTHON [install|verify|test|ceilings|ops|samplers|models|profile|all]
+#   tools/gpu.sh PYTHON [install|verify|test|ceilings|ops|samplers|models|sanitize|profile|all]
 # PYTHON has a CUDA torch, setuptools and pip; no package registry is needed: the checkout is installed without its
 # dependencies into a folder of its own. An extension that was brought along (genengine/_C.abi.so with CUDA kernels) is
 # used as it is, else it is compiled, else left out (Triton runs without it).
@@ -10,13 +10,15 @@
 # source (commit and edits), and benchmarks go on at the row where they stopped, so a hang costs one part and one limit.
 # At the end $OUT/gpu.tar.gz holds all of it.
 # Settings: FORCE=1 repeats everything; BUDGET= seconds of timing per row; COMPILE= modes of torch.compile; OPS_LIMIT=
-# seconds per op; DEVICE=cpu for a rehearsal.
+# seconds per op; SANITIZE_LIMIT= seconds per tool of compute-sanitizer; DEVICE=cpu for a rehearsal.
+# Then, with results/ committed: tools/fill_fastest.py has the choice of kernels follow them, tools/gpu_goals.py makes
+# benchmarks/GPU_GOALS.md.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${1:?usage: tools/gpu.sh PYTHON [STAGE]}") || { echo "no such Python: $1" >&2; exit 2; }
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 stage=${2:-all}
-stages="install verify test ceilings ops samplers models profile"
+stages="install verify test ceilings ops samplers models sanitize profile"
 [[ " $stages all " == *" $stage "* ]] || { echo "gpu: STAGE must be one of: $stages all; got $stage" >&2; exit 2; }
 mkdir -p "${OUT:-$root/out/gpu}" && out=$(cd "${OUT:-$root/out/gpu}" && pwd)
 work=${TMPDIR:-/tmp}/genengine-gpu
@@ -132,6 +134,16 @@ profile() {
   done
 }
 
+sanitize() { # the case set of every kernel, under each tool
+  local tool
+  command -v compute-sanitizer >/dev/null || { echo "== sanitize: there is no compute-sanitizer"; return; }
+  for tool in memcheck racecheck initcheck; do
+    part "sanitize-$tool" "${SANITIZE_LIMIT:-300}" env GENENGINE_CACHE="$work/sanitize-cache" \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      "$python" -m genengine verify --device "$device"
+  done
+}
+
 installed() { [ "$(cat "$work/site/stamp.txt" 2>/dev/null)" = "$stamp" ]; }
 
 if ! installed; then # another source, or none: whatever the stage
@@ -146,6 +158,7 @@ wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --devi
 wanted ops && bench ops "${OPS_LIMIT:-120}"
 wanted samplers && bench samplers 120
 wanted models && bench models 180
+wanted sanitize && sanitize
 wanted profile && profile
 cp -rT "${GENENGINE_CACHE:-$HOME/.cache/genengine}" "$out/verdicts" 2>/dev/null
 (cd "$work" && "$python" -m genengine report "$out"/results/*/*.json --html "$out/report.html") || echo "gpu: no report"

@@ -6,9 +6,9 @@
 Triton: every entry of `variants()` in kernels/*.py, for sm_80, sm_90 and sm_100. CUDA C++: every kernel of
 csrc/cuda/**/*.cu, for the architectures of CMakeLists.txt (units of csrc/cuda/hopper: sm_90a). A check is one
 kernel on one architecture. It fails on: a compile error, spills (LDL, STL), stack, the ptxas warnings C7508,
-C7510 and C7515 (serialised wgmma), an instruction that is meant but missing, and no 16-byte access in a streaming
-kernel. Registers, shared memory, DEPBAR per HGMMA (above 0.25 the products are serialised) and instructions
-per element (static: rare paths count too) are recorded, not judged.
+C7510, C7512 and C7515 (serialised wgmma), an instruction that is meant but missing, and no 16-byte access in a
+streaming kernel. Registers, shared memory, DEPBAR per HGMMA (above 0.25 the products are serialised) and
+instructions per element (static: rare paths count too) are recorded, not judged.
 
 What a Triton variant may say beside what its compilation needs: "streaming": False, "needs": ["HGMMA", ...],
 "elements": elements per program, "archs": [90, ...] where its launch configuration is used. What a CUDA unit
@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TRITON_ARCHS = (80, 90, 100)
 HOPPER = 90
-WGMMA_WARNINGS = ("C7508", "C7510", "C7515")
+WGMMA_WARNINGS = ("C7508", "C7510", "C7512", "C7515")
 
 REMEDIES = {
     "compile": "see the compiler's message",

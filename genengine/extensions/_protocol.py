@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from genengine import _static
 from genengine.ops import _layout, sampler_step
 from genengine.table import COLUMNS, CoefficientTable
 
@@ -28,7 +30,9 @@ class Extension:
 
     before_row and after_row run on the device without waiting for it: they may not read a value back to the host, so
     that whole runs stay capturable. The loop works on a shallow copy of the extension: attributes set in its hooks
-    belong to one run.
+    belong to one run. `Engine` calls extend and start for every run, but replays the rows: it copies the tensors among
+    the attributes (in lists, tuples and dicts, too) into those it captured, and captures anew where anything else among
+    them has changed. It does not see tensors inside other objects.
     """
 
     guides = False  # whether it decides how the branches combine; of these a run has at most one
@@ -51,19 +55,35 @@ class Run:
 
     x: the state (B, ...), live. rows: the table on the device, float32 (R, B or 1, 16); its rows are per sample, hence
     writable, if an extension has before_row. step: int32 (B,), each sample's current row. table: its source on the
-    host. num_branches: of the model. model_dtype: of the outputs. seed: int64 () or (B,). sample_ids: int64 (B,) or
-    None for 0..B-1.
+    host. num_rows: R. num_branches: of the model. model_dtype: of the outputs. seed: int64 () or (B,). sample_ids:
+    int64 (B,) or None for 0..B-1.
     """
 
     def __init__(
         self, x: Tensor, rows: Tensor, step: Tensor, table: CoefficientTable, num_branches: int,
         model_dtype: torch.dtype, seed: Tensor, sample_ids: Tensor | None,
     ):  # fmt: skip
-        self.x, self.rows, self.step, self.table, self.num_branches = x, rows, step, table, num_branches
+        self.x, self.rows, self.step, self._table, self.num_branches = x, rows, step, table, num_branches
         self.model_dtype, self.seed, self.sample_ids = model_dtype, seed, sample_ids
+        self.num_rows, self.within_row, self.reads_table = table.num_rows, False, False
         self._unit = self.affine_rows(s=np.ones((table.num_rows, 1)))
         self._affine, self._first = torch.zeros(1, x.shape[0], len(COLUMNS), device=x.device), torch.zeros_like(step)
         self._open()
+
+    @property
+    def table(self) -> CoefficientTable:
+        self.reads_table |= self.within_row  # then a captured row depends on it, not only on `rows`
+        return self._table
+
+    def begin(self, table: CoefficientTable) -> None:
+        """Before row 0 of another run, whose table has as many rows."""
+        self._table, self.within_row = table, False
+        self._open()
+
+    def storages(self) -> set[int]:
+        """Of the tensors that the run lends to its extensions."""
+        lent = (self.x, self.rows, self.step, self.seed, self.sample_ids)
+        return {_static.storage(tensor) for tensor in lent if tensor is not None and tensor.numel()}
 
     # ---- the current row ---------------------------------------------------------------------------------------
 
@@ -148,30 +168,75 @@ class Extensions:
         if len(guides) > 1:
             raise ValueError(f"sample: extensions may hold one that combines the branches, got {', '.join(guides)}")
         self._all = [copy.copy(extension) for extension in extensions]
-        self._before = [extension for extension in self._all if _overrides(extension, "before_row")]
-        self._after = [extension for extension in self._all if _overrides(extension, "after_row")]
+        self._running, self._before, self._after = [], [], []
         self.run: Run | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
 
     @property
     def write_rows(self) -> bool:
         """Whether a row may be written during the run: then every sample needs rows of its own."""
-        return bool(self._before)
+        return any(_overrides(extension, "before_row") for extension in self._all)
 
     @property
     def change_x(self) -> bool:
         """Whether x may change after a row: then the next input is made of it after that."""
-        return bool(self._after)
+        return any(_overrides(extension, "after_row") for extension in self._all)
+
+    @property
+    def form(self) -> Hashable:
+        """Equal for extensions that may be able to take each other's place in a captured run."""
+        return tuple((type(extension), _static.form(_state(extension))) for extension in self._all)
 
     def extend(self, table: CoefficientTable) -> CoefficientTable:
         for extension in self._all:
             table = extension.extend(table)
         return table
 
-    def start(self, make_run: Callable[[], Run]) -> None:
-        if self._all:
-            self.run = make_run()
-        for extension in self._all:
-            extension.start(self.run)
+    def start(self, run: Run | None, static: bool = False) -> None:
+        """static: what they hold in tensors will be replaced by `restart`."""
+        self.run = run
+        self._adopt(self._started(run), static)
+
+    def restart(self, fresh: Extensions) -> bool:
+        """Start others in place of those that run, in the tensors of these; False where they had to be replaced.
+
+        Both were given to `extend`, and `fresh` has not been started.
+        """
+        started = fresh._started(self.run)
+        held = [tree_unflatten(leaves, spec) for leaves, spec in self._held]
+        same = [type(extension) for extension in self._all] == [type(extension) for extension in fresh._all]
+        fits = same and _static.refill(held, [_state(extension) for extension in started], self._lent())
+        self._all = fresh._all
+        if not fits:
+            self._adopt(started, static=True)
+            return False
+        for extension, state in zip(self._running, held, strict=True):  # hooks may have bound other tensors
+            _set_state(extension, state)
+        return True
+
+    def states(self) -> list[dict]:
+        """The attributes of those that run."""
+        return [_state(extension) for extension in self._running]
+
+    def _started(self, run):
+        started = [copy.copy(extension) for extension in self._all]
+        for extension in started:
+            extension.start(run)
+        return started
+
+    def _adopt(self, started, static):
+        self._running = started
+        self._before = [extension for extension in started if _overrides(extension, "before_row")]
+        self._after = [extension for extension in started if _overrides(extension, "after_row")]
+        if static:
+            for extension in started:
+                _set_state(extension, _static.own(_state(extension), self._lent()))
+            self._held = [tree_flatten(_state(extension)) for extension in started]
+
+    def _lent(self):
+        return self.run.storages() if self.run is not None else set()
 
     def before_row(self, output: Tensor, given: Tensor | None) -> tuple[Tensor, ...]:
         """The branches that the row combines, of the model's output (k B, ...)."""
@@ -179,8 +244,10 @@ class Extensions:
             return (output,)
         self.run._open(given)
         outputs = output.split(self.run.x.shape[0])
+        self.run.within_row = True
         for extension in self._before:
             outputs = extension.before_row(self.run, outputs) or outputs
+        self.run.within_row = False
         self.run._close()
         return outputs
 
@@ -191,10 +258,26 @@ class Extensions:
             return
         if not self._before:
             run._open()
+        run.within_row = True
         for extension in self._after:
             extension.after_row(run)
+        run.within_row = False
         (c_in,) = run.read("c_in")
         x_in.view(run.num_branches, *run.x.shape).copy_(run.x * run.expand(c_in))
+
+
+def _state(extension):
+    """The attributes of an extension, by name."""
+    slots = (getattr(kind, "__slots__", ()) for kind in type(extension).__mro__)
+    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+    return vars(extension) | {name: getattr(extension, name) for name in names if hasattr(extension, name)}
+
+
+def _set_state(extension, state):
+    for name in vars(extension).keys() - state:
+        del vars(extension)[name]
+    for name, value in state.items():
+        object.__setattr__(extension, name, value)  # a frozen one's too
 
 
 def _overrides(extension, hook):

@@ -78,7 +78,7 @@ class Inpaint(Extension):
             self._rows, self._draw = rows, {"noise": eps}
 
     def after_row(self, run: Run) -> None:
-        step = run.step + run.table.num_rows if self.noise == "row" else run.step
+        step = run.step + run.num_rows if self.noise == "row" else run.step
         sampler_step(self._known, self._known, self._rows, step, out=self._at_t, **self._draw)
         torch.lerp(run.x, self._at_t, self._kept, out=run.x)  # exact at both ends
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from genengine import ops, paths, sampler
+from genengine import _capture, ops, paths, sampler
+from genengine.engine import Engine
 from genengine.models import ode_likelihood
 from genengine.models.base import INNOCENCE, Model, drop_labels
 from genengine.models.evaluating import evaluating
@@ -18,6 +21,7 @@ from genengine.nets.dit import DiT
 from genengine.nets.unet import UNet
 
 NETS = {"dit": DiT, "unet": UNet}
+MAX_GRAPHS = 4  # kept by a model: batch sizes, solvers, with guidance and without
 
 
 class Guided(Model):
@@ -43,6 +47,7 @@ class Guided(Model):
         shape = (config.in_channels, config.image_size, config.image_size)
         super().__init__({"net": net}, shape, config.num_classes, num_levels)
         self.net, self.path, self.class_drop = net, path, class_drop
+        self._engines: dict[Callable, Engine] = {}
 
     def drop_labels(self, labels, *, seed, sample_ids=None, step=0):
         """Labels (N,) int64 on the CPU with a share `class_drop` replaced by the null class."""
@@ -84,8 +89,7 @@ class Guided(Model):
         """Run a table on num samples; guidance as the table has it. See `sampler.sample`."""
         guided = bool(np.any(guidance != 1.0))
         with evaluating(self.net):
-            return sampler.sample(
-                denoiser,
+            return self._sampler(denoiser)(
                 table,
                 (num, *self.image_shape),
                 cond=None if labels is None else {"y": labels},
@@ -97,6 +101,24 @@ class Guided(Model):
                 check_finite=check_finite,
                 extensions=extensions,
             )
+
+    def _sampler(self, denoiser):
+        """`sample` of this denoiser: where there are graphs, an engine's, which captures once and not in every call.
+
+        It captures one row and not the loop, which a single call would wait for, and which serves one number of steps.
+        """
+        if self.device.type not in _capture.GRAPHS:
+            return functools.partial(sampler.sample, denoiser)
+        if denoiser not in self._engines:
+            self._engines[denoiser] = Engine(denoiser, max_graphs=MAX_GRAPHS, max_loop_rows=0)
+        return self._engines[denoiser].sample
+
+    def train(self, mode=True):
+        """Put the networks into training mode or out of it. Training frees what sampling on a GPU has kept."""
+        if mode:
+            for engine in self._engines.values():
+                engine.clear()
+        return super().train(mode)
 
     def panels(self, x0, labels=None, *, seed=0, frames=8):
         """The way from noise to image, a row each: the first state, the last, and states evenly between them."""

@@ -354,12 +354,30 @@ class _MeanHalf:
     def __init__(self, net):
         self.net, self.parameters = net, net.parameters
 
+    def __eq__(self, other):
+        return isinstance(other, _MeanHalf) and other.net is self.net
+
+    def __hash__(self):
+        return hash((_MeanHalf, self.net))
+
     def __call__(self, x, t, y=None):
         return self.net(x, t, y).chunk(2, dim=1)[0]
 
     def for_schedule(self, t_rows, y=None):
-        step_fn = self.net.for_schedule(t_rows, y)
-        return lambda x, row: step_fn(x, row).chunk(2, dim=1)[0]
+        return _MeanHalfOfStep(self.net.for_schedule(t_rows, y))
+
+
+class _MeanHalfOfStep:
+    """Likewise of what `for_schedule` returned."""
+
+    def __init__(self, step_fn):
+        self._step_fn = step_fn
+
+    def __call__(self, x, row):
+        return self._step_fn(x, row).chunk(2, dim=1)[0]
+
+    def update(self, t_rows, y=None):
+        return self._step_fn.update(t_rows, y)
 
 
 def _check_path(path, num_timesteps, prediction):

@@ -110,35 +110,100 @@ class Conditioned(nn.Module):
         Args:
             t_rows: (R, B) float32, model time of each table row and sample.  y: (B,) int64 or None.
         Returns:
-            step_fn(x, row) -> output, with x (B, C, H, W) and row (B,) integer, on the device; rows beyond
-            the last are read as the last (a finished sample). step_fn.last_layer, if not None, is what makes the
-            output of step_fn.tokens(x, row) -> (B, N, D).
+            A `Scheduled`: step_fn(x, row) -> output, with x (B, C, H, W) and row (B,) integer, on the device; rows
+            beyond the last are read as the last (a finished sample). Its last_layer, if not None, makes the output of
+            its tokens(x, row) -> (B, N, D).
         Raises:
             ValueError, TypeError: y as in `forward`, its values checked on every device.
         """
-        num_rows, b = t_rows.shape
+        return Scheduled(self, t_rows, y)
+
+    def _pairs(self, t_rows, y):
+        """The distinct (t, y) of a run: t (n,), y (n,) or None, and the number (R, B) of each row and sample's."""
+        b = t_rows.shape[1]
         layers.check_labels(self._name(), y, b, self.config.num_classes, may_sync=True)
         labels = torch.full((b,), self.null_class, device=t_rows.device) if y is None else y
         times, place = torch.unique(t_rows, return_inverse=True)
         count = self.null_class + 1
-        pairs, place = torch.unique(place * count + labels, return_inverse=True)  # place (R, B)
-        c = self.condition(times[pairs // count], pairs % count if self.y_embedder is not None else None)
-        size = len(pairs) * self.modulation.out_features * c.element_size()
-        table = self.modulation(c) if size <= self.max_table_bytes else None
-        # Written anew by each step; out= and autograd exclude each other.
-        rows = None if table is None or table.requires_grad else table.new_empty(b, table.shape[1])
-
-        def modulation(row):
-            index = place.gather(0, row.long().clamp(max=num_rows - 1).unsqueeze(0)).squeeze(0)
-            if table is None:
-                return self.modulation(c.index_select(0, index))
-            return torch.index_select(table, 0, index, out=rows)
-
-        def step_fn(x, row):
-            return self._run(x, modulation(row))
-
-        step_fn.tokens, step_fn.last_layer = lambda x, row: self._tokens(x, modulation(row)), self.last_layer()
-        return step_fn
+        pairs, place = torch.unique(place * count + labels, return_inverse=True)
+        return times[pairs // count], pairs % count if self.y_embedder is not None else None, place
 
     def _name(self):
         return f"nets/{type(self).__name__}"
+
+
+class Scheduled:
+    """step_fn(x, row) -> output of `Conditioned.for_schedule`, whose tensors stay where they are from run to run.
+
+    They have room for more distinct (t, y) than the first run's, up to the next power of two, so that a captured graph
+    goes on serving where labels change.
+    """
+
+    def __init__(self, net, t_rows, y):
+        self._net = net
+        t, y, self._place = net._pairs(t_rows, y)
+        c = net.condition(t, y)
+        self._product = self._affordable(c)
+        rows = net.modulation(c) if self._product else c
+        self._fixed, self._table, self._rows = rows.requires_grad, rows, None
+        if self._fixed:  # out= and autograd exclude each other
+            return
+        self._table = rows.new_empty(self._room(rows), rows.shape[1])
+        self._table[: len(rows)] = rows
+        self._rows = rows.new_empty(t_rows.shape[1], rows.shape[1])  # written anew by each step
+
+    def __call__(self, x, row):
+        return self._net._run(x, self._modulation(row))
+
+    def tokens(self, x, row):
+        """What `last_layer` makes the output of: (B, N, D)."""
+        return self._net._tokens(x, self._modulation(row))
+
+    @property
+    def last_layer(self) -> LastLayer | None:
+        return self._net.last_layer()
+
+    def _modulation(self, row):
+        index = row.long().clamp(max=len(self._place) - 1).unsqueeze(0)
+        index = self._place.gather(0, index).squeeze(0)
+        if self._fixed:
+            rows = self._table.index_select(0, index)
+        else:
+            rows = torch.index_select(self._table, 0, index, out=self._rows)
+        return rows if self._product else self._net.modulation(rows)
+
+    def update(self, t_rows, y=None):
+        """Take another run's times and labels, and the weights as they are now; False where they do not fit.
+
+        Args:
+            t_rows: (R, B) float32.  y: (B,) int64 or None.
+        Returns:
+            Whether they fit: B as before, no more rows, and distinct (t, y) that there is room for, in the same mode.
+        Raises:
+            ValueError, TypeError: as `for_schedule`.
+        """
+        if self._fixed or t_rows.shape[1] != self._place.shape[1] or len(t_rows) > len(self._place):
+            return False
+        t, y, place = self._net._pairs(t_rows, y)
+        if len(t) > len(self._table):
+            return False
+        c = self._net.condition(t, y)
+        if self._affordable(c) != self._product:
+            return False
+        rows = self._net.modulation(c) if self._product else c
+        if rows.dtype != self._table.dtype or rows.requires_grad:
+            return False
+        self._table[: len(rows)] = rows
+        self._place[: len(place)] = place
+        self._place[len(place) :] = place[-1:]
+        return True
+
+    def _affordable(self, c):
+        """Whether the modulations of all c (n, D) are kept."""
+        return len(c) * self._net.modulation.out_features * c.element_size() <= self._net.max_table_bytes
+
+    def _room(self, rows):
+        """The power of two from len(rows) up, but no more than there can be or is affordable."""
+        count = len(rows)
+        most = self._net.max_table_bytes // (rows.shape[1] * rows.element_size()) if self._product else count
+        return max(count, min(1 << max(count - 1, 0).bit_length(), self._place.numel(), most))

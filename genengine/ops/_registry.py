@@ -43,6 +43,11 @@ _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in sorted(set(NA
 _LIBRARIES["genengine"].define("cpu_isa(int wanted) -> int")
 # Too: the bytes that `pixelcnn_sample` keeps of a group of images.
 _LIBRARIES["genengine"].define("pixelcnn_state(Tensor matrices, int[] fields, int images, bool wavefront) -> int")
+# Too: attention_backward for Hopper, whose dq is summed in any order, or deterministic.
+_LIBRARIES["genengine"].define(
+    "hopper_attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, bool causal, "
+    "float scale, bool deterministic) -> (Tensor, Tensor, Tensor)"
+)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -209,11 +214,12 @@ def _why_no_backend(op, name, device_type):
         return _why_no_triton(device_type)
     if device_type != name:
         return f"it runs on {name} tensors, these are on {device_type}"
-    return _why_no_kernel(op.name, name)
+    return missing_kernel(op.name, name)
 
 
 @torch._dynamo.assume_constant_result  # torch.compile takes the answer as it is, and does not look inside
-def _why_no_kernel(op_name: str, name: str) -> str | None:
+def missing_kernel(op_name: str, name: str) -> str | None:
+    """Why the extension has no kernel of this op for this device, or None if it has."""
     if (op_name, name) not in _kernel_reasons:
         _kernel_reasons[op_name, name] = _look_for_kernel(op_name, name)
     return _kernel_reasons[op_name, name]
@@ -335,15 +341,19 @@ def with_backward(op: Op) -> tuple[Op, ...]:
 def automatic(op: Op, device: torch.device, dtype: torch.dtype, arguments: tuple | None = None) -> str:
     """The name of the backend used when none is asked for.
 
-    On a GPU, where a kernel that is there cannot take the arguments, the next one does; that is told once.
+    On a GPU that is the first verified one in the order of `_fastest`. Where a kernel that is there cannot take the
+    arguments, the next one does; that is told once.
     """
     if device.type == "cpu":
         return "reference" if why_not(op, "cpu", "cpu", dtype, arguments) else "cpu"
     if device.type == "cuda":
-        from genengine.ops import _verify
+        from genengine.ops import _fastest, _verify
 
         passed_over = None
-        for name in ("cuda", "triton"):  # CUDA C++ first: no compilation at run time
+        shape = None if arguments is None or torch.compiler.is_compiling() else arguments[0].shape
+        for name in _fastest.order(op.name, device, dtype, shape):
+            if name == "reference":  # torch's own op was faster
+                break
             parts = with_backward(op)
             if any(why_not(part, name, "cuda", dtype, arguments if part is op else None) for part in parts):
                 passed_over = passed_over or _limit(op, name, dtype, arguments)

@@ -44,7 +44,8 @@ def attention(
     torch's own kernel (which takes a NaN in q for an o of zeros), "cuda" is written for Hopper GPUs (compute capability
     9.0), 16-bit inputs and D of 64, 72, 80, 96 or 128; there rows that do not begin on 16 bytes cost a copy, too.
     dtypes: all float32, float16, bfloat16 or float64, alike. Sums are float32; 16-bit kernels round the weights to the
-    inputs' dtype before the product with v. Differentiable once in q, k and v; the gradients are deterministic.
+    inputs' dtype before the product with v. Differentiable once in q, k and v; the gradients are deterministic, but for
+    the last bits of "cuda"'s dq, which are so under torch.use_deterministic_algorithms(True).
 
     Returns o (B, N, H, D) in q's dtype, contiguous; with return_lse, (o, lse): lse (B, H, N) float32 (float64 of
     float64), in nats. Raises ValueError or TypeError on bad arguments, RuntimeError if a named backend cannot run.
@@ -179,9 +180,11 @@ def _unit_rows(tensor):
 
 
 def _limits(backend, dtype, arguments):
-    """What csrc/cuda/hopper/attention.cu does not take; arguments begin with a (B, N, H, D)."""
+    """What the kernels of csrc/cuda/hopper do not take; arguments begin with a (B, N, H, D)."""
     if backend != "cuda":
         return None
+    if reason := _registry.missing_kernel("hopper_attention_backward", "cuda"):
+        return reason
     if dtype == torch.float32:
         return "it takes float16 and bfloat16, not torch.float32"
     major, minor = _capability(arguments[0].device.index if arguments else None)
@@ -199,8 +202,9 @@ def _capability(index):
 
 
 def _cuda_attention_backward(*arguments):
-    """Triton's kernels, which take whatever Hopper's forward takes."""
-    return torch.ops.genengine_triton.attention_backward(*arguments)
+    """In PyTorch's own words whether dq must be deterministic: its sums over tiles of keys then wait for their turn."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.ops.genengine.hopper_attention_backward(*arguments, deterministic)
 
 
 # ---- shapes, gradients, schemas ------------------------------------------------------------------------------------

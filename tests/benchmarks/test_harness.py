@@ -248,3 +248,26 @@ def test_a_row_that_compiles_in_one_mode_says_so():
     make = lambda case: Benchmark({"fused": lambda: None, "torch.compile": lambda: None}, lambda: None)  # noqa: E731
     found = harness.run(entry(make), case(), budget=0.01, compile_modes=("max-autotune",))
     assert "default mode alone" in found["skipped"]["torch.compile, max-autotune"] and not found["ratios"]
+
+
+def test_backends_are_timed_beside_the_choice_and_held_to_the_check():
+    """As on a GPU, where "cuda" and "triton" are: what cannot run or is wrong is named."""
+    one = registry.find("adaln")
+    small = registry.Case((2, 3, 8), torch.float32)
+    skipped = {}
+    found = harness.on_backends(("reference", "cuda"), one, small, 2, skipped)
+    assert list(found) == ["fused, reference"] and len(found["fused, reference"]) == 2
+    assert "backend 'cuda' cannot run here" in skipped["fused, cuda"]
+    assert all(run().shape == (2, 3, 8) for run in found["fused, reference"])
+
+
+def test_a_backend_that_is_wrong_is_not_timed():
+    def make(case):
+        def check():
+            raise AssertionError("fused errs by 3")
+
+        return Benchmark({"fused": lambda: None}, check)
+
+    skipped = {}
+    assert harness.on_backends(("reference",), entry(make), case(), 1, skipped) == {}
+    assert skipped == {"fused, reference": "AssertionError: fused errs by 3"}

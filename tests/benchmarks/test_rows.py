@@ -13,7 +13,7 @@ LATENTS, MLP = (2, 4, 6, 6), (5, 24)
 SMALL = {  # group or row -> a shape that takes no time; models keep their images, of a batch of four
     "adaln": (2, 5, 24), "gated_adaln": (2, 5, 24), "attention": (2, 9, 3, 8), "bias_act": MLP, "diffuse": LATENTS,
     "bias_act, lrelu": (2, 6, 5, 5), "bias_act, lrelu, forward and backward": (2, 6, 5, 5), "diffusers": LATENTS,
-    "ema_update": (2, 32), "extensions": LATENTS, "glu": MLP, "group_norm_silu": (2, 64, 5, 5),
+    "ema_update": (2, 32), "engine": (2, 1, 8, 8), "extensions": LATENTS, "glu": MLP, "group_norm_silu": (2, 64, 5, 5),
     "guidance_moments": LATENTS, "k_diffusion": (2, 4, 8, 8), "logistic_mixture": (2, 3, 4, 5, 5), "loop": LATENTS,
     "normal": (2, 37), "nearest codes": (64, 8, 4), "qk_norm_rope": (2, 5, 3, 2, 8), "reparameterize": LATENTS,
     "sampler_step": (3, 4, 6, 6), "trace": (10,), "pixelcnn_sample": (3, 2, 6),

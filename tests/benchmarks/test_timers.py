@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from genengine import _capture, sampler
+from genengine import _capture, _loop
 from genengine.benchmarks import timers
 
 PLAIN, GRAPH = "events around plain calls", "events around a graph"
@@ -217,12 +217,13 @@ def test_a_cpu_has_no_streams():
     ("capturing", "noise", "mode"), [(False, None, "step"), (True, None, "never"), (False, torch.ones(1), "never")]
 )
 def test_sampling_inside_a_capture_captures_nothing(monkeypatch, capturing, noise, mode):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    x = SimpleNamespace(device=torch.device("cuda"), numel=lambda: 1)
-    run = SimpleNamespace(x=x, check_finite=False, noise=noise)
-    assert sampler._mode("auto", run, None, False) == mode
-    assert sampler._mode("never", run, None, False) == "never"
+    monkeypatch.setattr(_capture.CudaGraph, "recording", lambda: capturing)
+    request = SimpleNamespace(
+        device=torch.device("cuda"), shape=(1, 2), check_finite=False, noise=noise, denoiser=lambda x, t: x
+    )
+    choose = lambda capture: _loop.choose_mode(request, capture, watched=False, auto="step")  # noqa: E731
+    assert choose("auto") == mode and choose("never") == "never"
     if capturing:
         for asked in ("step", "loop"):
             with pytest.raises(ValueError, match="inside the capture of another CUDA graph; pass capture='auto'"):
-                sampler._mode(asked, run, None, False)
+                choose(asked)

@@ -60,6 +60,27 @@ def test_reruns_and_batch_splits_agree_bit_for_bit(causal, device):
     assert all(torch.equal(a[1:2], b) for a, b in zip(once, alone, strict=True))
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dim", HOPPER_HEAD_DIMS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_are_deterministic_where_that_is_asked(causal, dim, device, deterministic):
+    """Many tiles of keys add to each tile of queries, more than there are multiprocessors at once."""
+    q, k, v, grad_o = make(2, 1500, 1500, 9, dim, torch.bfloat16, device)
+    o, lse = attention(q, k, v, causal=causal, return_lse=True, backend="cuda")
+    backward = _registry.OPS["attention_backward"].overloads["cuda"]
+    once = backward(grad_o, q, k, v, o, lse, causal, dim**-0.5)
+    for _ in range(5):
+        again = backward(grad_o, q, k, v, o, lse, causal, dim**-0.5)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    check("cuda", q, k, v, grad_o, causal)
+
+
 def test_a_nan_stays_in_its_query(device):
     q, k, v, _ = (t.clone() for t in make(2, 300, 300, 2, 64, torch.bfloat16, device))
     whole = attention(q, k, v, backend="cuda")

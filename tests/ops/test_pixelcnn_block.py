@@ -3,19 +3,16 @@ take turns in a drawn order, and mma as the PTX manual lays it out (tests/emulat
 
 import ctypes
 import dataclasses
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulated_support import build
 
 from genengine import ops
 from genengine.ops._pixelcnn_reference import Draws, Naive
 from genengine.ops.pixelcnn_sample import default_order, pack_pixelcnn
 from genengine.testing.pixelcnn_sample import NETWORKS, packed
 
-ROOT = Path(__file__).resolve().parents[2]
 GUARD = 4096  # bytes around what the kernel may write
 
 
@@ -33,20 +30,7 @@ class Call(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def block(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++, which builds the emulation")
-    library = tmp_path_factory.mktemp("block") / "block.so"
-    includes = [
-        f"-I{ROOT / path}" for path in ("tests/emulated", "csrc/include", "csrc")
-    ]  # the first stands in for cuda/
-    subprocess.run(
-        [compiler, "-std=c++20", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-fsanitize=alignment",
-         "-fsanitize-undefined-trap-on-error", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas", *includes, "-o", library, ROOT / "tests/emulated/pixelcnn_block.cpp"],
-        check=True,
-    )  # fmt: skip
-    found = ctypes.CDLL(str(library))
+    found = ctypes.CDLL(build("pixelcnn_block.cpp", tmp_path_factory.mktemp("block")))
     found.block_sample.restype = ctypes.c_int64
     return found
 

@@ -14,7 +14,7 @@
 #pragma once
 #include <math.h>
 
-#include "cuda/hopper/ptx.h"
+#include "cuda/hopper/tiles.h"
 
 namespace genengine::hopper {
 
@@ -25,8 +25,8 @@ struct ForwardForm {
   static constexpr int kDim = kDim_, kConsumers = kConsumers_, kKeys = kKeys_, kStages = kStages_, kQueryStages = kQueryStages_;
   static constexpr bool kCausal = kCausal_;
 
-  static constexpr int kColumns = kDim % 64 == 0 ? 64 : kDim % 32 == 0 ? 32 : 16;  // of a box
-  static constexpr int kBoxes = (kDim + kColumns - 1) / kColumns, kDepth = kBoxes * kColumns, kLine = 2 * kColumns;
+  static constexpr int kColumns = Boxes<kDim>::kColumns, kBoxes = Boxes<kDim>::kCount, kDepth = Boxes<kDim>::kDepth;
+  static constexpr int kLine = Boxes<kDim>::kLine;
   static constexpr int kRows = 64, kQueries = kConsumers * kRows;
   static constexpr int kQueryBox = kRows * kLine, kKeyBox = kKeys * kLine;
   static constexpr int kQueryBytes = kQueries * kDepth * 2, kKeyBytes = kKeys * kDepth * 2;
@@ -64,33 +64,6 @@ GENENGINE_DEVICE Tile tile_at(const ForwardCall& call, int queries, int heads_in
   const int head = section * call.section + within % heads;
   return {head / call.heads, head % call.heads, (call.blocks - 1 - within / heads) * queries};
 }
-
-// A place in a ring of Stages buffers, and the parity of the phase in which it is there.
-template <int Stages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  GENENGINE_DEVICE void advance() {
-    if (++stage == Stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-template <int Stages>
-struct Buffers {
-  char* data;
-  Barrier *full, *empty;
-
-  GENENGINE_DEVICE void init(int releases) const {
-    for (int i = 0; i < Stages; ++i) {
-      barrier_init(full + i, 1);
-      barrier_init(empty + i, releases);
-    }
-  }
-};
 
 template <class Form>
 struct Shared {
@@ -369,8 +342,7 @@ class ForwardConsumer {
 
   // Where this lane's pair of columns from `column` on, a multiple of 8, lies in the warpgroup's q.
   GENENGINE_DEVICE char* place(int row, int column) const {
-    const int at = row * Form::kLine + column % Form::kColumns * 2;
-    return queries() + column / Form::kColumns * Form::kQueryBox + (at ^ (at >> 7 & (Form::kLine / 16 - 1)) << 4) + lane_ % 4 * 4;
+    return queries() + column / Form::kColumns * Form::kQueryBox + swizzled<Form::kLine>(row, column % Form::kColumns) + lane_ % 4 * 4;
   }
 
   GENENGINE_DEVICE char* queries() const {

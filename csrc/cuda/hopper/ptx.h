@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "cuda/hopper/matrix.h"
 #include "cuda/warp.h"
 
 namespace genengine::hopper {
@@ -20,6 +21,9 @@ constexpr int kWarpgroup = 128;  // threads that issue a product together
 
 struct Half {
   uint16_t bits;
+};
+struct alignas(16) FourWords {
+  uint32_t word[4];
 };
 
 using TensorMap = CUtensorMap;
@@ -86,6 +90,14 @@ GENENGINE_DEVICE void tma_load(void* to, const TensorMap* map, Barrier* barrier,
       : "memory");
 }
 
+// Bytes of global memory as they are, both ends and the count multiples of 16, counted at the barrier. One thread.
+GENENGINE_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(reinterpret_cast<uint64_t>(from)), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 // A box of shared memory into the tensor, nothing beyond its end. One thread, which also commits and waits.
 GENENGINE_DEVICE void tma_store(const TensorMap* map, const void* from, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
@@ -115,27 +127,26 @@ GENENGINE_DEVICE void bulk_wait() {
 }
 
 GENENGINE_DEVICE void store_shared(void* to, uint32_t word) { *static_cast<uint32_t*>(to) = word; }
+GENENGINE_DEVICE void store_shared(void* to, const FourFloats& values) { *static_cast<FourFloats*>(to) = values; }
 
 // Each thread that wrote shared memory with ordinary stores, before the barrier after which TMA or wgmma reads it.
 GENENGINE_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- products --------------------------------------------------------------------------------------------------------------
+// ---- turns of blocks: counters in global memory ----------------------------------------------------------------------------
 
-// Where wgmma finds a matrix in a tile as described above. `line`: bytes of a line, 32, 64 or 128. Along its rows (Rows: the sum
-// runs over columns) a product's 16 columns lie within one box: add 16 columns' bytes, or a box's, to `from` for the next ones.
-// Down its columns (Columns: the sum runs over rows) a product takes 16 rows and as many boxes, `box` bytes apart, as it needs.
-enum class Sums { along_rows, down_columns };
-
-template <Sums Direction, int Line>
-GENENGINE_DEVICE uint64_t matrix(const void* from, uint32_t box = 0) {
-  static_assert(Line == 32 || Line == 64 || Line == 128);
-  constexpr uint64_t kSwizzle = Line == 128 ? 1 : Line == 64 ? 2 : 3, kEightLines = 8 * Line;
-  const uint64_t leading = Direction == Sums::along_rows ? 1 : box >> 4;  // unused along rows
-  return (shared_address(from) & 0x3ffff) >> 4 | leading << 16 | (kEightLines >> 4) << 32 | kSwizzle << 62;
+// Until the counter has reached `value`; what its writers wrote before is then seen.
+GENENGINE_DEVICE void await_count(const int* counter, int value) {
+  int found;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+  while (found < value);
 }
 
-// `from` of a later step as an increment of the matrix.
-GENENGINE_DEVICE uint64_t advanced(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+// Counts one up after all this thread has written, by bulk copies that it has waited for, too.
+GENENGINE_DEVICE void count_up(int* counter) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// ---- products --------------------------------------------------------------------------------------------------------------
 
 // Before the first product of a batch, and after registers that take part were written by other instructions.
 GENENGINE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -240,6 +251,20 @@ GENENGINE_DEVICE uint32_t pack(float low, float high) {
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// The halves of such a word.
+template <class T>
+GENENGINE_DEVICE float unpack_low(uint32_t word) {
+  if constexpr (std::is_same_v<T, Bf16>) return __uint_as_float(word << 16);
+  float value;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(value) : "r"(word));
+  return value;
+}
+template <class T>
+GENENGINE_DEVICE float unpack_high(uint32_t word) {
+  if constexpr (std::is_same_v<T, Bf16>) return __uint_as_float(word & 0xffff0000u);
+  return unpack_low<T>(word >> 16);
 }
 
 }  // namespace genengine::hopper

@@ -1,24 +1,13 @@
-// Stands in for csrc/cuda/warp.h where there is no GPU: the threads of a block are fibers of one host thread. Between two points
-// where they must wait for one another each runs alone, and which goes next is drawn: what depends on it is a race, and shows
-// as results that differ with the seed of the draws. Threads that do not all come to a barrier are found out.
+// Stands in for csrc/cuda/warp.h where there is no GPU: the threads of a block are fibers (fibers.h).
 #pragma once
-#include <setjmp.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
-#include <algorithm>
-#include <functional>
-#include <random>
-#include <vector>
+#include "cuda/fibers.h"
 
 #define GENENGINE_DEVICE inline
 
 namespace genengine {
-
-constexpr int kWarpThreads = 32;
 
 struct Bf16 {
   uint16_t bits;
@@ -33,136 +22,7 @@ struct alignas(16) FourFloats {
   float value[4];
 };
 
-// ---- threads of a block --------------------------------------------------------------------------------------------------
-
-class Fibers {
- public:
-  enum class Wait { none, warp, block, over };
-
-  // body() on each of `threads` threads; returns the number of times that all waited for one another. omit: every how manieth
-  // barrier is left out, 0 for none: to see what a missing one does.
-  int64_t run(int threads, uint64_t seed, int omit, std::function<void()> body) {
-    body_ = std::move(body);
-    omit_ = omit;
-    passed_.assign(threads, 0);
-    draws_.seed(seed);
-    barriers_ = 0;
-    waits_.assign(threads, Wait::none);
-    slots_.assign(threads, Slots{});
-    started_.assign(threads, false);
-    places_.resize(threads);
-    stacks_.resize(threads);
-    for (auto& stack : stacks_) stack.resize(kStack);
-    while (schedule()) {
-    }
-    return barriers_;
-  }
-
-  int current() const { return current_; }
-
-  void wait(Wait for_what) {
-    waits_[current_] = for_what;
-    if (_setjmp(places_[current_].buffer) == 0) _longjmp(main_.buffer, 1);
-  }
-
-  void barrier() {
-    if (omit_ == 0 || ++passed_[current_] % omit_ != 0) wait(Wait::block);
-  }
-
-  // What every lane of the warp offers, read by each after all have offered: read(lane) gives another's.
-  template <class T, class Read>
-  auto exchange(const T& offered, Read read) {
-    static_assert(sizeof(T) <= sizeof(Slots::bytes[0]));
-    Slots& mine = slots_[current_];
-    const int turn = mine.turn ^= 1;  // two slots: when this one is written again all have read it, or they would not be here
-    memcpy(mine.bytes[turn], &offered, sizeof(T));
-    wait(Wait::warp);
-    const Slots* warp = &slots_[current_ / kWarpThreads * kWarpThreads];
-    return read([=](int lane) {
-      T value;
-      memcpy(&value, warp[lane].bytes[turn], sizeof(T));
-      return value;
-    });
-  }
-
-  static Fibers& instance() {
-    static Fibers fibers;
-    return fibers;
-  }
-
- private:
-  static constexpr size_t kStack = 128 << 10;
-  struct Slots {
-    char bytes[2][32];
-    int turn;
-  };
-  struct Place {
-    jmp_buf buffer;
-  };
-
-  static void enter() {
-    Fibers& self = instance();
-    self.body_();
-    self.wait(Wait::over);
-  }
-
-  // On to a thread, until it waits. Once begun, by jumps: to swap contexts asks the kernel for the signal mask each time.
-  void go_on(int thread) {
-    current_ = thread;
-    if (_setjmp(main_.buffer) != 0) return;
-    if (started_[thread]) _longjmp(places_[thread].buffer, 1);
-    started_[thread] = true;
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks_[thread].data();
-    context.uc_stack.ss_size = kStack;
-    context.uc_link = nullptr;
-    makecontext(&context, &Fibers::enter, 0);
-    setcontext(&context);
-  }
-
-  // Runs those that may, in a drawn order, then lets go those that waited for one another. False: all are over.
-  bool schedule() {
-    std::vector<int> ready;
-    for (size_t i = 0; i < waits_.size(); ++i)
-      if (waits_[i] == Wait::none) ready.push_back(static_cast<int>(i));
-    std::shuffle(ready.begin(), ready.end(), draws_);
-    for (const int i : ready) go_on(i);
-    bool went_on = false;
-    for (size_t first = 0; first < waits_.size(); first += kWarpThreads) went_on |= release(first, first + kWarpThreads, Wait::warp);
-    if (release(0, waits_.size(), Wait::block)) {
-      ++barriers_;
-      went_on = true;
-    }
-    for (const Wait wait : waits_)
-      if (wait != Wait::over && !went_on) {
-        fprintf(stderr, "threads of a block wait at different points, or some have ended\n");
-        abort();
-      }
-    return went_on;
-  }
-
-  bool release(size_t begin, size_t end, Wait from) {
-    for (size_t i = begin; i < end; ++i)
-      if (waits_[i] != from) return false;
-    for (size_t i = begin; i < end; ++i) waits_[i] = Wait::none;
-    return true;
-  }
-
-  std::function<void()> body_;
-  std::mt19937_64 draws_;
-  std::vector<Place> places_;
-  std::vector<char> started_;
-  std::vector<std::vector<char>> stacks_;
-  std::vector<Wait> waits_;
-  std::vector<Slots> slots_;
-  std::vector<int64_t> passed_;
-  Place main_;
-  int current_ = 0, omit_ = 0;
-  int64_t barriers_ = 0;
-};
-
-inline int thread_index() { return Fibers::instance().current(); }
+inline int thread_index() { return Fibers::instance().thread(); }
 inline void block_barrier() { Fibers::instance().barrier(); }
 
 // ---- what lanes exchange -------------------------------------------------------------------------------------------------
