@@ -137,7 +137,8 @@ def test_initialisation_is_a_function_of_the_seed_and_starts_at_zero():
     x, t, y = inputs()
     assert a(x, t, y).abs().max() == 0 and a.conv_out.weight.abs().max() == 0
     h = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(a.down[0].res(h, torch.ones(2, 8), torch.ones(2, 8)), h)  # every block is the identity
+    first, x, branch = a.down[0].res(h, h, torch.ones(2, 8), torch.ones(2, 8))
+    assert torch.equal(first, h + h) and torch.equal(x + branch, first)  # every block is the identity
     weight = a.down[1].res.conv2.weight, a.down[1].res.conv1.weight
     assert weight[0].abs().max() == 0 and abs(weight[1].std() * math.sqrt((8 + 16) * 9 / 2) - 1) < 0.1
 
