@@ -88,6 +88,9 @@ def add_group_norm_silu(
     run = _registry.resolve(_registry.OPS[op], x.device, x.dtype, backend)
     channels_last = _channels_last(x)
     folded = _fold(x, channels_last), _fold(branch, channels_last)
+    leaves = all(tensor.is_leaf and tensor.requires_grad for tensor in (x, branch))
+    if leaves and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        folded[1].register_hook(torch.clone)  # both would take views of the one dx for their .grad, and add to it twice
     x_out, y, _, _ = run(*folded, weight, bias, scale, shift, num_groups, float(eps), silu, channels_last)
     return _unfold(x_out, x.shape, channels_last), _unfold(y, x.shape, channels_last)
 

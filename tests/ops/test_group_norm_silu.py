@@ -367,6 +367,19 @@ def test_gradients_of_the_sum(backend, layout):
         assert value.dtype == plain.dtype and testing.error(value, exact) <= allowed
 
 
+@pytest.mark.parametrize("layout", ["plain", "channels_last"])
+def test_leaves_accumulate_gradients_of_their_own(layout):
+    x, branch, (weight, bias, *_) = make((2, 8, 3, 5))
+    leaves = [laid_out(t, layout).detach().requires_grad_() for t in (x, branch)]
+    for _ in range(2):
+        total, y = add_group_norm_silu(*leaves, weight, bias, 2)
+        (total * x + y).sum().backward()
+    total, y = add_group_norm_silu(*leaves, weight, bias, 2)
+    once = torch.autograd.grad((total * x + y).sum(), leaves[0])[0]
+    for leaf in leaves:
+        torch.testing.assert_close(leaf.grad, 2 * once)
+
+
 @pytest.mark.parametrize("backend", list(NAMESPACES))
 @pytest.mark.parametrize("name", ADDS)
 @pytest.mark.parametrize("kind", ["plain", "permuted", "empty", "requires_grad"])
