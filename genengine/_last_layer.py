@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from genengine.ops import _registry
 from genengine.ops.patch_step import PATCH_STEP
@@ -19,6 +20,19 @@ class Joined:
     tokens: Callable[[Tensor, Tensor], Tensor]
     layer: tuple
     kernel: Callable
+
+    def last_tokens(self, x_in: Tensor, step: Tensor) -> Tensor:
+        """tokens(x_in, step), refused where the kernel would read them as something else."""
+        h = self.tokens(x_in, step)
+        weight, _, patch_size = self.layer
+        shape = (len(x_in), x_in.shape[2] // patch_size * (x_in.shape[3] // patch_size), weight.shape[1])
+        if not isinstance(h, Tensor) or h.shape != shape or h.dtype != weight.dtype or h.device != x_in.device:
+            got = f"{h.dtype} {tuple(h.shape)} on {h.device}" if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(
+                f"sample: tokens of the denoiser's step function must return {weight.dtype} (k B, N, D) = {shape} on "
+                f"{x_in.device} for its last_layer, got {got}; or let last_layer be None"
+            )
+        return h if h.stride(2) == 1 else h.contiguous()
 
 
 def join(run, scheduled) -> Joined | None:
@@ -43,6 +57,10 @@ def _fits(run, layer) -> bool:
     weight, bias, patch_size = layer
     if run.x.dim() != 4 or not run.x.is_contiguous() or torch.is_autocast_enabled(run.x.device.type):
         return False
-    outputs = run.x.shape[1] * (2 if run.learned_variance else 1)
-    same = weight.dtype == run.model_dtype and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
-    return same and weight.shape[0] == patch_size**2 * outputs
+    plain = [tensor for tensor in (weight, bias) if tensor is not None]
+    if any(is_traceable_wrapper_subclass(tensor) or tensor.device != run.x.device for tensor in plain):
+        return False  # quantised or sharded weights, say, or such as are fetched for the call
+    features = patch_size**2 * run.x.shape[1] * (2 if run.learned_variance else 1)
+    same = all(tensor.dtype == run.model_dtype and tensor.is_contiguous() for tensor in plain)
+    divides = run.x.shape[2] % patch_size == 0 and run.x.shape[3] % patch_size == 0
+    return same and divides and weight.shape[:1] == (features,) and (bias is None or bias.shape == (features,))

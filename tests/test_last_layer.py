@@ -1,12 +1,15 @@
 """The last layer joined to the solver's row: the samples are those of two passes, and it joins only where it may."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import filled, skip_unless_available
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import genengine
-from genengine import extensions, paths, schedules, solvers
+from genengine import _last_layer, extensions, paths, schedules, solvers
 from genengine.nets.dit import DiT
 from genengine.ops import _registry, normal
 from genengine.ops.patch_step import PATCH_STEP
@@ -133,8 +136,53 @@ def test_an_output_that_does_not_fit_is_refused_as_ever(device):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("wrong", [lambda h: h[:, 1:], lambda h: h.half(), lambda h: h[..., 1:], lambda h: (h,)])
+def test_tokens_that_do_not_fit_the_layer_are_refused(device, wrong):
+    net = network().to(device)
+    joins, step_of = Noting(net), net.for_schedule
+
+    def for_schedule(t_rows, y):
+        step = step_of(t_rows, y)
+        return SimpleNamespace(tokens=lambda x, row: wrong(step.tokens(x, row)), last_layer=step.last_layer)
+
+    joins.net = SimpleNamespace(for_schedule=for_schedule)
+    message = (
+        r"tokens .* must return torch.float32 \(k B, N, D\) = \(4, 9, 32\) on .*, got .*; or let last_layer be None"
+    )
+    with pytest.raises(ValueError, match=message):
+        sampled(joins, EULER(), device)
+
+
+@pytest.mark.triton
+def test_tokens_may_be_strided(device):
+    net = network().to(device)
+    expected, joins = sampled(net, EULER(), device), Noting(net)
+
+    def for_schedule(t_rows, y):
+        step = net.for_schedule(t_rows, y)
+        tokens = lambda x, row: step.tokens(x, row).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
+        return SimpleNamespace(tokens=tokens, last_layer=step.last_layer)
+
+    joins.net = SimpleNamespace(for_schedule=for_schedule)
+    assert torch.equal(sampled(joins, EULER(), device), expected)
+
+
+def test_a_layer_that_the_kernel_cannot_read_does_not_join():
+    weight, bias = torch.randn(12, 32), torch.randn(12)
+    run = SimpleNamespace(x=torch.zeros(SHAPE), learned_variance=False, model_dtype=torch.float32)
+    assert _last_layer._fits(run, (weight, bias, 2)) and _last_layer._fits(run, (weight, None, 2))
+    for layer in (
+        (TwoTensor(weight, weight), bias, 2), (weight, TwoTensor(bias, bias), 2), (weight.to("meta"), bias, 2),
+        (weight, torch.randn(24)[::2], 2), (weight, torch.randn(6), 2), (weight[:, 0], bias, 2),
+        (torch.randn(75, 32), None, 5),
+    ):  # fmt: skip
+        assert not _last_layer._fits(run, layer)
+
+
+@pytest.mark.triton
 def test_a_layer_that_is_no_plain_product_does_not_join(device):
-    hooked = network().to(device)
+    hooked, replaced = network().to(device), network().to(device)
+    replaced.final_layer.linear.forward = lambda h: 0 * h[..., :12]
     hooked.final_layer.linear.register_forward_hook(lambda module, args, output: 0 * output)
     wrapped = network().to(device)
     wrapped.final_layer.linear = nn.Sequential(wrapped.final_layer.linear)
@@ -143,7 +191,7 @@ def test_a_layer_that_is_no_plain_product_does_not_join(device):
         def _run(self, x, modulation):
             return 0 * x
 
-    for net in (hooked, wrapped, filled(Other.from_config(SIZES, learn_sigma=False)).to(device)):
+    for net in (hooked, replaced, wrapped, filled(Other.from_config(SIZES, learn_sigma=False)).to(device)):
         joins = Noting(net)
         sampled(joins, EULER(), device)
         assert joins.taken == {"output"}

@@ -159,7 +159,8 @@ class DiT(Conditioned):
 
     def last_layer(self):
         layer = self.final_layer.linear
-        plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        plain = type(layer) is nn.Linear and not hooked
         if not plain or type(self)._run is not DiT._run:
             return None
         return LastLayer(layer.weight, layer.bias, self.config.patch_size)
