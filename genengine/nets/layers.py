@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from genengine import ops
 from genengine.ops import _registry
@@ -176,7 +177,7 @@ def linear_gelu(x, weight, bias):
 
     For inference on a GPU in a dtype of `GELU_EPILOGUE` it is one kernel, a product that ends in bias and GELU, both in
     float32. Elsewhere the product is followed by `bias_gelu`, which rounds it once more and has a backward; as it is
-    under autocast and where a `genengine.backend` is named.
+    under autocast, where a `genengine.backend` is named, and with quantised or sharded weights.
 
     Args:
         x: (..., D).  weight: (hidden, D).  bias: (hidden,). All of one dtype and device.
@@ -193,6 +194,8 @@ def _takes_epilogue(*tensors):
     x = tensors[0]
     if not x.is_cuda or x.dtype not in GELU_EPILOGUE or x.numel() == 0 or torch.is_autocast_enabled("cuda"):
         return False
+    if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+        return False  # quantised or sharded weights: those know products, hardly this one
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return not needs_grad and _registry.named(BIAS_ACT) is None
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genengine
@@ -101,6 +102,14 @@ def test_training_takes_none():
             assert not layers._takes_epilogue(*tensors)
             with torch.no_grad():
                 assert layers._takes_epilogue(*tensors)
+
+
+def test_weights_of_a_subclass_take_none():
+    """Quantised or sharded, say: what stands for products does not stand for this one."""
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, bias = (torch.empty(size, device="cuda").half() for size in ((3, 8), (16, 8), (16,)))
+        assert layers._takes_epilogue(x, weight, bias)
+        assert not layers._takes_epilogue(x, TwoTensor(weight, weight), bias)
 
 
 def test_the_eager_twin_takes_none():
