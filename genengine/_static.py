@@ -24,12 +24,17 @@ def storage(tensor: Tensor) -> int:
 
 
 def own(tree: Any, shared: Collection[int] = ()) -> Any:
-    """The tree with copies of its tensors, but for those whose storage is in `shared`; views of one memory stay it."""
+    """The tree with copies of its tensors, but for those whose storage is in `shared`; views of one memory stay it.
+
+    NumPy's arrays are copied too: a run whose array was changed in place must not be taken for the same.
+    """
     leaves, spec = tree_flatten(tree)
     uses = Counter(storage(leaf) for leaf in leaves if isinstance(leaf, Tensor))
     copies: dict[int, torch.UntypedStorage] = {}
 
     def copied(leaf):
+        if isinstance(leaf, np.ndarray):
+            return leaf.copy()
         if not isinstance(leaf, Tensor) or storage(leaf) in shared:
             return leaf
         if uses[storage(leaf)] == 1 or leaf.numel() == 0:

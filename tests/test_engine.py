@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from engine_support import FLOW, GRID, SHAPE, VP, agree, denoiser, guided
@@ -104,6 +105,15 @@ def test_nested_tensors_and_values_in_cond(graphs):
         for _ in range(2):
             added = {"y": torch.rand(4), "scale": [torch.rand(())]}
             agree(engine, table, SHAPE, cond={"added": added, "gain": gain})
+    assert len(graphs) == 2
+
+
+def test_an_array_in_cond_that_was_changed_in_place(graphs):
+    engine = Engine(lambda x, t, added: denoiser(x, t, gain=float(added["gain"][0])))
+    added = {"gain": np.array([0.3]), "y": torch.rand(3)}
+    for gain in (0.3, 0.3, 2.0, 2.0):
+        added["gain"][0] = gain
+        agree(engine, EULER, SHAPE, cond={"added": added})
     assert len(graphs) == 2
 
 
