@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from genengine import _capture, _denoiser, _loop, _request, _static
 from genengine._loop import CAPTURE_MODES, StepInfo
@@ -75,7 +76,8 @@ class Engine:
     cond that are no tensors, another `genengine.backend`, autocast or training mode. Weights are read where they lie:
     changed in place they count at once; where the denoiser holds other tensors, it is captured anew. An engine sees the
     modules and tensors that a function encloses or names, a partial holds, or a callable object has for attributes, in
-    short lists and dicts, too; whatever else Python decides within the denoiser stays as captured, until `clear`.
+    short lists and dicts, too, and of such callables in cond or an extension's attributes; whatever else Python decides
+    within the denoiser stays as captured, until `clear`.
 
     A denoiser with for_schedule prepares each run anew. Its step function may have update(t_rows, **cond) -> bool: take
     other times and conditions, of no more rows, into the tensors that step reads; False where they do not fit. The
@@ -154,8 +156,10 @@ class Engine:
         with self._turn(request.device):
             with torch.inference_mode():
                 entry = self._ready(request, mode)
-                _loop.drive(entry.loop, entry.graph, entry.mode, callback, progress)
-            entry.loop.noise = None  # the caller's
+                try:
+                    _loop.drive(entry.loop, entry.graph, entry.mode, callback, progress)
+                finally:
+                    entry.loop.noise = None  # the caller's
             self._counts.runs += 1
             self._counts.replays += entry.graph is not None
             return entry.loop.x.clone()
@@ -229,7 +233,7 @@ class Engine:
         return self._prepare(request, mode)
 
     def _prepare(self, request, mode):
-        modes, weights = ((), ()) if mode == "never" else _denoiser.fingerprint(self.denoiser)
+        modes, weights = ((), ()) if mode == "never" else _denoiser.fingerprint(_with_called(self.denoiser, request))
         key = (_form(request, mode), modes)
         known = key in self._entries
         try:
@@ -282,6 +286,12 @@ class Engine:
 def _check_count(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"Engine: {name} must be an int >= {least}, got {value!r}")
+
+
+def _with_called(denoiser, request):
+    """The denoiser, holding the modules and functions that cond and the extensions bring, whose weights count too."""
+    called = filter(callable, tree_leaves([request.cond, request.extensions.given()]))
+    return functools.partial(denoiser, *called)
 
 
 def _form(request, mode):

@@ -226,6 +226,31 @@ def test_modules_are_found_in_what_a_function_encloses(graphs):
         assert engine.stats.captures == 2
 
 
+class Guide(extensions.Extension):
+    def __init__(self, net):
+        self.net = net
+
+    def before_row(self, run, outputs):
+        return tuple(self.net(output, run.step) for output in outputs)
+
+
+@pytest.mark.parametrize("where", ["cond", "an extension"])
+def test_weights_of_modules_that_a_run_brings(where, graphs):
+    net = Net().eval()
+    engine = Engine((lambda x, t, net: net(x, t)) if where == "cond" else denoiser)
+    options = {"cond": {"net": net}} if where == "cond" else {"extensions": (Guide(net),)}
+    agree(engine, EULER, SHAPE, **options)
+    with torch.no_grad():
+        net.mix.weight.mul_(2)
+    agree(engine, EULER, SHAPE, **options)
+    assert len(graphs) == 1
+    net.mix = torch.nn.Conv2d(2, 2, 3, padding=1)
+    agree(engine, EULER, SHAPE, **options)
+    net.train()
+    agree(engine, EULER, SHAPE, **options)
+    assert len(graphs) == 3
+
+
 def test_tensors_that_a_function_encloses_are_read_where_they_lie(graphs):
     held, gain = [torch.rand(SHAPE)], torch.rand(())
     held.append(held)

@@ -336,7 +336,8 @@ def test_a_callback_may_raise_but_not_run_its_own_engine():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.sample(EULER, SHAPE, callback=interrupt)
+        engine.sample(EULER, SHAPE, callback=interrupt, noise=torch.zeros(EULER.num_rows, *SHAPE))
+    assert all(entry.loop.noise is None for entry in engine._entries.values())
     for call in (lambda info: engine.sample(EULER, SHAPE), lambda info: engine.clear()):
         with pytest.raises(RuntimeError, match="must not be called by its own callback or denoiser"):
             engine.sample(EULER, SHAPE, callback=call)

@@ -33,7 +33,7 @@ class Extension:
     that whole runs stay capturable. The loop works on a shallow copy of the extension: attributes set in its hooks
     belong to one run. `Engine` calls extend and start for every run, but replays the rows: it copies the tensors among
     the attributes (in lists, tuples and dicts, too) into those it captured, and captures anew where anything else among
-    them has changed. It does not see tensors inside other objects.
+    them has changed. Of other objects it sees the weights of modules, not tensors inside.
     """
 
     guides = False  # whether it decides how the branches combine; of these a run has at most one
@@ -216,6 +216,10 @@ class Extensions:
         for extension, state in zip(self._running, held, strict=True):  # hooks may have bound other tensors
             _set_state(extension, state)
         return True
+
+    def given(self) -> list[dict]:
+        """The attributes as the caller set them."""
+        return [_state(extension) for extension in self._all]
 
     def states(self) -> list[dict]:
         """The attributes of those that run."""
