@@ -20,6 +20,20 @@ class Joined:
     layer: tuple
     kernel: Callable
 
+    def tokens_of(self, x_in: Tensor, step: Tensor) -> Tensor:
+        """The tokens h (k B, N, D), checked: the kernel takes them as they are."""
+        weight, _, patch_size = self.layer
+        h = self.tokens(x_in, step)
+        batch, _, height, width = x_in.shape
+        shape = (batch, (height // patch_size) * (width // patch_size), weight.shape[1])
+        if not isinstance(h, Tensor) or h.shape != shape or h.dtype != weight.dtype:
+            got = f"{h.dtype} {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(
+                f"sample: tokens of a step with a last_layer must be (k B, N, D) = {shape} of its dtype "
+                f"{weight.dtype}, got {got}; or let last_layer be None"
+            )
+        return h if h.stride(2) == 1 else h.contiguous()
+
 
 def join(run, scheduled) -> Joined | None:
     """The last layer of a scheduled denoiser for the loop to join to its rows, or None where it must not.
@@ -43,6 +57,8 @@ def _fits(run, layer) -> bool:
     weight, bias, patch_size = layer
     if run.x.dim() != 4 or not run.x.is_contiguous() or torch.is_autocast_enabled(run.x.device.type):
         return False
-    outputs = run.x.shape[1] * (2 if run.learned_variance else 1)
+    outputs, (height, width) = run.x.shape[1] * (2 if run.learned_variance else 1), run.x.shape[2:]
+    if height % patch_size or width % patch_size:
+        return False
     same = weight.dtype == run.model_dtype and weight.is_contiguous() and (bias is None or bias.dtype == weight.dtype)
     return same and weight.shape[0] == patch_size**2 * outputs

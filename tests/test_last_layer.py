@@ -149,6 +149,22 @@ def test_a_layer_that_is_no_plain_product_does_not_join(device):
         assert joins.taken == {"output"}
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "change", [lambda h: h[:, :4], lambda h: h.double(), lambda h: [h]], ids=["N", "dtype", "type"]
+)
+def test_tokens_that_do_not_fit_are_refused(device, change):
+    class Wrong(Noting):
+        def for_schedule(self, t_rows, y):
+            step = super().for_schedule(t_rows, y)
+            right = step.tokens
+            step.tokens = lambda x, row: change(right(x, row))
+            return step
+
+    with pytest.raises(ValueError, match=r"tokens of a step .* must be \(k B, N, D\) = \(4, 9, 32\) of its dtype"):
+        sampled(Wrong(network().to(device)), EULER(), device)
+
+
 def test_on_a_cpu_it_is_the_two_calls():
     joins = Noting(network())
     sampled(joins, EULER(), torch.device("cpu"))
