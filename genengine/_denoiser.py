@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+LONG = 100  # elements of a list that is data and not looked through for modules
 
 
 def first_parameter(denoiser: Callable) -> Tensor | None:
@@ -36,13 +39,14 @@ def scheduled(denoiser: Callable) -> bool:
 
 
 def parts(denoiser: Callable) -> list[object]:
-    """The denoiser and what it visibly calls: the object of a bound method, arguments of a partial, what a function
-    encloses or names of its own file, attributes of an object that is no module, what was compiled; of modules the
-    roots."""
+    """The denoiser and what it visibly uses: the object of a bound method, arguments of a partial, what a function
+    encloses or names of its own file, attributes of a callable that is no module, what was compiled, tensors; of
+    modules the roots, of lists, tuples and dicts those that a person wrote."""
     found, waiting = {}, [denoiser]
     while waiting:
         part = waiting.pop()
-        if id(part) in found or not (callable(part) or isinstance(part, nn.Module)) or isinstance(part, type):
+        known = id(part) in found or isinstance(part, type)
+        if known or not (callable(part) or isinstance(part, (Tensor, list, tuple, dict))):
             continue
         found[id(part)] = part
         waiting += _inside(part)
@@ -50,8 +54,10 @@ def parts(denoiser: Callable) -> list[object]:
 
 
 def _inside(part):
-    if isinstance(part, nn.Module):
+    if isinstance(part, (nn.Module, Tensor)):
         return []
+    if isinstance(part, (list, tuple, dict)):
+        return [] if len(part) > LONG else list(part.values() if isinstance(part, dict) else part)
     if isinstance(part, functools.partial):
         return [part.func, *part.args, *part.keywords.values()]
     if isinstance(part, types.MethodType):
@@ -62,8 +68,8 @@ def _inside(part):
 
 
 def _enclosed(function):
-    """What a function finds outside itself: variables of outer functions, and by name in its file modules, functions of
-    that file, and compiled ones."""
+    """What a function finds outside itself: variables of outer functions, and by name in its file modules, tensors,
+    functions of that file, and compiled ones."""
     if (function.__module__ or "").partition(".")[0] == "torch":
         return []
     found = []
@@ -73,28 +79,31 @@ def _enclosed(function):
     around = function.__globals__
     for value in (around[name] for name in function.__code__.co_names if name in around):
         own = isinstance(value, types.FunctionType) and value.__globals__ is around
-        if own or isinstance(value, nn.Module) or hasattr(value, "_torchdynamo_orig_callable"):
+        if own or isinstance(value, (nn.Module, Tensor)) or hasattr(value, "_torchdynamo_orig_callable"):
             found.append(value)
     return found
 
 
-def modules(denoiser: Callable) -> Iterator[nn.Module]:
-    for part in parts(denoiser):
-        if isinstance(part, nn.Module):
-            yield from part.modules()
-
-
 def fingerprint(denoiser: Callable) -> tuple[tuple, tuple]:
-    """(modes, weights) of the modules within: which of them are training; where weights and buffers lie, and as what.
+    """(modes, weights) of the modules and tensors within: which are training; where weights lie, and as what.
 
     A captured graph reads the weights where they were. Their values are no part of it: training in place may go on.
     """
     modes, weights = [], []
-    for module in modules(denoiser):
-        modes.append(module.training)
-        for kept in (module._parameters, module._buffers):
-            weights += [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in kept.values() if t is not None]
+    for part in parts(denoiser):
+        if isinstance(part, Tensor):
+            weights.append(_where(part))
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            modes.append(module.training)
+            for kept in (module._parameters, module._buffers, vars(module)):
+                weights += [_where(value) for value in kept.values() if isinstance(value, Tensor)]
     return tuple(modes), tuple(weights)
+
+
+def _where(tensor):
+    if is_traceable_wrapper_subclass(tensor):  # quantised weights, say: the tensors inside
+        return tuple(_where(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def captures_itself(denoiser: Callable) -> bool:

@@ -161,13 +161,14 @@ class Loop:
         return self._scheduled is None or hasattr(self._scheduled, "update")
 
     def tensors(self) -> list[Tensor]:
-        """The buffers, the conditions, the extensions' tensors and those of the scheduled model's attributes."""
+        """On the device: buffers, conditions, the extensions' tensors and those of the scheduled model's attributes."""
         scheduled = getattr(self._scheduled, "__dict__", {})
         wrapped = [
             vars(value) for value in scheduled.values() if hasattr(value, "update") and hasattr(value, "__dict__")
         ]
-        held = [vars(self), scheduled, wrapped, *self.extensions.states()]
-        return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor)]
+        own = {name: value for name, value in vars(self).items() if name != "noise"}
+        held = [own, scheduled, wrapped, *self.extensions.states()]
+        return [leaf for leaf in tree_leaves(held) if isinstance(leaf, Tensor) and leaf.device == self.x.device]
 
     # ---- the rows ------------------------------------------------------------------------------------------------
 

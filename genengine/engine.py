@@ -73,9 +73,9 @@ class Engine:
     noise (a graph of one row serves fewer rows, too), other values of an extension's tensors. Another form is captured
     beside it: other shapes, dtypes or layouts, another kind of table, other extensions or options of theirs, values in
     cond that are no tensors, another `genengine.backend`, autocast or training mode. Weights are read where they lie:
-    changed in place they count at once; where the denoiser's modules hold other tensors, it is captured anew. An engine
-    sees the modules that are the denoiser, or that a function, a partial or an object encloses as it is called;
-    whatever else Python decides within the denoiser stays as it was captured, until `clear`.
+    changed in place they count at once; where the denoiser holds other tensors, it is captured anew. An engine sees the
+    modules and tensors that a function encloses or names, a partial holds, or a callable object has for attributes, in
+    short lists and dicts, too; whatever else Python decides within the denoiser stays as captured, until `clear`.
 
     A denoiser with for_schedule prepares each run anew. Its step function may have update(t_rows, **cond) -> bool: take
     other times and conditions, of no more rows, into the tensors that step reads; False where they do not fit. The
@@ -155,6 +155,7 @@ class Engine:
             with torch.inference_mode():
                 entry = self._ready(request, mode)
                 _loop.drive(entry.loop, entry.graph, entry.mode, callback, progress)
+            entry.loop.noise = None  # the caller's
             self._counts.runs += 1
             self._counts.replays += entry.graph is not None
             return entry.loop.x.clone()
@@ -169,7 +170,7 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """A copy of what has been counted so far."""
-        entries = self._entries.values()
+        entries = list(self._entries.values())
         graphs = sum(entry.graph is not None for entry in entries)
         return replace(self._counts, graphs=graphs, bytes=sum(entry.nbytes for entry in entries))
 
@@ -214,7 +215,20 @@ class Engine:
     # ---- what is kept --------------------------------------------------------------------------------------------
 
     def _ready(self, request, mode):
-        """The entry for this run, loaded, and captured unless mode is "never"."""
+        """The entry for this run, loaded, and captured unless mode is "never"; where memory does not suffice for it,
+        once more with nothing else kept."""
+        try:
+            return self._prepare(request, mode)
+        except torch.OutOfMemoryError:
+            if not self._entries:
+                raise
+        for key in list(self._entries):
+            self._drop(key)
+            self._counts.evictions += 1
+        torch.cuda.empty_cache()
+        return self._prepare(request, mode)
+
+    def _prepare(self, request, mode):
         modes, weights = ((), ()) if mode == "never" else _denoiser.fingerprint(self.denoiser)
         key = (_form(request, mode), modes)
         known = key in self._entries
@@ -227,32 +241,19 @@ class Engine:
             entry.use_on_current_stream()
             if entry.graph is not None and not (fits and entry.serves(request, weights)):
                 self._release(entry)
-            if mode != "never" and entry.graph is None:
+            captures = mode != "never" and entry.graph is None
+            if captures:
                 entry.mode = "step" if self.capture == "auto" and not entry.loop.reusable else mode
-                entry.graph, entry.weights, entry.rows = self._record(entry, request), weights, request.table.num_rows
+                entry.graph = _loop.record(entry.loop, request, entry.mode)
+                entry.weights, entry.rows = weights, request.table.num_rows
                 self._counts.captures += 1
         except BaseException:  # half of it may be of this run, half of the last
             self._drop(key)
             raise
-        if not (known and fits):
+        if captures or not (known and fits):
             entry.measure()
             self._evict(request.device)
         return entry
-
-    def _record(self, entry, request):
-        """The graph of the entry's rows; where memory does not suffice, once more with nothing else kept."""
-        try:
-            return _loop.record(entry.loop, request, entry.mode)
-        except torch.OutOfMemoryError:
-            others = [key for key, other in self._entries.items() if other is not entry]
-            if not others:
-                raise
-        for key in others:
-            self._drop(key)
-            self._counts.evictions += 1
-        torch.cuda.empty_cache()
-        entry.loop.begin(request)
-        return _loop.record(entry.loop, request, entry.mode)
 
     def _evict(self, device):
         bound = self.max_bytes

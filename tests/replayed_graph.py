@@ -2,17 +2,20 @@
 
 It behaves as a CUDA graph does where that matters. Recording leaves no trace: what the operators wrote is put back, and
 their temporaries are spoiled. A replay runs the same operators on the same memory, whatever Python has bound to its
-names meanwhile: a buffer that a run should have filled, but replaced, makes the results wrong. Reading a value to the
-host is an error. `using()` puts it in the place of CUDA graphs for tensors on the CPU.
+names meanwhile: a buffer that a run should have filled, but replaced, makes the results wrong. Memory from outside is
+not kept alive: a replay after it was freed is an error, and so is reading a value to the host while recording.
+`using()` puts it in the place of CUDA graphs for tensors on the CPU.
 """
 
 import contextlib
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from genengine import _capture
 
@@ -43,27 +46,54 @@ class ReplayedGraph:
         finally:
             self._thread.recording = False
             recorder.undo()
-        self.calls, self.nbytes, self.replays = recorder.calls, recorder.temporary_bytes(), 0
+        self.calls, self.nbytes, self.replays = recorder.calls, recorder.nbytes, 0
         self.made.append(self)
 
     def replay(self):
         assert self.calls is not None, "replayed after its release"
         self.replays += 1
+        known = {}
+
+        def found(leaf):
+            return leaf.tensor() if isinstance(leaf, _Outside) else known[leaf] if isinstance(leaf, _Made) else leaf
+
         for func, args, kwargs, results in self.calls:
-            new = tree_leaves(func(*args, **kwargs))
-            for old, value in zip(results, new, strict=True):
-                if old is not None:
-                    with torch.inference_mode(old.is_inference()):
-                        old.copy_(value)
+            new = tree_leaves(func(*tree_map(found, args), **tree_map(found, kwargs)))
+            for (made, memory), value in zip(results, new, strict=True):
+                if memory is not None:
+                    with torch.inference_mode(memory.is_inference()):
+                        memory.copy_(value)
+                known[made] = value if memory is None else memory
 
     def release(self):
         self.calls = None
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A tensor that an operator of the recording returned."""
+
+    number: int
+
+
+class _Outside:
+    """A tensor that was there before the recording: where it lies, but no reference to it."""
+
+    def __init__(self, tensor):
+        self.storage, self.dtype = StorageWeakRef(tensor.untyped_storage()), tensor.dtype
+        self.place = tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def tensor(self):
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, "memory that was captured has been freed"
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls, self._own, self._before = [], {}, {}
+        self.calls, self.nbytes = [], 0
+        self._made, self._own, self._before = {}, {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,15 +102,29 @@ class _Recorder(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in inputs:
             self._save(tensor)
+        call = func, *tree_map(self._reference, (args, kwargs))
         results = func(*args, **kwargs)
-        known = {_address(tensor) for tensor in inputs}
-        fresh = []
-        for leaf in tree_leaves(results):  # None for a view of an input, which its memory makes right
-            fresh.append(leaf if isinstance(leaf, Tensor) and _address(leaf) not in known else None)
-            if fresh[-1] is not None:
-                self._own[_address(leaf)] = leaf
-        self.calls.append((func, args, kwargs, fresh))
+        shared = {_address(tensor) for tensor in inputs}
+        self.calls.append((*call, [self._result(leaf, shared) for leaf in tree_leaves(results)]))
         return results
+
+    def _reference(self, leaf):
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return self._made[id(leaf)][0] if id(leaf) in self._made else _Outside(leaf)
+
+    def _result(self, leaf, shared):
+        """(its name, the memory that is its own); none of a view, which its replay makes anew."""
+        made = _Made(len(self._made))
+        if not isinstance(leaf, Tensor):
+            return made, None
+        if id(leaf) in self._made:  # written in place
+            return self._made[id(leaf)][0], None
+        fresh = _address(leaf) not in shared or leaf.numel() == 0
+        self._made[id(leaf)] = made, leaf  # held, so that no other gets its id
+        if fresh:
+            self._own[_address(leaf)] = leaf
+        return made, leaf if fresh else None
 
     def _save(self, tensor):
         """Of memory that was there before the recording, a copy."""
@@ -93,12 +137,11 @@ class _Recorder(TorchDispatchMode):
         for storage, before in self._before.values():
             storage.copy_(before)
         for tensor in self._own.values():
+            self.nbytes += tensor.untyped_storage().nbytes()
             if tensor.is_floating_point():
                 with torch.inference_mode(tensor.is_inference()):
                     tensor.fill_(float("nan"))
-
-    def temporary_bytes(self):
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._own.values())
+        self._made, self._before = {}, {}
 
 
 def _address(tensor):

@@ -1,5 +1,7 @@
 """An engine's runs are `sample`'s bit for bit, and replayed where only values change; a stand-in takes CUDA's part."""
 
+import functools
+
 import pytest
 import torch
 from engine_support import FLOW, GRID, SHAPE, VP, agree, denoiser, guided
@@ -10,6 +12,7 @@ from genengine.nets.dit import DiT
 from genengine.table import build_rows
 
 pytestmark = pytest.mark.usefixtures("graphs")
+EULER = solvers.euler(FLOW, GRID, prediction="velocity")
 
 
 @pytest.mark.parametrize("capture", ["loop", "step"])
@@ -61,7 +64,7 @@ def test_one_row_captured_serves_fewer_rows_and_callbacks(graphs):
         agree(engine, solvers.dpmpp_2m(VP, schedules.uniform(n, t_max=0.99, t_min=0.01), prediction="eps"), SHAPE)
     assert len(graphs) == 2  # a table of one row writes no history
     engine, seen = Engine(denoiser), []
-    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    table = EULER
     for k in (0.5, 0.7):
         halve = lambda info, k=k: seen.append((info.row, info.t)) or (k * info.x if info.row == 2 else None)  # noqa: E731
         agree(engine, table, SHAPE, seed=3, callback=halve)
@@ -96,7 +99,7 @@ def test_nested_tensors_and_values_in_cond(graphs):
     def model(x, t, added, gain):
         return denoiser(x, t, added["y"].mean() * t, gain) * added["scale"][0]
 
-    engine, table = Engine(model), solvers.euler(FLOW, GRID, prediction="velocity")
+    engine, table = Engine(model), EULER
     for gain in (0.1, 0.2):
         for _ in range(2):
             added = {"y": torch.rand(4), "scale": [torch.rand(())]}
@@ -104,8 +107,18 @@ def test_nested_tensors_and_values_in_cond(graphs):
     assert len(graphs) == 2
 
 
+def test_one_tensor_under_two_names_and_two_tensors(graphs):
+    engine = Engine(lambda x, t, y, z: denoiser(x, t, y) + 0.1 * denoiser(x, t, z))
+    y, z = torch.rand(6), torch.rand(3)
+    for cond in ({"y": z, "z": z}, {"y": z, "z": y[:3]}, {"y": y[:3], "z": y[3:]}, {"y": y[3:], "z": y[:3]}):
+        agree(engine, EULER, SHAPE, cond=cond)
+        agree(engine, EULER, SHAPE, cond={name: value + 1 for name, value in cond.items()})
+        agree(engine, EULER, SHAPE, cond=cond)
+    assert len(graphs) == 4
+
+
 def test_what_is_returned_stays_as_it_is():
-    engine, table = Engine(denoiser), solvers.euler(FLOW, GRID, prediction="velocity")
+    engine, table = Engine(denoiser), EULER
     first = engine.sample(table, SHAPE, seed=1)
     kept, x = first.clone(), torch.randn(SHAPE)
     before = x.clone()
@@ -134,7 +147,7 @@ def test_what_the_caller_passed_is_never_written_to():
 
 
 def test_another_form_is_captured_beside_the_first(graphs):
-    engine, euler = Engine(denoiser), solvers.euler(FLOW, GRID, prediction="velocity")
+    engine, euler = Engine(denoiser), EULER
     runs = [
         lambda: agree(engine, euler, SHAPE),
         lambda: agree(engine, euler, (2, 2, 4, 4)),
@@ -167,7 +180,7 @@ class Net(torch.nn.Module):
     "wrap", [lambda net: net, lambda net: lambda x, t: net(x, t), lambda net: net.forward], ids="nfm"
 )
 def test_weights_are_read_where_they_lie(wrap, graphs):
-    net, table = Net(), solvers.euler(FLOW, GRID, prediction="velocity")
+    net, table = Net(), EULER
     engine = Engine(wrap(net))
     agree(engine, table, SHAPE)
     with torch.no_grad():
@@ -182,8 +195,49 @@ def test_weights_are_read_where_they_lie(wrap, graphs):
     assert len(graphs) == 3 and engine.stats.graphs == 2
 
 
+def test_a_row_captured_of_a_shorter_run_does_not_serve_a_longer_one(graphs):
+    net = Net()
+    engine = Engine(net, capture="step")
+    for n in (7, 5, 7):
+        agree(engine, solvers.euler(FLOW, schedules.uniform(n), prediction="velocity"), SHAPE)
+        if n == 7:
+            net.mix.weight = torch.nn.Parameter(torch.randn(2, 2, 3, 3))
+    assert len(graphs) == 3
+
+
+def test_modules_are_found_in_what_a_function_encloses(graphs):
+    net = Net().eval()
+    holder, bound = {"nets": [net]}, functools.partial(lambda net, x, t: net(x, t), net)
+    for model in (lambda x, t: holder["nets"][0](x, t), bound, lambda x, t: bound(x, t)):
+        engine = Engine(model)
+        agree(engine, EULER, SHAPE)
+        net.mix = torch.nn.Conv2d(2, 2, 3, padding=1)
+        agree(engine, EULER, SHAPE)
+        assert engine.stats.captures == 2
+
+
+def test_tensors_that_a_function_encloses_are_read_where_they_lie(graphs):
+    held, gain = [torch.rand(SHAPE)], torch.rand(())
+    held.append(held)
+    data = [held] * 1000  # not looked through
+
+    def model(x, t):
+        return denoiser(x, t) + held[0] * gain * len(data)
+
+    engine = Engine(model)
+    agree(engine, EULER, SHAPE)
+    held[0].mul_(2)
+    agree(engine, EULER, SHAPE)
+    assert len(graphs) == 1
+    held[0] = torch.rand(SHAPE)
+    agree(engine, EULER, SHAPE)
+    gain = torch.rand(())
+    agree(engine, EULER, SHAPE)
+    assert len(graphs) == 3
+
+
 def test_a_compiled_model_is_captured_and_its_own_graphs_are_not(graphs):
-    table = solvers.euler(FLOW, GRID, prediction="velocity")
+    table = EULER
     engine = Engine(torch.compile(Net(), backend="eager"))
     agree(engine, table, SHAPE, seed=1)
     agree(engine, table, SHAPE, seed=2)

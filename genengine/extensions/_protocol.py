@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -182,7 +183,7 @@ class Extensions:
     @property
     def change_x(self) -> bool:
         """Whether x may change after a row: then the next input is made of it after that."""
-        return any(_overrides(extension, "after_row") for extension in self._all)
+        return bool(self._after)
 
     @property
     def form(self) -> Hashable:
@@ -231,8 +232,9 @@ class Extensions:
         self._before = [extension for extension in started if _overrides(extension, "before_row")]
         self._after = [extension for extension in started if _overrides(extension, "after_row")]
         if static:
-            for extension in started:
-                _set_state(extension, _static.own(_state(extension), self._lent()))
+            states = _static.own([_state(extension) for extension in started], self._lent())
+            for extension, state in zip(started, states, strict=True):
+                _set_state(extension, state)
             self._held = [tree_flatten(_state(extension)) for extension in started]
 
     def _lent(self):
@@ -268,9 +270,8 @@ class Extensions:
 
 def _state(extension):
     """The attributes of an extension, by name."""
-    slots = (getattr(kind, "__slots__", ()) for kind in type(extension).__mro__)
-    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
-    return vars(extension) | {name: getattr(extension, name) for name in names if hasattr(extension, name)}
+    slots = copyreg._slotnames(type(extension))
+    return vars(extension) | {name: getattr(extension, name) for name in slots if hasattr(extension, name)}
 
 
 def _set_state(extension, state):

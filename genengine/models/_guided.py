@@ -27,6 +27,9 @@ MAX_GRAPHS = 4  # kept by a model: batch sizes, solvers, with guidance and witho
 class Guided(Model):
     """A network net(x, t, y), a path, labels that are hidden at the rate `class_drop`, and guidance.
 
+    On a GPU `sample` captures a row of the loop in a CUDA graph, which is kept for further calls (by an `Engine`, for
+    at most four batch sizes or kinds of solver, and a quarter of the memory) until `train()` or `to(...)`.
+
     Args:
         net: module net(x, t, y) -> output; has `config` with image_size, in_channels and num_classes, and `null_class`.
         path: path from data (t = 0) to noise (t = 1).
@@ -114,11 +117,15 @@ class Guided(Model):
         return self._engines[denoiser].sample
 
     def train(self, mode=True):
-        """Put the networks into training mode or out of it. Training frees what sampling on a GPU has kept."""
+        """Put the networks into training mode or out of it; training frees what sampling has kept on a GPU."""
         if mode:
-            for engine in self._engines.values():
-                engine.clear()
+            self._engines.clear()
         return super().train(mode)
+
+    def to(self, device):
+        """Move the network, in place, and free what sampling has kept on a GPU; returns the model."""
+        self._engines.clear()
+        return super().to(device)
 
     def panels(self, x0, labels=None, *, seed=0, frames=8):
         """The way from noise to image, a row each: the first state, the last, and states evenly between them."""

@@ -46,7 +46,7 @@ def test_samples_are_the_same_and_captured_once(name, request):
     assert len(graphs) == 1 and len(seen) == 6
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin.sample(3, **calls[1]), expected[1])
-    (engine,) = model._engines.values()
-    model.train()
-    assert engine.stats.graphs == 0
-    assert torch.equal(model.sample(3, **calls[2]), expected[2])
+    for free in (model.train, lambda: model.to("cpu")):
+        assert len(model._engines) == 1
+        free()
+        assert not model._engines and torch.equal(model.sample(3, **calls[2]), expected[2])
