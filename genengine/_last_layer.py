@@ -21,16 +21,17 @@ class Joined:
     layer: tuple
     kernel: Callable
 
-    def last_tokens(self, x_in: Tensor, step: Tensor) -> Tensor:
-        """tokens(x_in, step), refused where the kernel would read them as something else."""
-        h = self.tokens(x_in, step)
+    def tokens_of(self, x_in: Tensor, step: Tensor) -> Tensor:
+        """The tokens h (k B, N, D), checked: the kernel takes them as they are."""
         weight, _, patch_size = self.layer
-        shape = (len(x_in), x_in.shape[2] // patch_size * (x_in.shape[3] // patch_size), weight.shape[1])
-        if not isinstance(h, Tensor) or h.shape != shape or h.dtype != weight.dtype or h.device != x_in.device:
-            got = f"{h.dtype} {tuple(h.shape)} on {h.device}" if isinstance(h, Tensor) else type(h).__name__
+        h = self.tokens(x_in, step)
+        batch, _, height, width = x_in.shape
+        shape = (batch, (height // patch_size) * (width // patch_size), weight.shape[1])
+        if not isinstance(h, Tensor) or h.shape != shape or h.dtype != weight.dtype:
+            got = f"{h.dtype} {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
             raise ValueError(
-                f"sample: tokens of the denoiser's step function must return {weight.dtype} (k B, N, D) = {shape} on "
-                f"{x_in.device} for its last_layer, got {got}; or let last_layer be None"
+                f"sample: tokens of a step with a last_layer must be (k B, N, D) = {shape} of its dtype "
+                f"{weight.dtype}, got {got}; or let last_layer be None"
             )
         return h if h.stride(2) == 1 else h.contiguous()
 

@@ -226,7 +226,7 @@ class Loop:
 
     def _joined_row(self, row):
         """`row` where the kernel that applies it is also the model's last layer."""
-        h = self._joined.last_tokens(self.x_in, self.step)
+        h = self._joined.tokens_of(self.x_in, self.step)
         self._joined.kernel(
             self.x, h, *self._joined.layer, self.table, self.sample_step, self.history, self.seed, self._draw_ids,
             None if self.noise is None else self._given_noise(row), self.x,

@@ -136,24 +136,6 @@ def test_an_output_that_does_not_fit_is_refused_as_ever(device):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("wrong", [lambda h: h[:, 1:], lambda h: h.half(), lambda h: h[..., 1:], lambda h: (h,)])
-def test_tokens_that_do_not_fit_the_layer_are_refused(device, wrong):
-    net = network().to(device)
-    joins, step_of = Noting(net), net.for_schedule
-
-    def for_schedule(t_rows, y):
-        step = step_of(t_rows, y)
-        return SimpleNamespace(tokens=lambda x, row: wrong(step.tokens(x, row)), last_layer=step.last_layer)
-
-    joins.net = SimpleNamespace(for_schedule=for_schedule)
-    message = (
-        r"tokens .* must return torch.float32 \(k B, N, D\) = \(4, 9, 32\) on .*, got .*; or let last_layer be None"
-    )
-    with pytest.raises(ValueError, match=message):
-        sampled(joins, EULER(), device)
-
-
-@pytest.mark.triton
 def test_tokens_may_be_strided(device):
     net = network().to(device)
     expected, joins = sampled(net, EULER(), device), Noting(net)
@@ -195,6 +177,22 @@ def test_a_layer_that_is_no_plain_product_does_not_join(device):
         joins = Noting(net)
         sampled(joins, EULER(), device)
         assert joins.taken == {"output"}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "change", [lambda h: h[:, :4], lambda h: h.double(), lambda h: [h]], ids=["N", "dtype", "type"]
+)
+def test_tokens_that_do_not_fit_are_refused(device, change):
+    class Wrong(Noting):
+        def for_schedule(self, t_rows, y):
+            step = super().for_schedule(t_rows, y)
+            right = step.tokens
+            step.tokens = lambda x, row: change(right(x, row))
+            return step
+
+    with pytest.raises(ValueError, match=r"tokens of a step .* must be \(k B, N, D\) = \(4, 9, 32\) of its dtype"):
+        sampled(Wrong(network().to(device)), EULER(), device)
 
 
 def test_on_a_cpu_it_is_the_two_calls():
