@@ -350,16 +350,17 @@ def add_group_norm_silu(x, branch, weight, bias, scale, shift, num_groups, eps, 
 def _forward(x, branch, weight, bias, scale, shift, num_groups, eps, silu, channels_last):
     """The sum with a branch, or x; y, mean and rstd."""
     x, (batch, C, S), last = _dense(x), _sizes(x, channels_last), _by_pixel(x, channels_last)
-    branch, CG = x if branch is None else _dense(branch), C // num_groups
+    adds, CG = branch is not None, C // num_groups  # x may be its own branch
+    branch = _dense(branch) if adds else x
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = x if branch is x else torch.empty_like(y)
+    total = torch.empty_like(y) if adds else x
     make = torch.zeros if x.numel() == 0 else torch.empty
     mean, rstd = (make((batch, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel() == 0:
         return total, y, mean, rstd
     rows, row_strides = _rows(x, weight, bias, scale, shift), _row_strides(scale, shift)
     read, read_strides = (x, branch, total), (_batch_stride(x), _batch_stride(branch))
-    flags, added = {**_common(weight, scale, silu), "LAST": last}, {"BRANCH": total is not x}
+    flags, added = {**_common(weight, scale, silu), "LAST": last}, {"BRANCH": adds}
     whole = group_tile(CG, S, last)
     with torch.cuda.device_of(x):
         if whole is not None:

@@ -323,6 +323,16 @@ def test_the_sum_and_then_the_norm(backend, layout, shape):
     assert torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_x_may_be_its_own_branch(backend):
+    """As one tensor, which is what a compiler makes of two equal views."""
+    device = skip_unless_available(ADDS[0], backend)
+    x, _, rows = make((2, 8, 5), device=device)
+    total, y, _, _ = _registry.OPS[ADDS[0]].overloads[backend](x, x, *rows, 2, 1e-5, True, False)
+    expected, _, _ = _registry.OPS[NAMES[0]].overloads[backend](2 * x, *rows, 2, 1e-5, True, False)
+    assert torch.equal(total, 2 * x) and torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_sixteen_bit_sum_is_rounded_once_and_then_normed(backend):
     skip_unless_available(ADDS[0], backend)
