@@ -84,8 +84,10 @@ void launch(const char* op, const Launcher& launcher, const Work& w) {
   call.keys = static_cast<int>(keys);
   call.tiles = static_cast<int>(tiles);
   call.blocks = static_cast<int>(blocks);
-  // All blocks run at once, and each takes its tiles in order: so none waits in vain for its turn.
-  const int64_t room = multiprocessors(op, w.q.get_device_index());
+  // In turns, a tile waits for those with lower numbers. A block for each tile: then all it waits for has begun before it, and
+  // gets done, however few of the blocks run at once. Blocks that go on to a next tile would wait for blocks not begun, where
+  // other streams or processes have the other multiprocessors.
+  const int64_t room = w.deterministic ? tiles : multiprocessors(op, w.q.get_device_index());
   Grid grid = {dim3(static_cast<unsigned>(tiles < room ? tiles : room)), dim3(Form::kThreads)};
   grid.shared = Form::kShared;
   launcher.run<attention_backward_kernel<Form>>(grid, call);
