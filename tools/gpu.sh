@@ -134,12 +134,12 @@ profile() {
   done
 }
 
-sanitize() { # the case set of every kernel, under each tool
+sanitize() { # the case set of every kernel, under each tool; each tensor an allocation: its bounds are then seen
   local tool
   command -v compute-sanitizer >/dev/null || { echo "== sanitize: there is no compute-sanitizer"; return; }
   for tool in memcheck racecheck initcheck; do
     part "sanitize-$tool" "${SANITIZE_LIMIT:-300}" env GENENGINE_CACHE="$work/sanitize-cache" \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
       "$python" -m genengine verify --device "$device"
   done
 }
