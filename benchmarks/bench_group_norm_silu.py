@@ -1,7 +1,8 @@
 """group_norm_silu at the feature maps of known U-Nets against copy_, eager as written and in place, and torch.compile.
 
 The forward moves one read and one write per element where a group (C order) or a sample (channels_last) stays in the
-cache between its two passes; the backward reads x and grad twice and writes once.
+cache between its two passes; the backward reads x and grad twice and writes once. add_group_norm_silu also reads a
+residual branch and writes the sum; its backward reads that sum's gradient.
 """
 
 from functools import cache, partial
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from genengine.benchmarks import calls
 from genengine.benchmarks.registry import Benchmark, faster, register, register_baseline
-from genengine.ops import group_norm_silu
+from genengine.ops import add_group_norm_silu, group_norm_silu
 
 GROUPS, EPS = 32, 1e-5
 SHAPES = {
@@ -33,6 +34,20 @@ def eager(x, weight, bias, scale=None, shift=None):
 
 def fused(x, weight, bias, scale=None, shift=None):
     return group_norm_silu(x, weight, bias, GROUPS, scale, shift, EPS)
+
+
+def eager_add(x, branch, weight, bias):
+    x = x + branch
+    return x, eager(x, weight, bias)
+
+
+def one_after_the_other(x, branch, weight, bias):
+    x = x + branch
+    return x, fused(x, weight, bias)
+
+
+def fused_add(x, branch, weight, bias):
+    return add_group_norm_silu(x, branch, weight, bias, GROUPS, eps=EPS)
 
 
 class Work:
@@ -105,6 +120,36 @@ def backward(memory_format, modulated, case):
     )  # fmt: skip
 
 
+def add_forward(memory_format, case):
+    """A residual sum and the norm of it: in one op, and one after the other."""
+    work = Work(case, memory_format, False)
+    inputs = (work.x, work.grad, work.weight, work.bias)  # the gradient's numbers serve as a branch
+    branch, (x, *rest) = work._flat(work.grad), work.arguments()
+    variants = {
+        "fused": lambda: fused_add(*inputs),
+        "add, then group_norm_silu": lambda: one_after_the_other(*inputs),
+        "eager, as written": lambda: eager_add(*inputs),
+    }
+    return Benchmark(
+        variants, lambda: calls.check_function(fused_add, eager_add, inputs, "add_group_norm_silu"), inputs=inputs,
+        oracle=eager_add, compiles=(eager_add, inputs), elements=work.x.numel(),
+        cost=calls.cost("add_group_norm_silu", x, branch, *rest),
+    )  # fmt: skip
+
+
+def add_both(memory_format, case):
+    """Forward and backward in one call, with gradients of the sum and of its norm."""
+    work = Work(case, memory_format, False)
+    leaves, grads = calls.leaves(work.x, work.grad, work.weight, work.bias), (work.grad, work.grad)
+    functions = {"fused": fused_add, "add, then group_norm_silu": one_after_the_other, "eager, as written": eager_add}
+    runs = {name: calls.both(function, *grads) for name, function in functions.items()}
+    return Benchmark(
+        {name: lambda run=run: run(*leaves) for name, run in runs.items()},
+        lambda: calls.check_both(fused_add, eager_add, leaves, *grads, label="add_group_norm_silu"),
+        compiles=(runs["eager, as written"], leaves), elements=work.x.numel(),
+    )  # fmt: skip
+
+
 GOALS = {
     torch.float32: (faster("eager, as written", 3.5), faster("torch.compile", 5.0)),
     torch.bfloat16: (faster("eager, as written", 5.0), faster("torch.compile", 5.0)),
@@ -122,6 +167,9 @@ for _layout, _format in FORMATS.items():
         register(f"group_norm_silu_backward{_kind}{_layout}", **_common, quick=())(
             partial(backward, _format, _modulated)
         )
+
+    register(f"add_group_norm_silu{_layout}", **_common, quick=())(partial(add_forward, _format))
+    register(f"add_group_norm_silu, forward and backward{_layout}", **_common, quick=())(partial(add_both, _format))
 
 
 @register_baseline("group_norm_silu, channels_last", "apex", requires="apex")

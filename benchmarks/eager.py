@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from genengine import ops as fused
 from genengine.benchmarks.bench_adaln import eager_adaln, eager_gated_adaln
 from genengine.benchmarks.bench_logistic_mixture import eager as eager_logistic_mixture
+from genengine.nets import layers
 from genengine.ops._activations import ACTIVATIONS
 
 
@@ -27,12 +28,14 @@ def ops(*, same_noise: bool = False) -> Iterator[None]:
     plain = {name: function for name, function in PLAIN.items() if not (same_noise and name in _NOISE)}
     if same_noise:
         plain |= {"diffuse": _diffuse(_our_noise), "reparameterize": _reparameterize(_our_noise)}
-    kept = {name: getattr(fused, name) for name in plain}
+    kept, epilogue = {name: getattr(fused, name) for name in plain}, layers.GELU_EPILOGUE
     for name, function in plain.items():
         setattr(fused, name, function)
+    layers.GELU_EPILOGUE = ()
     try:
         yield
     finally:
+        layers.GELU_EPILOGUE = epilogue
         for name, function in kept.items():
             setattr(fused, name, function)
 
@@ -87,6 +90,11 @@ def group_norm_silu(x, weight, bias, num_groups, scale=None, shift=None, eps=1e-
     return F.silu(x) if silu else x
 
 
+def add_group_norm_silu(x, branch, *rest, **options):
+    x = x + branch
+    return x, group_norm_silu(x, *rest, **options)
+
+
 def ema_update(averages, values, decay):
     for average, value in zip(averages, values, strict=True):
         average.mul_(decay).add_(value, alpha=1 - decay)
@@ -136,6 +144,7 @@ _NOISE = ("normal", "uniform")
 PLAIN: dict[str, Callable] = {
     "adaln": eager_adaln, "gated_adaln": eager_gated_adaln, "attention": attention, "bias_act": bias_act,
     "bias_gelu": bias_gelu, "geglu": geglu, "swiglu": swiglu, "group_norm_silu": group_norm_silu,
+    "add_group_norm_silu": add_group_norm_silu,
     "ema_update": ema_update, "normal": normal, "uniform": uniform, "diffuse": _diffuse(_torch_noise),
     "reparameterize": _reparameterize(_torch_noise), "logistic_mixture_log_prob": eager_logistic_mixture,
 }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from genengine import _capture, _denoiser, _static
+from genengine import _capture, _denoiser, _last_layer, _static
 from genengine._progress import progress_bar
 from genengine._request import MODEL_DTYPES, Request, check_noise
 from genengine.extensions._protocol import Run
@@ -46,7 +46,7 @@ class Loop:
         self.static, self.denoiser, self.extensions = static, request.denoiser, request.extensions
         self.branches, self.model_dtype = copies, request.model_dtype
         self.learned_variance = request.table.learned_variance
-        self.table_source, self._rows, self._scheduled = None, None, None
+        self.table_source, self._rows, self._scheduled, self._joined = None, None, None, None
         with torch.inference_mode(False) if static else contextlib.nullcontext():  # `x` is what `sample` returns
             self.x = torch.empty(request.shape, dtype=request.dtype, device=device, memory_format=request.memory_format)
             self.step = torch.zeros(copies * batch, dtype=torch.int32, device=device)
@@ -74,7 +74,9 @@ class Loop:
         self.advance = _registry.direct(ADVANCE, self.x.device, torch.float32)
         fits = self._load_cond(request.cond)
         fits &= self.begin(request)
-        return self._schedule() and fits
+        fits &= self._schedule()
+        self._joined = _last_layer.join(self, self._scheduled)
+        return fits
 
     def begin(self, request: Request) -> bool:
         """Put everything but the model where it is before row 0; False as `load`."""
@@ -184,6 +186,9 @@ class Loop:
 
     def row(self, row: int) -> None:
         """Model, fused row, on to the next; `row` chooses only the noise given, all else is read on the device."""
+        if self._joined is not None:
+            self._joined_row(row)
+            return
         if self._scheduled is not None:
             output = self._scheduled(self.x_in, self.step)
         else:
@@ -217,6 +222,16 @@ class Loop:
             x_in,
         )
         self.extensions.after_row(self.x_in)
+        self.advance(self.step, self.table, self.t)
+
+    def _joined_row(self, row):
+        """`row` where the kernel that applies it is also the model's last layer."""
+        h = self._joined.tokens_of(self.x_in, self.step)
+        self._joined.kernel(
+            self.x, h, *self._joined.layer, self.table, self.sample_step, self.history, self.seed, self._draw_ids,
+            None if self.noise is None else self._given_noise(row), self.x,
+            None if row + 1 == self.num_rows else self.x_in,
+        )  # fmt: skip
         self.advance(self.step, self.table, self.t)
 
     def _split(self, output):

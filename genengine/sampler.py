@@ -44,7 +44,10 @@ def sample(
     denoiser(x, t, **cond) -> output: any callable; x (k B, ...), t float32 (k B,), k branches in one batch, both
     buffers that the next row overwrites. If it has a method for_schedule(t_rows, **cond), that is called once with the
     model times (R, k B) of all rows and returns step(x, row) -> output, row int32 (k B,) on the device: then work that
-    depends on t alone is done before the loop. (`Engine` also asks it for update(t_rows, **cond), see there.)
+    depends on t alone is done before the loop. (`Engine` also asks it for update(t_rows, **cond), see there.) If step
+    has last_layer, (weight, bias, patch_size), and tokens(x, row) -> h (k B, N, D), of which output is the layer's
+    patches, a GPU does that layer and the row in one pass (`ops.patch_step`), which rounds the output less; not with
+    check_finite or extensions that see outputs or x.
     table: from `genengine.solvers`; with a learned variance, output has 2C channels, the second half of the last
     branch's being v in s exp(l v). shape: (B, ...) of the samples, whose state starts at init_scale * normal(seed); or
     x: the state to start from. cond, uncond: dicts of keyword arguments: tensors are concatenated along the batch,

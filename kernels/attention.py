@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from genengine.kernels._dot import dot
 from genengine.kernels._launch import DTYPE_NAMES
 
 LOG2_E = math.log2(math.e)
 _LN_2 = tl.constexpr(math.log(2.0))
 _LOG2_E = tl.constexpr(LOG2_E)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # it would multiply the bits of bfloat16 as integers
 
 
 @triton.jit
@@ -69,19 +69,11 @@ def _write(base, row, token, limit, head, tail, DIM: tl.constexpr, HEAD: tl.cons
 
 
 @triton.jit
-def _dot(a, b, sums):
-    if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
-    else:
-        return tl.dot(a, b, sums, input_precision="ieee")
-
-
-@triton.jit
 def _products(a, a_tail, b, b_tail, TAIL: tl.constexpr):
     """a b^T over all columns."""
-    product = _dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32))
+    product = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], tl.float32))
     if TAIL > 0:
-        product = _dot(a_tail, tl.trans(b_tail), product)
+        product = dot(a_tail, tl.trans(b_tail), product)
     return product
 
 
@@ -89,9 +81,9 @@ def _products(a, a_tail, b, b_tail, TAIL: tl.constexpr):
 def _accumulate(sums, sums_tail, weights, b, b_tail, TAIL: tl.constexpr):
     """sums + weights b, in both parts."""
     weights = weights.to(b.dtype)
-    sums = _dot(weights, b, sums)
+    sums = dot(weights, b, sums)
     if TAIL > 0:
-        sums_tail = _dot(weights, b_tail, sums_tail)
+        sums_tail = dot(weights, b_tail, sums_tail)
     return sums, sums_tail
 
 

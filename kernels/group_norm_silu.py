@@ -1,9 +1,11 @@
-"""Triton kernels of group_norm_silu and its backward, on (B, C, S) or, channels_last, (B, S, C). Float32 arithmetic.
+"""Triton kernels of group_norm_silu, add_group_norm_silu and their backwards, in float32.
 
-A group that fits in the registers of a program is read once (2 e bytes per element, e each). Otherwise, so that few
-groups still fill the GPU: mean and centred squares of every channel over a chunk of pixels, their merging per group
-(Chan et al. 1983), and an elementwise pass (3 e). Backward 5 e: sums per channel and chunk, per group, and dx. All sums
-run in one order, without atomics. 9 FLOPs forward, 30 backward, and an exponential and a division per pass.
+x is (B, C, S) or, channels_last, (B, S, C). A group that fits in the registers of a program is read once (2 e bytes for
+an element of e). Otherwise, so that few groups still fill the GPU: mean and centred squares of every channel over a
+chunk of pixels, their merging per group (Chan et al. 1983), and an elementwise pass (3 e). Backward 5 e: sums per
+channel and chunk, per group, and dx. All sums run in one order, without atomics. 9 FLOPs forward, 30 backward, and an
+exponential and a division per pass. The sum with a residual branch is written where x is first read (2 e more), its
+gradient added where dx is written (e more).
 """
 
 import torch
@@ -51,6 +53,18 @@ def _gain_offset(
 
 
 @triton.jit
+def _load_sum(x_at, branch_at, sum_at, offset, inside, BRANCH: tl.constexpr):
+    """x in float32; with a branch their sum, as it was rounded and written."""
+    x = tl.load(x_at + offset, mask=inside, other=0.0).to(tl.float32)
+    if BRANCH:
+        x += tl.load(branch_at + offset, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(sum_at.dtype.element_ty)
+        tl.store(sum_at + offset, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    return x
+
+
+@triton.jit
 def _grad_v(grad, v, SILU: tl.constexpr):
     if SILU:
         s = tl.sigmoid(v)
@@ -60,9 +74,9 @@ def _grad_v(grad, v, SILU: tl.constexpr):
 
 @triton.jit
 def group_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, G, C, S, CG,
-    x_batch, scale_batch, shift_batch, eps,
-    PARAMETERS: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
+    x_ptr, branch_ptr, sum_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, G, C, S, CG,
+    x_batch, branch_batch, scale_batch, shift_batch, eps,
+    BRANCH: tl.constexpr, PARAMETERS: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """A whole group of one sample, in registers. Grid (B G)."""
@@ -70,7 +84,7 @@ def group_kernel(
     first = (tl.program_id(0) % G) * CG
     c, offset, inside = _positions(C, S, first, 0, LAST, CHANNELS, PIXELS)
     inside = inside & (c < first + CG)
-    x = tl.load(x_ptr + b * x_batch + offset, mask=inside, other=0.0).to(tl.float32)
+    x = _load_sum(x_ptr + b * x_batch, branch_ptr + b * branch_batch, sum_ptr + b * C * S, offset, inside, BRANCH)
     size = CG * S
     mean = tl.sum(tl.sum(x, axis=1), axis=0) / size
     centred = tl.where(inside, x - mean, 0.0)
@@ -89,14 +103,14 @@ def group_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def moments_kernel(
-    x_ptr, partial_ptr, C, S, chunks, x_batch,
-    LAST: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    x_ptr, branch_ptr, sum_ptr, partial_ptr, C, S, chunks, x_batch, branch_batch,
+    BRANCH: tl.constexpr, LAST: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Mean and centred squares of channels over one chunk of pixels. Grid (B chunks, channel tiles)."""
     b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     c, offset, inside = _positions(C, S, tl.program_id(1) * CHANNELS, chunk * PIXELS, LAST, CHANNELS, PIXELS)
-    x = tl.load(x_ptr + b * x_batch + offset, mask=inside, other=0.0).to(tl.float32)
+    x = _load_sum(x_ptr + b * x_batch, branch_ptr + b * branch_batch, sum_ptr + b * C * S, offset, inside, BRANCH)
     axis: tl.constexpr = 0 if LAST else 1
     count = tl.minimum(PIXELS, S - chunk * PIXELS)
     mean = tl.sum(x, axis=axis) / count
@@ -265,9 +279,9 @@ def backward_parameters_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def backward_apply_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr,
-    G, C, S, CG, chunks, grad_batch, x_batch, scale_batch, shift_batch,
-    PARAMETERS: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
+    grad_ptr, x_ptr, grad_x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr,
+    G, C, S, CG, chunks, grad_batch, x_batch, grad_x_batch, scale_batch, shift_batch,
+    RESIDUAL: tl.constexpr, PARAMETERS: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """dx of one tile. Grid (B chunks, channel tiles)."""
@@ -287,6 +301,8 @@ def backward_apply_kernel(
     x_hat = (x - mean) * rstd
     g = _grad_v(grad, x_hat * gain + shift, SILU) * gain
     dx = rstd * (g - mean_g - x_hat * mean_gx)
+    if RESIDUAL:
+        dx += tl.load(grad_x_ptr + b * grad_x_batch + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + b * C * S + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -324,39 +340,62 @@ _OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 def group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu, channels_last):
+    return _forward(x, None, weight, bias, scale, shift, num_groups, eps, silu, channels_last)[1:]
+
+
+def add_group_norm_silu(x, branch, weight, bias, scale, shift, num_groups, eps, silu, channels_last):
+    return _forward(x, branch, weight, bias, scale, shift, num_groups, eps, silu, channels_last)
+
+
+def _forward(x, branch, weight, bias, scale, shift, num_groups, eps, silu, channels_last):
+    """The sum with a branch, or x; y, mean and rstd."""
     x, (batch, C, S), last = _dense(x), _sizes(x, channels_last), _by_pixel(x, channels_last)
-    CG = C // num_groups
+    branch, CG = x if branch is None else _dense(branch), C // num_groups
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if branch is x else torch.empty_like(y)
     make = torch.zeros if x.numel() == 0 else torch.empty
     mean, rstd = (make((batch, num_groups), dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel() == 0:
-        return y, mean, rstd
-    rows = _rows(x, weight, bias, scale, shift)
-    strides = (_batch_stride(x), *_row_strides(scale, shift))
-    flags = {**_common(weight, scale, silu), "LAST": last}
+        return total, y, mean, rstd
+    rows, row_strides = _rows(x, weight, bias, scale, shift), _row_strides(scale, shift)
+    read, read_strides = (x, branch, total), (_batch_stride(x), _batch_stride(branch))
+    flags, added = {**_common(weight, scale, silu), "LAST": last}, {"BRANCH": total is not x}
     whole = group_tile(CG, S, last)
     with torch.cuda.device_of(x):
         if whole is not None:
             group_kernel[(batch * num_groups,)](
-                x, *rows, y, mean, rstd, num_groups, C, S, CG, *strides, eps,
-                CHANNELS=whole[0], PIXELS=whole[1], num_warps=whole[2], **flags, **_OPTIONS,
+                *read, *rows, y, mean, rstd, num_groups, C, S, CG, *read_strides, *row_strides, eps,
+                CHANNELS=whole[0], PIXELS=whole[1], num_warps=whole[2], **flags, **added, **_OPTIONS,
             )  # fmt: skip
-            return y, mean, rstd
+            return total, y, mean, rstd
         shape, chunks, grid = _grid(batch, C, S, last)
         partial = torch.empty((batch, chunks, 2, C), dtype=torch.float32, device=x.device)
-        moments_kernel[grid](x, partial, C, S, chunks, strides[0], LAST=last, **shape, **_OPTIONS)
+        moments_kernel[grid](*read, partial, C, S, chunks, *read_strides, LAST=last, **added, **shape, **_OPTIONS)
         statistics_kernel[(batch * num_groups,)](
             partial, mean, rstd, num_groups, C, S, CG, chunks, eps,
             PIXELS=shape["PIXELS"], CHANNELS=triton.next_power_of_2(CG), ROWS=ROWS, num_warps=4, **_OPTIONS,
         )  # fmt: skip
+        strides = (_batch_stride(total), *row_strides)
         apply_kernel[grid](
-            x, *rows, mean, rstd, y, num_groups, C, S, CG, chunks, *strides, **shape, **flags, **_OPTIONS
+            total, *rows, mean, rstd, y, num_groups, C, S, CG, chunks, *strides, **shape, **flags, **_OPTIONS
         )
-    return y, mean, rstd
+    return total, y, mean, rstd
 
 
 def group_norm_silu_backward(grad, x, weight, bias, scale, shift, mean, rstd, num_groups, silu, channels_last):
-    x, grad = _dense(x), _dense(grad)
+    return _backward(None, grad, x, weight, bias, scale, shift, mean, rstd, num_groups, silu, channels_last)
+
+
+def add_group_norm_silu_backward(
+    grad_x, grad, x_out, weight, bias, scale, shift, mean, rstd, num_groups, silu, channels_last
+):
+    return _backward(grad_x, grad, x_out, weight, bias, scale, shift, mean, rstd, num_groups, silu, channels_last)
+
+
+def _backward(grad_x, grad, x, weight, bias, scale, shift, mean, rstd, num_groups, silu, channels_last):
+    """grad_x: the gradient of x itself, added to dx, or None."""
+    x, grad, residual = _dense(x), _dense(grad), grad_x is not None
+    grad_x = _dense(grad_x) if residual else x
     (batch, C, S), last = _sizes(x, channels_last), _by_pixel(x, channels_last)
     CG = C // num_groups
     make = torch.zeros if x.numel() == 0 else torch.empty
@@ -389,8 +428,9 @@ def group_norm_silu_backward(grad, x, weight, bias, scale, shift, mean, rstd, nu
                 MODULATED=flags["MODULATED"], COLUMNS=COLUMNS, ROWS=ROWS, num_warps=4, **_OPTIONS,
             )  # fmt: skip
         backward_apply_kernel[grid](
-            grad, x, *rows, mean, rstd, means, dx, *sizes, *strides, **shape, **flags, LAST=last, **_OPTIONS
-        )
+            grad, x, grad_x, *rows, mean, rstd, means, dx, *sizes, *strides[:2], _batch_stride(grad_x), *row_strides,
+            RESIDUAL=residual, **shape, **flags, LAST=last, **_OPTIONS,
+        )  # fmt: skip
     return dx, *grads
 
 
@@ -454,10 +494,14 @@ def _streaming_variants(kind, label, last):
     shape = {"CHANNELS": channels, "PIXELS": pixels}
     group_channels, group_pixels, group_warps = group_tile(16 if last else 8, 512 if last else 1024, last)
     whole = {"CHANNELS": group_channels, "PIXELS": group_pixels}
-    group = _variant(f"group_{label}", group_kernel, kind, {**flags, **whole}, group_warps)
-    yield group | {"divisible": [*group["divisible"], *(["CG"] if last else [])]}
-    yield _variant(f"moments_{label}", moments_kernel, kind, {"LAST": last, **shape}, 8)
-    for kernel in (apply_kernel, backward_sums_kernel, backward_apply_kernel):
+    for branch in (False, True):
+        add, added = "add_" * branch, {"BRANCH": branch}
+        group = _variant(f"{add}group_{label}", group_kernel, kind, {**flags, **whole, **added}, group_warps)
+        yield group | {"divisible": [*group["divisible"], *(["CG"] if last else [])]}
+        yield _variant(f"{add}moments_{label}", moments_kernel, kind, {"LAST": last, **shape, **added}, 8)
+        residual = {**flags, **shape, "RESIDUAL": branch}
+        yield _variant(f"{add}backward_apply_{label}", backward_apply_kernel, kind, residual, 8)
+    for kernel in (apply_kernel, backward_sums_kernel):
         name = kernel.__name__.removesuffix("_kernel")
         yield _variant(f"{name}_{label}", kernel, kind, {**flags, **shape}, 8)
 

@@ -12,62 +12,10 @@ import triton
 import triton.language as tl
 
 from genengine.kernels._launch import DTYPE_NAMES, batch_stride, layout, per_sample, require_layout
-from genengine.kernels._philox import exp_ieee, normal_at, normal_block
+from genengine.kernels._row import apply_row, combine, load, sample_row, spread, step_noise
 
 QUADS = 256
 NUM_WARPS = 4
-_STREAM = tl.constexpr(1)  # genengine.random.STREAMS["step"]
-
-
-@triton.jit
-def _load(ptr, element, count):
-    """Elements below count as float32; with count = 0 nothing is read."""
-    return tl.load(ptr + element, mask=element < count, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _term(coefficient, value):
-    return tl.where(coefficient != 0.0, coefficient * value, 0.0)
-
-
-@triton.jit
-def _apply_phi(u, phi, r):
-    clamped = tl.where(u < -r, -r, tl.where(u > r, r, u))
-    return tl.where(phi == 0, u, tl.where(phi == 1, clamped, tl.div_rn(clamped, tl.where(phi == 2, r, 1.0))))
-
-
-@triton.jit
-def _noise(
-    noise_ptr, seed_ptr, ids_ptr, sample, element, per, first_quad, s, row, noise_stride, seed_stride, channels, pixels,
-    HAS_IDS: tl.constexpr, GIVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr, QUADS: tl.constexpr,
-):  # fmt: skip
-    """z, given or drawn; a row without noise draws nothing."""
-    z = tl.zeros((QUADS * 4,), tl.float32)
-    if GIVEN:
-        z = _load(noise_ptr + sample * noise_stride, element, tl.where(s != 0.0, per, 0))
-    elif s != 0.0:
-        seed = tl.load(seed_ptr + sample * seed_stride)
-        index = tl.load(ids_ptr + sample) if HAS_IDS else sample
-        stream = row * 0 + _STREAM
-        if CHANNELS_LAST:
-            z = normal_at((element % channels) * pixels + element // channels, seed, index, row, stream)
-        else:
-            z = normal_block(first_quad, seed, index, row, stream, QUADS)
-    return z
-
-
-@triton.jit
-def _spread(variance_ptr, element, per, s, scale, z):
-    """exp(scale v) z; a row without scale (its l) or without noise reads no v."""
-    if (scale != 0.0) & (s != 0.0):
-        z = exp_ieee(scale * _load(variance_ptr, element, per)) * z
-    return z
-
-
-@triton.jit
-def _write_register(register_ptr, element, count, write, y, x):
-    mask = element < tl.where(write != 0, count, 0)
-    tl.store(register_ptr + element, tl.where(write == 1, y, x), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "table_stride", "seed_stride", "channels", "pixels"])
@@ -83,48 +31,31 @@ def sampler_step_kernel(
     first_quad = (tl.program_id(0) % blocks) * QUADS
     element = first_quad.to(tl.int64) * 4 + tl.arange(0, QUADS * 4)
 
-    step = tl.load(step_ptr + sample)
-    active = (step >= 0) & (step < num_rows)
-    written = tl.where(active, per, 0)  # of the registers and x_in: a finished sample leaves them alone
-    row = tl.minimum(tl.maximum(step, 0), num_rows - 1)
-    row_ptr = table_ptr + (row.to(tl.int64) * table_batch + sample * table_stride) * 16
-    g1, g2 = tl.load(row_ptr + 1), tl.load(row_ptr + 2)
-    p, q, r = tl.load(row_ptr + 3), tl.load(row_ptr + 4), tl.load(row_ptr + 5)
-    a, b, c = tl.load(row_ptr + 6), tl.load(row_ptr + 7), tl.load(row_ptr + 8)
-    s, c_in, flags = tl.load(row_ptr + 12), tl.load(row_ptr + 14), tl.load(row_ptr + 15).to(tl.int32)
+    row_ptr, row, active = sample_row(step_ptr, table_ptr, sample, num_rows, table_batch, table_stride)
+    g1, g2, s = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 12)
 
-    x = _load(x_ptr + sample * x_stride, element, per)
-    m = _load(o0_ptr + sample * o0_stride, element, per)
+    x = load(x_ptr + sample * x_stride, element, per)
+    o0 = load(o0_ptr + sample * o0_stride, element, per)
+    o1, o2 = o0, o0
     if BRANCHES >= 2:
-        o0, o1 = m, _load(o1_ptr + sample * o1_stride, element, tl.where((g1 != 0.0) | (g2 != 0.0), per, 0))
-        m = m + _term(g1, o1 - o0)
+        o1 = load(o1_ptr + sample * o1_stride, element, tl.where((g1 != 0.0) | (g2 != 0.0), per, 0))
         if BRANCHES == 3:
-            o2 = _load(o2_ptr + sample * o2_stride, element, tl.where(g2 != 0.0, per, 0))
-            m = m + _term(g2, o2 - o1)
-    y = _apply_phi(_term(p, x) + _term(q, m), flags & 3, r)
-    value = _term(a, x) + _term(b, m) + _term(c, y)
-
-    for j in tl.static_range(REGISTERS):
-        h = tl.load(row_ptr + 9 + j)
-        offset = j * register_stride + sample * history_stride
-        value = value + _term(h, _load(history_ptr + offset, element, tl.where(h != 0.0, per, 0)))
+            o2 = load(o2_ptr + sample * o2_stride, element, tl.where(g2 != 0.0, per, 0))
+    m = combine(o0, o1, o2, g1, g2, BRANCHES)
+    z = x  # without noise, unused
     if NOISE:
-        z = _noise(
+        z = step_noise(
             noise_ptr, seed_ptr, ids_ptr, sample, element, per, first_quad, s, row, noise_stride, seed_stride,
             channels, pixels, HAS_IDS, GIVEN, CHANNELS_LAST, QUADS,
         )  # fmt: skip
         if VARIANCE:
-            z = _spread(variance_ptr + sample * variance_stride, element, per, s, tl.load(row_ptr + 13), z)
-        value = value + _term(s, z)
-    for j in tl.static_range(REGISTERS):
-        offset = j * register_stride + sample * history_stride
-        _write_register(history_ptr + offset, element, written, (flags >> (2 + 2 * j)) & 3, y, x)
-
-    value = tl.where(active, value, x)
-    tl.store(out_ptr + sample * out_stride + element, value.to(out_ptr.dtype.element_ty), mask=element < per)
-    for k in tl.static_range(COPIES):
-        scaled = (c_in * value).to(x_in_ptr.dtype.element_ty)
-        tl.store(x_in_ptr + (k * batch + sample) * x_in_stride + element, scaled, mask=element < written)
+            scale = tl.load(row_ptr + 13)
+            if (scale != 0.0) & (s != 0.0):  # else no v is read
+                z = spread(scale, load(variance_ptr + sample * variance_stride, element, per), z)
+    apply_row(
+        row_ptr, x, m, z, history_ptr, out_ptr, x_in_ptr, sample, element, per, active, batch, register_stride,
+        history_stride, out_stride, x_in_stride, REGISTERS, COPIES, NOISE,
+    )  # fmt: skip
 
 
 def sampler_step_out(x, outputs, table, step, history, seed, sample_ids, noise, variance, out, x_in):

@@ -14,7 +14,7 @@ LAYERS = [
     ["solvers"],
     ["ops", "kernels"],
     ["testing", "data"],
-    ["engine", "sampler", "_loop", "_request", "extensions", "rotary", "nets", "evaluate", "images"],
+    ["engine", "sampler", "_loop", "_last_layer", "_request", "extensions", "rotary", "nets", "evaluate", "images"],
     ["_probe", "_registers", "_recording", "_loop_fit", "trace"],
     ["integrations"],
     ["models"],
@@ -32,6 +32,11 @@ EXCEPTIONS = {
         "csrc/cpu/attention.cpp": "the CPU kernel is torch's own",
         "csrc/cpu/isa/attention.cpp": "so are its loops",
         "csrc/cuda/attention.cu": "its CUDA C++ kernel is written for one architecture, in csrc/cuda/hopper",
+    },
+    "patch_step": {
+        "csrc/cpu/patch_step.cpp": "the product is torch's, the row sampler_step's",
+        "csrc/cpu/isa/patch_step.cpp": "so are its loops",
+        "csrc/cuda/patch_step.cu": "the product of blocks is Triton's",
     },
     "pixelcnn_sample": {"kernels/pixelcnn_sample.py": "Triton has no state across the steps of one launch"},
     "transformer_sample": {

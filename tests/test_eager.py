@@ -30,6 +30,9 @@ CASES = {
     "group_norm_silu, modulated": lambda: ops.group_norm_silu(
         image(), rand(8), rand(8, seed=1), 4, rand(3, 8, seed=2), rand(3, 8, seed=3), silu=False
     ),
+    "add_group_norm_silu": lambda: torch.cat(
+        ops.add_group_norm_silu(image(), rand(3, 8, 5, 7, seed=4), rand(8), rand(8, seed=1), 4)
+    ),
     "diffuse": lambda: torch.cat(
         ops.diffuse(image(), *(rand(3, seed=i) for i in range(4)), seed=5, sample_ids=torch.tensor([4, 1, 7]), step=2)
     ),
@@ -57,7 +60,7 @@ def test_the_plain_form_is_the_op(name):
 
 def test_every_op_that_a_model_differentiates_has_a_plain_form():
     functions = {name for name in ops.__all__ if name[0].islower() and not name.startswith("pack_")}
-    sampling = {"logistic_mixture_sample", "pixelcnn_sample", "sampler_step", "transformer_sample"}
+    sampling = {"logistic_mixture_sample", "patch_step", "pixelcnn_sample", "sampler_step", "transformer_sample"}
     assert functions - set(eager.PLAIN) == {"backend", "qk_norm_rope", "advance", "guidance_moments"} | sampling
 
 

@@ -24,7 +24,7 @@ from genengine.benchmarks import registry, results, table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 ALL = "CPU, Triton, CUDA"
-TORCH = "CPU (torch's), Triton"
+TORCH = "CPU (torch's), Triton, CUDA (Hopper)"
 # op: what it computes; backends; directions; floor in elements moved per element; the benchmarks that show the forward
 # and the backward
 OPS = [

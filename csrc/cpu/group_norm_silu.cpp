@@ -81,14 +81,11 @@ void each_group(const GroupNorm& op, int64_t batch, BlockLoop loop) {
 // Outputs that cannot stay in the caches gain from non-temporal stores; smaller ones lose by them.
 constexpr int64_t kStreamBytes = int64_t{24} << 20;
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                                   const OptionalTensor& scale, const OptionalTensor& shift, int64_t num_groups,
-                                                   double eps, bool silu, bool channels_last) {
-  const GroupNormInputs in("group_norm_silu", x, weight, bias, scale, shift, num_groups, channels_last);
+// y, mean and rstd of the operands, whose x may be still to be written.
+std::tuple<Tensor, Tensor, Tensor> forward(const GroupNormInputs& in, GroupNorm op, double eps, bool silu) {
   Tensor y = in.like_x();
   if (in.empty()) return {y, in.no_statistics(), in.no_statistics()};
   Tensor mean = in.statistics(), rstd = in.statistics();
-  GroupNorm op = operands(in);
   op.out = y.mutable_data_ptr();
   op.mean = mean.mutable_data_ptr<float>();
   op.rstd = rstd.mutable_data_ptr<float>();
@@ -105,6 +102,28 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const Option
   op.rows = rows.mutable_data_ptr<float>();
   two_passes(op, in.batch, GENENGINE_PICK(group_norm_sums), GENENGINE_PICK(group_norm_fold), GENENGINE_PICK(group_norm_apply));
   return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                   const OptionalTensor& scale, const OptionalTensor& shift, int64_t num_groups,
+                                                   double eps, bool silu, bool channels_last) {
+  const GroupNormInputs in("group_norm_silu", x, weight, bias, scale, shift, num_groups, channels_last);
+  return forward(in, operands(in), eps, silu);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_group_norm_silu(
+    const Tensor& x, const Tensor& branch_in, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu, bool channels_last) {
+  const GroupNormInputs in("add_group_norm_silu", x, weight, bias, scale, shift, num_groups, channels_last);
+  const Tensor branch = in.dense_like_x("branch", branch_in);
+  Tensor sum = in.like_x();
+  GroupNorm op = operands(in);
+  op.left = op.x, op.left_batch = op.x_batch;
+  op.branch = branch.const_data_ptr(), op.branch_batch = batch_stride(branch);
+  op.sum = sum.mutable_data_ptr();
+  op.x = op.sum, op.x_batch = batch_stride(sum);
+  const auto [y, mean, rstd] = forward(in, op, eps, silu);
+  return {sum, y, mean, rstd};
 }
 
 void parameter_gradients(GroupNorm& op, const GroupNormInputs& in, const GroupNormGradients& out) {
@@ -124,10 +143,11 @@ void parameter_gradients(GroupNorm& op, const GroupNormInputs& in, const GroupNo
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
-    const Tensor& grad_in, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, const Tensor& mean_in, const Tensor& rstd_in, int64_t num_groups, bool silu, bool channels_last) {
-  const GroupNormInputs in("group_norm_silu_backward", x, weight, bias, scale, shift, num_groups, channels_last);
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// grad_x: the gradient of x itself, which is added to dx, or nothing.
+Gradients backward(const GroupNormInputs& in, const OptionalTensor& grad_x, const Tensor& grad_in, const Tensor& mean_in,
+                   const Tensor& rstd_in, bool silu) {
   const Tensor grad = in.dense_like_x("grad", grad_in);
   const Tensor mean = in.given_statistics("mean", mean_in), rstd = in.given_statistics("rstd", rstd_in);
   const GroupNormGradients out(in);
@@ -136,6 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   GroupNorm op = operands(in);
   op.grad = grad.const_data_ptr();
   op.grad_batch = batch_stride(grad);
+  if (grad_x) op.grad_x = grad_x->const_data_ptr(), op.grad_x_batch = batch_stride(*grad_x);
   op.out = out.dx.mutable_data_ptr();
   op.mean = mean.mutable_data_ptr<float>();
   op.rstd = rstd.mutable_data_ptr<float>();
@@ -157,10 +178,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   return {out.dx, out.dweight, out.dbias, out.dscale, out.dshift};
 }
 
+Gradients group_norm_silu_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& mean,
+                                   const Tensor& rstd, int64_t num_groups, bool silu, bool channels_last) {
+  const GroupNormInputs in("group_norm_silu_backward", x, weight, bias, scale, shift, num_groups, channels_last);
+  return backward(in, {}, grad, mean, rstd, silu);
+}
+
+Gradients add_group_norm_silu_backward(const Tensor& grad_x, const Tensor& grad, const Tensor& sum, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                                       const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu, bool channels_last) {
+  const GroupNormInputs in("add_group_norm_silu_backward", sum, weight, bias, scale, shift, num_groups, channels_last);
+  return backward(in, in.dense_like_x("grad_x", grad_x), grad, mean, rstd, silu);
+}
+
 }  // namespace
 }  // namespace genengine
 
 STABLE_TORCH_LIBRARY_IMPL(genengine, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&genengine::group_norm_silu));
   m.impl("group_norm_silu_backward", TORCH_BOX(&genengine::group_norm_silu_backward));
+  m.impl("add_group_norm_silu", TORCH_BOX(&genengine::add_group_norm_silu));
+  m.impl("add_group_norm_silu_backward", TORCH_BOX(&genengine::add_group_norm_silu_backward));
 }

@@ -18,6 +18,10 @@ constexpr int64_t kGroupNormColumns = 256;  // of a row, at least; and of the ro
 struct GroupNorm {
   const void *x, *grad;  // samples dense; strides in elements. grad: backward alone
   int64_t x_batch, grad_batch;
+  // add_group_norm_silu: the first pass writes x = left + branch, dense; its backward adds grad_x, that of x, to dx. Or null.
+  const void *left, *branch, *grad_x;
+  int64_t left_batch, branch_batch, grad_x_batch;
+  void* sum;  // x, to be written
   void* out;  // y or dx, dense
   Type type;
   const void *weight, *bias;  // (C), or null

@@ -114,35 +114,59 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                                   const OptionalTensor& scale, const OptionalTensor& shift, int64_t num_groups,
-                                                   double eps, bool silu, bool channels_last) {
-  const GroupNormInputs in("group_norm_silu", x, weight, bias, scale, shift, num_groups, channels_last);
+// y, mean and rstd. branch: added to x first, their sum written to `sum`; or nothing.
+std::tuple<Tensor, Tensor, Tensor> forward(const GroupNormInputs& in, const OptionalTensor& branch, const OptionalTensor& sum,
+                                           double eps, bool silu) {
   const Launcher launcher(in.op, in.x);
   Tensor y = in.like_x();
   if (in.empty()) return {y, in.no_statistics(), in.no_statistics()};
   Tensor mean = in.statistics(), rstd = in.statistics();
   Call call(in, launcher);
   call.require_here();
+  launcher.require_here("branch", branch);
   call.a.out = y.mutable_data_ptr();
   call.a.mean = mean.mutable_data_ptr<float>();
   call.a.rstd = rstd.mutable_data_ptr<float>();
   call.a.eps = static_cast<float>(eps);
   call.a.silu = silu;
+  if (branch) {
+    call.wide = call.wide && aligned_samples(*branch);
+    call.a.branch = branch->const_data_ptr(), call.a.branch_batch = batch_stride(*branch);
+    call.a.sum = sum->mutable_data_ptr();
+  }
   if (call.whole_groups()) return {y, mean, rstd};
   call.divide();
   call.sums<false>();
   launcher.run<group_norm_statistics_kernel>(call.blocks(in.batch * in.groups), call.a);
+  if (branch) call.a.x = call.a.sum, call.a.x_batch = batch_stride(*sum);
   call.apply<false>();
   return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
-    const Tensor& grad_in, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-    const OptionalTensor& shift, const Tensor& mean_in, const Tensor& rstd_in, int64_t num_groups, bool silu, bool channels_last) {
-  const GroupNormInputs in("group_norm_silu_backward", x, weight, bias, scale, shift, num_groups, channels_last);
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                   const OptionalTensor& scale, const OptionalTensor& shift, int64_t num_groups,
+                                                   double eps, bool silu, bool channels_last) {
+  const GroupNormInputs in("group_norm_silu", x, weight, bias, scale, shift, num_groups, channels_last);
+  return forward(in, {}, {}, eps, silu);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_group_norm_silu(
+    const Tensor& x, const Tensor& branch, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& shift, int64_t num_groups, double eps, bool silu, bool channels_last) {
+  const GroupNormInputs in("add_group_norm_silu", x, weight, bias, scale, shift, num_groups, channels_last);
+  const Tensor sum = in.like_x();
+  const auto [y, mean, rstd] = forward(in, in.dense_like_x("branch", branch), sum, eps, silu);
+  return {sum, y, mean, rstd};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// grad_x: the gradient of x itself, which is added to dx, or nothing.
+Gradients backward(const GroupNormInputs& in, const OptionalTensor& grad_x, const Tensor& grad_in, const Tensor& mean_in,
+                   const Tensor& rstd_in, bool silu) {
   const Launcher launcher(in.op, in.x);
   launcher.require_here("grad", grad_in);
+  launcher.require_here("grad_x", grad_x);
   launcher.require_here("mean", mean_in);
   launcher.require_here("rstd", rstd_in);
   const Tensor grad = in.dense_like_x("grad", grad_in);
@@ -152,9 +176,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   Tensor sums = torch::stable::new_empty(in.x, {in.batch, 2, in.channels}, ScalarType::Float);
   Call call(in, launcher);
   call.require_here();
-  call.wide = call.wide && aligned_samples(grad);
+  call.wide = call.wide && aligned_samples(grad) && aligned_samples(grad_x);
   call.a.grad = grad.const_data_ptr();
   call.a.grad_batch = batch_stride(grad);
+  if (grad_x) call.a.grad_x = grad_x->const_data_ptr(), call.a.grad_x_batch = batch_stride(*grad_x);
   call.a.out = out.dx.mutable_data_ptr();
   call.a.mean = mean.mutable_data_ptr<float>();
   call.a.rstd = rstd.mutable_data_ptr<float>();
@@ -173,10 +198,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   return {out.dx, out.dweight, out.dbias, out.dscale, out.dshift};
 }
 
+Gradients group_norm_silu_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                   const OptionalTensor& scale, const OptionalTensor& shift, const Tensor& mean,
+                                   const Tensor& rstd, int64_t num_groups, bool silu, bool channels_last) {
+  const GroupNormInputs in("group_norm_silu_backward", x, weight, bias, scale, shift, num_groups, channels_last);
+  return backward(in, {}, grad, mean, rstd, silu);
+}
+
+Gradients add_group_norm_silu_backward(const Tensor& grad_x, const Tensor& grad, const Tensor& sum, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                                       const Tensor& mean, const Tensor& rstd, int64_t num_groups, bool silu, bool channels_last) {
+  const GroupNormInputs in("add_group_norm_silu_backward", sum, weight, bias, scale, shift, num_groups, channels_last);
+  return backward(in, in.dense_like_x("grad_x", grad_x), grad, mean, rstd, silu);
+}
+
 }  // namespace
 }  // namespace genengine
 
 STABLE_TORCH_LIBRARY_IMPL(genengine, CUDA, m) {
   m.impl("group_norm_silu", TORCH_BOX(&genengine::group_norm_silu));
   m.impl("group_norm_silu_backward", TORCH_BOX(&genengine::group_norm_silu_backward));
+  m.impl("add_group_norm_silu", TORCH_BOX(&genengine::add_group_norm_silu));
+  m.impl("add_group_norm_silu_backward", TORCH_BOX(&genengine::add_group_norm_silu_backward));
 }

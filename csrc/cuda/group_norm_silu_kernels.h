@@ -19,6 +19,10 @@ struct GroupNormArguments {
   const void *x, *grad;
   void* out;
   int64_t x_batch, grad_batch;
+  // add_group_norm_silu: sum = x + branch is written as x is read; its backward adds grad_x to dx. Or null.
+  const void *branch, *grad_x;
+  void* sum;  // dense
+  int64_t branch_batch, grad_x_batch;
   const void *weight, *bias, *scale, *shift;  // or null
   int64_t scale_batch, shift_batch;
   Type parameter_type, modulation_type;
@@ -63,6 +67,18 @@ __device__ __forceinline__ void write_rows(const GroupNormArguments& a, int64_t 
   row[0] = mean;
   row[a.channels] = folded.gain;
   row[2 * a.channels] = folded.offset;
+}
+
+// V elements of sample b from `at` of the rest; with a branch their sum, as it was rounded and written.
+template <class T, int V>
+__device__ __forceinline__ void read_sum(const GroupNormArguments& a, int64_t b, int64_t at, float* x) {
+  read<V>(static_cast<const T*>(a.x) + b * a.x_batch + at, x);
+  if (!a.branch) return;
+  float branch[V];
+  read<V>(static_cast<const T*>(a.branch) + b * a.branch_batch + at, branch);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = widen(narrow<T>(x[i] + branch[i]));
+  write<V>(static_cast<T*>(a.sum) + b * a.channels * a.pixels + at, x);
 }
 
 // ---- moments ---------------------------------------------------------------------------------------------------------
@@ -149,7 +165,7 @@ __device__ __forceinline__ void column_sums(const GroupNormArguments& a) {
       }
       for (int64_t pixel = first + threadIdx.y; pixel < last; pixel += 8) {
         float x[V], grad[V] = {};
-        read<V>(static_cast<const T*>(a.x) + b * a.x_batch + pixel * a.channels + column, x);
+        read_sum<T, V>(a, b, pixel * a.channels + column, x);
         if constexpr (Backward) read<V>(static_cast<const T*>(a.grad) + b * a.grad_batch + pixel * a.channels + column, grad);
 #pragma unroll
         for (int i = 0; i < V; ++i) sums[i].add(a, x[i], grad[i], mean[i], {gain[i], offset[i]});
@@ -206,7 +222,7 @@ __device__ __forceinline__ void line_sums(const GroupNormArguments& a) {
   Sum sum;
   for (int64_t pixel = first + threadIdx.x * V; pixel < last; pixel += 32 * V) {
     float x[V], grad[V] = {};
-    read<V>(static_cast<const T*>(a.x) + b * a.x_batch + c * a.pixels + pixel, x);
+    read_sum<T, V>(a, b, c * a.pixels + pixel, x);
     if constexpr (Backward) read<V>(static_cast<const T*>(a.grad) + b * a.grad_batch + c * a.pixels + pixel, grad);
 #pragma unroll
     for (int i = 0; i < V; ++i) sum.add(a, x[i], grad[i], mean, folded);
@@ -378,15 +394,17 @@ __device__ __forceinline__ void apply_lines(const GroupNormArguments& a) {
       if (first + line >= lines) break;
       if constexpr (!Last) load_constants<V, Last, Backward>(a, b, first + line, k);
       const int64_t at = (first + line) * width + column;
-      float x[V], grad[V];
+      float x[V], grad[V], grad_x[V] = {};
       read<V>(static_cast<const T*>(a.x) + b * a.x_batch + at, x);
       if constexpr (Backward) read<V>(static_cast<const T*>(a.grad) + b * a.grad_batch + at, grad);
+      if constexpr (Backward)
+        if (a.grad_x) read<V>(static_cast<const T*>(a.grad_x) + b * a.grad_x_batch + at, grad_x);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float v = group_norm_v(x[i], k.mean[i], {k.gain[i], k.offset[i]});
         if constexpr (Backward) {
           const float dv = a.silu ? grad[i] * silu_slope(v) : grad[i];
-          x[i] = dv * k.gain[i] - multiply_add(x[i] - k.mean[i], k.mean_gx[i], k.mean_g[i]);
+          x[i] = grad_x[i] + (dv * k.gain[i] - multiply_add(x[i] - k.mean[i], k.mean_gx[i], k.mean_g[i]));
         } else {
           x[i] = a.silu ? silu(v) : v;
         }
@@ -413,10 +431,9 @@ __global__ void __launch_bounds__(512) group_norm_group_vectorised(const __grid_
   const int group = static_cast<int>(blockIdx.x);
   const int64_t b = group / a.groups, begin = static_cast<int64_t>(group % a.groups) * a.group_channels;
   const int size = static_cast<int>(a.group_channels * a.pixels), pixels = static_cast<int>(a.pixels);
-  const T* from = static_cast<const T*>(a.x) + b * a.x_batch + begin * a.pixels;
   float x[V * Items], sum[1] = {0.f}, squares[1] = {0.f};
   each_group<V, Items>(size, [&](int k, int at) {
-    read<V>(from + at, x + k);
+    read_sum<T, V>(a, b, begin * a.pixels + at, x + k);
 #pragma unroll
     for (int i = 0; i < V; ++i) sum[0] += x[k + i];
   });

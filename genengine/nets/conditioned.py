@@ -7,12 +7,24 @@ into everything its blocks need of it, and runs from there: so a sampling run co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from genengine.nets import configs, layers
+
+
+class LastLayer(NamedTuple):
+    """A linear layer (weight (F, D), bias (F,) or None) of which F features are a patch: row, column, channel.
+
+    `genengine.sample` can join it to the solver's row.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    patch_size: int
 
 
 class Conditioned(nn.Module):
@@ -30,6 +42,14 @@ class Conditioned(nn.Module):
     def _run(self, x, modulation):
         """The network behind its embeddings: x (B, C, H, W), modulation (B, M)."""
         raise NotImplementedError
+
+    def _tokens(self, x, modulation):
+        """`_run` up to `last_layer`: tokens (B, N, D). Of networks that have one."""
+        raise NotImplementedError
+
+    def last_layer(self) -> LastLayer | None:
+        """The layer that ends `_run`, if it is a product of tokens and nothing but."""
+        return None
 
     @classmethod
     def from_config(cls, config, *, seed=0, **overrides):
@@ -91,7 +111,8 @@ class Conditioned(nn.Module):
             t_rows: (R, B) float32, model time of each table row and sample.  y: (B,) int64 or None.
         Returns:
             A `Scheduled`: step_fn(x, row) -> output, with x (B, C, H, W) and row (B,) integer, on the device; rows
-            beyond the last are read as the last (a finished sample).
+            beyond the last are read as the last (a finished sample). Its last_layer, if not None, makes the output of
+            its tokens(x, row) -> (B, N, D).
         Raises:
             ValueError, TypeError: y as in `forward`, its values checked on every device.
         """
@@ -132,13 +153,24 @@ class Scheduled:
         self._rows = rows.new_empty(t_rows.shape[1], rows.shape[1])  # written anew by each step
 
     def __call__(self, x, row):
+        return self._net._run(x, self._modulation(row))
+
+    def tokens(self, x, row):
+        """What `last_layer` makes the output of: (B, N, D)."""
+        return self._net._tokens(x, self._modulation(row))
+
+    @property
+    def last_layer(self) -> LastLayer | None:
+        return self._net.last_layer()
+
+    def _modulation(self, row):
         index = row.long().clamp(max=len(self._place) - 1).unsqueeze(0)
         index = self._place.gather(0, index).squeeze(0)
         if self._fixed:
             rows = self._table.index_select(0, index)
         else:
             rows = torch.index_select(self._table, 0, index, out=self._rows)
-        return self._net._run(x, rows if self._product else self._net.modulation(rows))
+        return rows if self._product else self._net.modulation(rows)
 
     def update(self, t_rows, y=None):
         """Take another run's times and labels, and the weights as they are now; False where they do not fit.

@@ -18,7 +18,8 @@ from torch import nn
 
 from genengine import ops
 from genengine.nets import layers
-from genengine.nets.conditioned import Conditioned
+from genengine.nets.conditioned import Conditioned, LastLayer
+from genengine.ops.patch_step import unpatchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +154,17 @@ class DiT(Conditioned):
                 layers.init_xavier_(parameter, seed=seed, index=index)
 
     def _run(self, x, modulation):
+        tokens = self.final_layer.linear(self._tokens(x, modulation))
+        return unpatchify(tokens, self.grid, self.config.patch_size, self.out_channels)
+
+    def last_layer(self):
+        layer = self.final_layer.linear
+        plain = type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+        if not plain or type(self)._run is not DiT._run:
+            return None
+        return LastLayer(layer.weight, layer.bias, self.config.patch_size)
+
+    def _tokens(self, x, modulation):
         b, d = x.shape[0], self.config.dim
         # 6 depth + 2 views (B, D); row stride (6 depth + 2) D
         rows = modulation.view(b, 6 * self.config.depth + 2, d).unbind(1)
@@ -163,7 +175,7 @@ class DiT(Conditioned):
             r = rows[6 * i : 6 * i + 8]
             x, h = ops.gated_adaln(x, block.attn(h), r[2], r[4], r[3])
             x, h = ops.gated_adaln(x, block.mlp(h), r[5], r[7], r[6])
-        return layers.unpatchify(self.final_layer.linear(h), self.grid, self.config.patch_size, self.out_channels)
+        return h
 
 
 def _modulation_parts(net, prefix):

@@ -14,6 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from genengine import ops
+from genengine.ops import _registry
+from genengine.ops.bias_act import BIAS_ACT
+
+# Where `linear_gelu` takes cuBLASLt's epilogue on a GPU: it saves writing and reading the hidden activations, 8 of the
+# 16 units (rows x D x 2 bytes) that pass between the products of a DiT block; in float32 the products themselves take
+# so long that there is little to save. `genengine bench linear_epilogues` times both.
+GELU_EPILOGUE: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
 
 def linear(in_features, out_features):
@@ -86,13 +93,6 @@ class PatchEmbed(nn.Module):
         x = x.reshape(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, C, p, p)
         x = x.reshape(b, (height // p) * (width // p), c * p * p)  # (B, N, C p p); no -1, B may be 0
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
-
-
-def unpatchify(tokens, grid, patch_size, channels):
-    """Tokens (B, N, p*p*C), features in the order (row, column, channel), to images (B, C, H, W)."""
-    b, p = tokens.shape[0], patch_size
-    x = tokens.reshape(b, grid[0], grid[1], p, p, channels).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
-    return x.reshape(b, channels, grid[0] * p, grid[1] * p)
 
 
 class TimestepEmbedder(nn.Module):
@@ -171,6 +171,32 @@ class Attention(nn.Module):
         return self.proj(ops.attention(q, k, v, causal=self.causal).reshape(b, n, d))
 
 
+def linear_gelu(x, weight, bias):
+    """y = gelu(x W^T + bias), with the tanh form of GELU: the middle of an MLP.
+
+    For inference on a GPU in a dtype of `GELU_EPILOGUE` it is one kernel, a product that ends in bias and GELU, both in
+    float32. Elsewhere the product is followed by `bias_gelu`, which rounds it once more and has a backward; as it is
+    under autocast and where a `genengine.backend` is named.
+
+    Args:
+        x: (..., D).  weight: (hidden, D).  bias: (hidden,). All of one dtype and device.
+    Returns:
+        (..., hidden), x's dtype.
+    """
+    if not _takes_epilogue(x, weight, bias):
+        return ops.bias_gelu(F.linear(x, weight), bias, approximate="tanh")
+    rows = x.reshape(-1, x.shape[-1])  # on a GPU the op has GELU's tanh form; elsewhere it would not
+    return torch._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], len(weight))
+
+
+def _takes_epilogue(*tensors):
+    x = tensors[0]
+    if not x.is_cuda or x.dtype not in GELU_EPILOGUE or x.numel() == 0 or torch.is_autocast_enabled("cuda"):
+        return False
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not needs_grad and _registry.named(BIAS_ACT) is None
+
+
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x))), with the tanh form of GELU; fc1's bias is added where GELU passes over the product anyway."""
 
@@ -180,5 +206,4 @@ class Mlp(nn.Module):
         self.fc2 = linear(hidden, dim)
 
     def forward(self, x):
-        hidden = F.linear(x, self.fc1.weight)
-        return self.fc2(ops.bias_gelu(hidden, self.fc1.bias, approximate="tanh"))
+        return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))

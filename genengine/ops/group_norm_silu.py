@@ -1,4 +1,5 @@
-"""group_norm_silu: group normalisation, its modulation by the time embedding, and SiLU, as U-Nets chain them."""
+"""group_norm_silu: group normalisation, its modulation by the time embedding, and SiLU, as U-Nets chain them;
+add_group_norm_silu: the sum that ends a residual branch, and that of it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from genengine.ops import _check, _registry
 from genengine.ops._activations import ACTIVATIONS
-from genengine.ops._cost import per_element, traffic
+from genengine.ops._cost import Cost, per_element, traffic
 
 
 def group_norm_silu(
@@ -47,10 +48,52 @@ def group_norm_silu(
     """
     _check_all(x, weight, bias, num_groups, scale, shift, eps, silu)
     run = _registry.resolve(_registry.OPS["group_norm_silu"], x.device, x.dtype, backend)
-    channels_last = x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1 and x.shape[2:].numel() > 1
+    channels_last = _channels_last(x)
     folded = _fold(x, channels_last)
     y, _, _ = run(folded, weight, bias, scale, shift, num_groups, float(eps), silu, channels_last)
     return _unfold(y, x.shape, channels_last)
+
+
+def add_group_norm_silu(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The end of one residual branch and the norm that opens the next, in one pass fewer over the sum.
+
+        x' = x + branch
+        y  = group_norm_silu(x', weight, bias, num_groups, scale, shift, eps, silu=silu)
+
+    x, branch: (B, C, ...), of one dtype; a branch in another memory format than x is copied once. The rest, and what is
+    raised: as for `group_norm_silu`. Differentiable once, in all tensors, in reverse mode.
+    Returns x' and y, like x in shape, dtype and memory format. y is the norm of x' as it was rounded.
+    Cost: reads x, branch, weight, bias, scale, shift, writes x', y, mean, rstd; flops and exponentials as
+    `group_norm_silu`, and 1 flop. Backward: reads grad_x, grad, x', weight, bias, scale, shift, mean, rstd, writes dx
+    (dbranch is the same), dweight, dbias, dscale, dshift; as `group_norm_silu`, and 1 flop.
+    He et al. 2016, "Identity mappings in deep residual networks" (the norm opens the branch).
+    """
+    op = "add_group_norm_silu"
+    _check_all(x, weight, bias, num_groups, scale, shift, eps, silu, op)
+    _check.shape(op, "branch", branch, "x's shape", x.shape)
+    _check.same_dtype(op, "branch", branch, "x", x)
+    _check.same_device(op, "branch", branch, "x", x)
+    run = _registry.resolve(_registry.OPS[op], x.device, x.dtype, backend)
+    channels_last = _channels_last(x)
+    folded = _fold(x, channels_last), _fold(branch, channels_last)
+    x_out, y, _, _ = run(*folded, weight, bias, scale, shift, num_groups, float(eps), silu, channels_last)
+    return _unfold(x_out, x.shape, channels_last), _unfold(y, x.shape, channels_last)
+
+
+def _channels_last(x):
+    return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1 and x.shape[2:].numel() > 1
 
 
 def _fold(x, channels_last):
@@ -67,8 +110,7 @@ def _unfold(y, shape, channels_last):
     return y.view(shape)
 
 
-def _check_all(x, weight, bias, num_groups, scale, shift, eps, silu):
-    op = "group_norm_silu"
+def _check_all(x, weight, bias, num_groups, scale, shift, eps, silu, op="group_norm_silu"):
     _check.dtype(op, "x", x)
     if x.dim() < 2:
         raise ValueError(f"{op}: x must be (B, C, ...), got {tuple(x.shape)}; add a batch dimension with x[None]")
@@ -154,6 +196,17 @@ def reference_group_norm_silu_backward(
     )
 
 
+def reference_add_group_norm_silu(x, branch, *rest):
+    x_out = _out(_wide(x) + _wide(branch), x.dtype)
+    return x_out, *reference_group_norm_silu(x_out, *rest)
+
+
+def reference_add_group_norm_silu_backward(grad_x, grad, x_out, *rest):
+    """dx = dbranch = grad_x + dx of `group_norm_silu` at x'; the rest as there."""
+    wide, *rows = reference_group_norm_silu_backward(grad, _wide(x_out), *rest)
+    return _out(_wide(grad_x) + wide, x_out.dtype), *rows
+
+
 def _grouped(x, num_groups):
     batch, channels, size = x.shape
     return x.reshape(batch, num_groups, channels // num_groups * size)
@@ -222,6 +275,34 @@ def _grads(ops, ctx, grad_y, grad_mean, grad_rstd):
     return dx, *given, None, None, None, None
 
 
+def _fake_add(x, branch, *rest):
+    return x.new_empty(x.shape), *_fake(x, *rest)
+
+
+def _fake_add_backward(grad_x, *rest):
+    return _fake_backward(*rest)
+
+
+def _save_add(ctx, inputs, output):
+    _save(ctx, (output[0], *inputs[2:]), output[1:])
+
+
+def _add_grads(ops, ctx, grad_x, grad_y, grad_mean, grad_rstd):
+    saved = ctx.saved_tensors
+    grads = [grad for grad in (grad_x, grad_y) if grad is not None]
+    _check.no_grad_needed(
+        "add_group_norm_silu_backward", (*grads, *saved), "it is differentiable once: drop create_graph=True"
+    )
+    grad_y = torch.zeros_like(saved[0]) if grad_y is None else grad_y
+    flags = (ctx.num_groups, ctx.silu, ctx.channels_last)
+    if grad_x is None:  # x' went nowhere else
+        dx, *rest = ops.group_norm_silu_backward(grad_y, *saved, *flags)
+    else:
+        dx, *rest = ops.add_group_norm_silu_backward(grad_x, grad_y, *saved, *flags)
+    given = (None if tensor is None else grad for tensor, grad in zip(saved[1:5], rest, strict=True))
+    return dx, dx, *given, None, None, None, None
+
+
 def _cost(arguments, results):
     x, weight, _, scale, _, _, _, silu, _ = arguments
     flops, exps = ACTIVATIONS["silu"].work(0) if silu else (0, 0)
@@ -238,6 +319,16 @@ def _cost_backward(arguments, results):
     if scale is not None:
         flops += 5 + 2 * silu  # 1 + scale, dv (1 + scale), dscale, dshift; v
     return per_element(traffic(arguments, results), grad.numel(), flops, exps)
+
+
+def _cost_add(arguments, results):
+    x, branch, *rest = arguments
+    return _cost((x, *rest), results[1:]) + Cost(traffic(branch, results[0]), x.numel())
+
+
+def _cost_add_backward(arguments, results):
+    grad_x, *rest = arguments
+    return _cost_backward(tuple(rest), results) + Cost(traffic(grad_x), grad_x.numel())
 
 
 _ROWS = "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
@@ -258,4 +349,22 @@ _registry.define(
     setup_context=_save,
     module="group_norm_silu",
     cost=_cost,
+)
+_registry.define(
+    f"add_group_norm_silu_backward(Tensor grad_x, Tensor grad, Tensor x_out, {_ROWS}, Tensor mean, Tensor rstd, "
+    "int num_groups, bool silu, bool channels_last) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference_add_group_norm_silu_backward,
+    fake=_fake_add_backward,
+    module="group_norm_silu",
+    cost=_cost_add_backward,
+)
+_registry.define(
+    f"add_group_norm_silu(Tensor x, Tensor branch, {_ROWS}, int num_groups, float eps, bool silu, bool channels_last) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference_add_group_norm_silu,
+    fake=_fake_add,
+    backward=_add_grads,
+    setup_context=_save_add,
+    module="group_norm_silu",
+    cost=_cost_add,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genengine import random
-from genengine.ops import _check, _layout, _registry
+from genengine.ops import _check, _layout, _registry, _row_checks
 from genengine.ops._cost import Cost, per_element, traffic
 from genengine.ops.normal import NORMAL_EXPS, NORMAL_FLOPS, exp_ieee, reference_normal
 from genengine.table import COLUMNS
@@ -16,7 +16,6 @@ from genengine.table import COLUMNS
 _STEP_STREAM = random.STREAMS["step"]
 _INDEX = {name: index for index, name in enumerate(COLUMNS)}
 MAX_BRANCHES = 3
-MAX_HISTORY = 3
 
 
 def sampler_step(
@@ -74,9 +73,11 @@ def sampler_step(
     sample_ids = _check.sample_ids("sampler_step", sample_ids, x.device, batch)
     if out is None:
         out = torch.empty_like(x, memory_format=_layout.memory_format(x))
-    _check_written_layout(out, history, x_in)
+    _row_checks.check_written_layout("sampler_step", out, history, x_in)
     if not torch.compiler.is_compiling():
-        _check_overlaps(out, history, x_in, x, outputs, noise, variance)
+        read = [(f"outputs[{i}]", output) for i, output in enumerate(outputs)]
+        read += [("noise", noise), ("variance", variance)]
+        _row_checks.check_overlaps("sampler_step", out, history, x_in, x, read)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if noise is not None:
         noise = noise.to(wide)
@@ -98,7 +99,7 @@ def advance(step: Tensor, table: Tensor, t: Tensor, *, backend: str | None = Non
     Cost: reads step, an entry of the table per sample, writes step, t; no flops, no exponential.
     """
     _check.dtype("advance", "step", step, (torch.int32,))
-    _check_table("advance", table, step, shared=True)
+    _row_checks.check_table("advance", table, step, shared=True)
     for name, tensor in (("step", step), ("table", table), ("t", t)):
         if not tensor.is_contiguous():
             raise ValueError(f"advance: {name} must be contiguous, got strides {tensor.stride()}; use .contiguous()")
@@ -184,14 +185,24 @@ def reference_advance(step, table, t):
 
 def _cost(arguments, results):
     x, outputs, table, step, history, seed, sample_ids, noise, variance, out, x_in = arguments
-    drawn = noise is None and seed is not None
-    variance = variance if drawn or noise is not None else None  # nothing to scale
-    rows = x.shape[0] * len(COLUMNS) * table.element_size()
-    moved = rows + traffic(x, outputs, step, history, seed, sample_ids, noise, variance, out, x_in)
+    variance = variance if seed is not None or noise is not None else None  # nothing to scale
     branches = sum(output.shape[0] for output in outputs) // max(x.shape[0], 1)
+    moved = row_bytes(x, table) + traffic(x, outputs, step, history, seed, sample_ids, noise, variance, out, x_in)
+    flops, exps = row_work(branches, history, seed, noise, variance is not None, x_in)
+    return per_element(moved, x.numel(), flops, exps)
+
+
+def row_bytes(x, table):
+    """Bytes of a row for each sample."""
+    return x.shape[0] * len(COLUMNS) * table.element_size()
+
+
+def row_work(branches, history, seed, noise, learned, x_in):
+    """(flops, exps) per element of x of a row, as `sampler_step` states them; learned: with a variance to scale by."""
+    drawn = noise is None and seed is not None
     flops = 8 + 3 * (branches - 1) + 2 * (0 if history is None else history.shape[0]) + (x_in is not None)
-    flops += 2 * (drawn or noise is not None) + 3 * (variance is not None) + drawn * NORMAL_FLOPS
-    return per_element(moved, x.numel(), flops, exps=(variance is not None) + drawn * NORMAL_EXPS)
+    flops += 2 * (drawn or noise is not None) + 3 * learned + drawn * NORMAL_FLOPS
+    return flops, learned + drawn * NORMAL_EXPS
 
 
 def _cost_advance(arguments, results):
@@ -239,17 +250,17 @@ def _check_arguments(x, outputs, table, step, history, seed, noise, variance, ou
             f"{op}: outputs must have x's dtype {x.dtype}, or be 16-bit beside a float32 x, got {outputs[0].dtype}; "
             "convert x with .float()"
         )
-    _check_step(op, step, x)
-    _check_table(op, table, step)
-    _check_draws(op, x, seed, noise)
+    _row_checks.check_step(op, step, x)
+    _row_checks.check_table(op, table, step)
+    _row_checks.check_draws(op, x, seed, noise)
     if variance is not None:
         _check.same_dtype(op, "variance", variance, "outputs", outputs[0])
         _check.shape(op, "variance", variance, "x's shape", x.shape)
         _check.same_device(op, "variance", variance, "x", x)
     if history is not None:
-        _check_history(op, history, x)
+        _row_checks.check_history(op, history, x)
     if x_in is not None:
-        _check_x_in(op, x_in, x, outputs[0])
+        _row_checks.check_x_in(op, x_in, x, outputs[0], "outputs")
     if out is not None:
         _check.same_dtype(op, "out", out, "x", x)
         _check.shape(op, "out", out, "x's shape", x.shape)
@@ -262,86 +273,3 @@ def _stacks(output, x):
     if output.shape[1:] != x.shape[1:] or output.dim() == 0 or batch == 0:
         return False
     return output.shape[0] % batch == 0 and output.shape[0] // batch <= MAX_BRANCHES
-
-
-def _check_step(op, step, x):
-    _check.dtype(op, "step", step, (torch.int32,))
-    _check.shape(op, "step", step, "(B,)", (x.shape[0],))
-    _check.same_device(op, "step", step, "x", x)
-
-
-def _check_table(op, table, step, shared=False):
-    """shared: the batch may be several copies of the table's, as where the branches of a model step together."""
-    _check.dtype(op, "table", table, (torch.float32, torch.float64))
-    batch = step.shape[0]
-    columns = len(COLUMNS)
-    if table.dim() != 3 or table.shape[2] != columns or table.shape[0] == 0:
-        raise ValueError(f"{op}: table must be (R, B or 1, {columns}) with R >= 1, got {tuple(table.shape)}")
-    fits = table.shape[1] in (1, batch) or (shared and table.shape[1] > 0 and batch % table.shape[1] == 0)
-    if not fits:
-        raise ValueError(f"{op}: table must be (R, B or 1, {columns}) with B = {batch}, got {tuple(table.shape)}")
-    _check.same_device(op, "table", table, "step", step)
-
-
-def _check_draws(op, x, seed, noise):
-    if seed is not None and noise is not None:
-        raise ValueError(f"{op}: seed and noise exclude each other, got both; leave one out")
-    if noise is not None:
-        _check.dtype(op, "noise", noise)
-        _check.shape(op, "noise", noise, "x's shape", x.shape)
-        _check.same_device(op, "noise", noise, "x", x)
-
-
-def _check_history(op, history, x):
-    _check.dtype(op, "history", history, (torch.float32, torch.float64))
-    if history.dim() != x.dim() + 1 or history.shape[1:] != x.shape or not 1 <= history.shape[0] <= MAX_HISTORY:
-        raise ValueError(
-            f"{op}: history must be (K, {', '.join(map(str, x.shape))}) with 1 <= K <= {MAX_HISTORY}, "
-            f"got {tuple(history.shape)}"
-        )
-    _check.same_device(op, "history", history, "x", x)
-
-
-def _check_x_in(op, x_in, x, output):
-    _check.same_dtype(op, "x_in", x_in, "outputs", output)
-    if x_in.dim() != x.dim() or x_in.shape[1:] != x.shape[1:] or (x.shape[0] and x_in.shape[0] % x.shape[0]):
-        raise ValueError(f"{op}: x_in must be (k B, ...) with (B, ...) = {tuple(x.shape)}, got {tuple(x_in.shape)}")
-    _check.same_device(op, "x_in", x_in, "x", x)
-
-
-def _check_written_layout(out, history, x_in):
-    """What is written cannot be copied first: it must share one layout."""
-    if not (_layout.dense(out) or _layout.channels_last(out)):
-        raise ValueError(f"sampler_step: out must be contiguous or channels_last, got strides {out.stride()}")
-    written = [("x_in", x_in)] if x_in is not None else []
-    if history is not None and history.shape[1]:
-        written += [(f"history[{k}]", history[k]) for k in range(history.shape[0])]
-    for name, tensor in written:
-        if _layout.like(tensor, out) is not tensor:
-            raise ValueError(
-                f"sampler_step: {name} must be laid out like out (strides {out.stride()}), got {tensor.stride()}; "
-                "allocate it in the same memory format"
-            )
-
-
-def _check_overlaps(out, history, x_in, x, outputs, noise, variance):
-    """What is written must not overlap what is read or written besides, but for x updated in place."""
-    written = [(name, t) for name, t in (("out", out), ("history", history), ("x_in", x_in)) if t is not None]
-    read = [("x", x), *((f"outputs[{i}]", output) for i, output in enumerate(outputs))]
-    read += [(name, t) for name, t in (("noise", noise), ("variance", variance)) if t is not None]
-    for index, (name, tensor) in enumerate(written):
-        if tensor.numel() and any(
-            size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-        ):
-            raise ValueError(f"sampler_step: {name} must not be expanded, got strides {tensor.stride()}; use .clone()")
-        for other_name, other in (*written[:index], *read):
-            in_place = name == "out" and other_name == "x" and _same_memory(out, x)
-            if not in_place and _check.overlap(tensor, other):
-                raise ValueError(
-                    f"sampler_step: {name} must not overlap {other_name}; pass a tensor of its own"
-                    + (", or x itself" if name == "out" else "")
-                )
-
-
-def _same_memory(a, b):
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()

@@ -74,7 +74,8 @@ def cost(func, arguments, result, reads, writes) -> Cost:
     written = sum(operand.nbytes for operand in writes)
     if name in _GATHERS and reads:
         distinct[reads[0].region] = min(reads[0].nbytes, written)
-    exps = math.prod(writes[0].shape) if name.rstrip("_") in _EXPONENTIALS and writes else 0
+    takes_exps = name.rstrip("_") in _EXPONENTIALS or (name == "aten::_addmm_activation" and arguments[-1])
+    exps = math.prod(writes[0].shape) if takes_exps and writes else 0
     return Cost(sum(distinct.values()) + written, _flops(func, arguments, result), exps)
 
 
@@ -131,6 +132,9 @@ def _flops(func, arguments, result) -> int:
     if func._schema.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
         query, key = arguments[0], arguments[1]  # (B, H, N, D), (B, H, M, D): two products
         return 4 * query.numel() * key.shape[-2] // half
+    if func._schema.name == "aten::_addmm_activation":  # as addmm, and torch has no formula for it
+        (rows, dim), columns = arguments[1].shape, arguments[2].shape[1]
+        return 2 * rows * dim * columns
     formula = flop_registry.get(func._overloadpacket)
     if formula is None:
         return 0

@@ -68,6 +68,11 @@ def _group_norm_silu(draw, shape):
     return (x, draw(shape[1]), draw(shape[1]), min(32, shape[1])), {}
 
 
+def _add_group_norm_silu(draw, shape):
+    (x, *rest), _ = _group_norm_silu(draw, shape)
+    return (x, draw(*shape).contiguous(memory_format=torch.channels_last), *rest), {}
+
+
 def _bias_act(draw, shape):
     return (draw(*shape), draw(shape[1])), {"activation": "lrelu"}
 
@@ -109,6 +114,16 @@ def _sampler_step(draw, shape):
         torch.zeros(shape[0], dtype=torch.int32, device=device),
     )
     return (draw(*shape).float(), output, rows, step), {"seed": 0, "x_in": torch.empty_like(output)}
+
+
+def _patch_step(draw, shape):
+    """The same row behind the last layer of a DiT of 384 features, patches of 2 (of 1 where H or W is odd)."""
+    batch, channels, height, width = shape
+    patch = 1 if height % 2 or width % 2 else 2
+    (x, output, rows, step), options = _sampler_step(draw, shape)
+    h = draw(2 * batch, (height // patch) * (width // patch), 384)
+    weight, bias = draw(patch**2 * channels, 384) / 384**0.5, draw(patch**2 * channels)
+    return (x, h, weight, bias, rows, step), options | {"patch_size": patch}
 
 
 def _log_prob(draw, shape):
@@ -156,6 +171,7 @@ OPS: dict[str, Inputs] = {
     "attention": Inputs(*_HEADS, _attention),
     "qk_norm_rope": Inputs(*_HEADS, _qk_norm_rope),
     "group_norm_silu": Inputs((4, 256, 64, 64), "(B, C, H, W)", _group_norm_silu),
+    "add_group_norm_silu": Inputs((4, 256, 64, 64), "(B, C, H, W)", _add_group_norm_silu),
     "bias_act": Inputs((16, 256, 32, 32), "(B, C, H, W)", _bias_act),
     "bias_gelu": Inputs(*_HIDDEN, lambda draw, s: ((draw(*s), draw(s[-1])), {"approximate": "tanh"})),
     "geglu": Inputs(*_HIDDEN, lambda draw, s: ((draw(*s),), {})),
@@ -163,6 +179,7 @@ OPS: dict[str, Inputs] = {
     "diffuse": Inputs(*_IMAGE, _diffuse),
     "reparameterize": Inputs((64, 4, 32, 32), "(B, C, H, W)", _reparameterize),
     "sampler_step": Inputs(*_IMAGE, _sampler_step),
+    "patch_step": Inputs((16, 4, 32, 32), "(B, C, H, W)", _patch_step),
     "guidance_moments": Inputs(*_IMAGE, _guidance_moments),
     "ema_update": Inputs((200, 65536), "(tensors, elements of each)", _ema_update),
     "logistic_mixture_log_prob": Inputs((16, 3, 32, 32), "(B, C, H, W)", _log_prob),

@@ -1,4 +1,4 @@
-"""Cases of group_norm_silu and its backward: groups held on chip and groups in chunks, both layouts, odd sizes."""
+"""Cases of group_norm_silu, add_group_norm_silu, their backwards: groups on chip and in chunks, layouts, odd sizes."""
 
 from collections.abc import Callable
 
@@ -13,20 +13,39 @@ _LARGE = ((32, 2, 1024), (48, 3, 1500), (9, 3, 2500), (640, 32, 100))
 _KINDS = ((True, True, True), (True, False, True), (False, False, True), (False, True, False))  # rows, modulation, silu
 
 
-def _maker(backward: bool) -> Callable:
+def _maker(backward: bool, add: bool = False) -> Callable:
     def make(generator, device):
         pairs = [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
         found = []
         for i, (dtype, narrow) in enumerate(pairs):
-            for j, size in enumerate((*_SMALL, *_LARGE)):
+            for j, size in enumerate((*_SMALL[:: 1 + add], *_LARGE[:: 1 + add])):
                 for last in (False, True):
                     kind = _KINDS[(i + j + last) % len(_KINDS)]
                     label = f"{dtype}/{narrow}, (C, G, S) = {size}, channels_last {last}, kind {kind}"
                     args = _arguments(generator, device, dtype, narrow, size, last, kind, backward)
-                    found.append(Case(label, args, large=size in _LARGE or narrow != dtype, dtypes=(dtype, narrow)))
+                    slack = {}
+                    if add:  # x is the sum of two, or has a gradient of its own
+                        other = torch.randn(args[0].shape, generator=generator).to(device, dtype)
+                        args = (other, *args) if backward else (*_summands(args[0], other), *args[1:])
+                        slack = {} if backward else {3: _merging(*args)}
+                    large = size in _LARGE or narrow != dtype
+                    found.append(Case(label, args, large=large, dtypes=(dtype, narrow), slack=slack))
         return found
 
     return make
+
+
+def _summands(*tensors):
+    """The tensors; in eighths where Triton's interpreter would truncate their sum to bfloat16, not round it."""
+    if tensors[0].dtype != torch.bfloat16 or not _registry.triton_interpreted():
+        return tensors
+    return tuple((8 * tensor).round() / 8 for tensor in tensors)
+
+
+def _merging(*args):
+    """What merging chunks may cost rstd: their means are rounded, by eps |mean|, and lie up to 1 / rstd apart."""
+    *_, mean, rstd = _registry.OPS["add_group_norm_silu"].overloads["reference"](*args)
+    return torch.finfo(torch.float32).eps * (mean.abs() * rstd**2).max().item()
 
 
 def _arguments(generator, device, dtype, narrow, size, last, kind, backward, batch=2):
@@ -45,4 +64,7 @@ def _arguments(generator, device, dtype, narrow, size, last, kind, backward, bat
     return (grad, x, *rows, mean, rstd, groups, silu, last)
 
 
-CASES = {"group_norm_silu": _maker(False), "group_norm_silu_backward": _maker(True)}
+CASES = {
+    "group_norm_silu": _maker(False), "group_norm_silu_backward": _maker(True),
+    "add_group_norm_silu": _maker(False, add=True), "add_group_norm_silu_backward": _maker(True, add=True),
+}  # fmt: skip

@@ -17,6 +17,7 @@ SMALL = {  # group or row -> a shape that takes no time; models keep their image
     "guidance_moments": LATENTS, "k_diffusion": (2, 4, 8, 8), "logistic_mixture": (2, 3, 4, 5, 5), "loop": LATENTS,
     "normal": (2, 37), "nearest codes": (64, 8, 4), "qk_norm_rope": (2, 5, 3, 2, 8), "reparameterize": LATENTS,
     "sampler_step": (3, 4, 6, 6), "trace": (10,), "pixelcnn_sample": (3, 2, 6),
+    "patch_step": (2, 9, 24), "linear_epilogues": (5, 24, 36),
     "pixelcnn_sample against batch": (3, 2, 6), "transformer_sample": (2, 6, 16, 2, 5),
 }  # fmt: skip
 EAGER_NOISE = "eager draws noise of its own; shapes and dtypes are compared"
@@ -30,7 +31,8 @@ NOT_COMPARED = {  # row -> why, for every variant, or for some
     "reparameterize + KL": EAGER_NOISE, "reparameterize + KL, forward and backward": EAGER_NOISE,
     "CFG + DDPM row": EAGER_NOISE, "CFG + DDPM row with noise": EAGER_NOISE,
     "CFG + DDPM row with a learned variance": EAGER_NOISE, "loop DDPM, 20 steps, CFG": EAGER_NOISE,
-    "loop overhead per step": EAGER_NOISE, "gan sampler, digits": EAGER_NOISE,
+    "loop overhead per step": EAGER_NOISE,
+    "last layer + CFG + DDPM row with a learned variance": EAGER_NOISE, "gan sampler, digits": EAGER_NOISE,
     "pixelcnn training step, digits": EAGER_NOISE, "mlp VAE, digits, training step": EAGER_NOISE,
     "mlp VAE, digits, sampling": EAGER_NOISE, "conv VAE, 32x32 colour, training step": EAGER_NOISE,
     "conv VAE, 32x32 colour, sampling": EAGER_NOISE,

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from support import filled
 
-from genengine.nets import layers
 from genengine.nets.dit import CONFIGS, DiT, DiTConfig
+from genengine.ops.patch_step import unpatchify
 
 SMALL = {"image_size": 8, "patch_size": 2, "in_channels": 3, "dim": 24, "depth": 3, "num_heads": 2,
          "num_classes": 5, "learn_sigma": False, "time_features": 16}  # fmt: skip
@@ -183,7 +183,7 @@ def test_tokens_keep_their_place():
     net = DiT.from_config(SMALL, dim=16, depth=1)
     x = torch.arange(3 * 64.0).view(1, 3, 8, 8)
     tokens = F.unfold(x, 2, stride=2).transpose(1, 2).view(1, 16, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(1, 16, 12)
-    assert torch.equal(layers.unpatchify(tokens, (4, 4), 2, 3), x)
+    assert torch.equal(unpatchify(tokens, (4, 4), 2, 3), x)
     expected = F.conv2d(x, net.x_embedder.proj.weight, net.x_embedder.proj.bias, stride=2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(net.x_embedder(x), expected, rtol=1e-5, atol=1e-4)
 

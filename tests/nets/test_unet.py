@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from support import filled
 
+from genengine import ops
+from genengine.nets import unet
 from genengine.nets.unet import CONFIGS, UNet, UNetConfig
 
 SMALL = {"image_size": 8, "in_channels": 3, "channels": 8, "multipliers": (1, 2, 2), "num_blocks": 1,
@@ -137,9 +139,29 @@ def test_initialisation_is_a_function_of_the_seed_and_starts_at_zero():
     x, t, y = inputs()
     assert a(x, t, y).abs().max() == 0 and a.conv_out.weight.abs().max() == 0
     h = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(a.down[0].res(h, torch.ones(2, 8), torch.ones(2, 8)), h)  # every block is the identity
+    first, x, branch = a.down[0].res(h, h, torch.ones(2, 8), torch.ones(2, 8))
+    assert torch.equal(first, h + h) and torch.equal(x + branch, first)  # every block is the identity
     weight = a.down[1].res.conv2.weight, a.down[1].res.conv1.weight
     assert weight[0].abs().max() == 0 and abs(weight[1].std() * math.sqrt((8 + 16) * 9 / 2) - 1) < 0.1
+
+
+@pytest.mark.parametrize("modulation", unet.MODULATIONS)
+def test_joined_sums_change_nothing(modulation, monkeypatch):
+    """Outputs bit for bit, gradients but for the order of sums; every norm behind a branch is joined to it."""
+    net = randomised(modulation=modulation)
+    calls, joined = [], ops.add_group_norm_silu
+    monkeypatch.setattr(
+        ops, "add_group_norm_silu", lambda *args, **options: calls.append(1) or joined(*args, **options)
+    )
+    found = []
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(unet, "LEAST_JOINED", least)
+        out = net(*inputs())
+        found.append((out, torch.autograd.grad(out.square().sum(), list(net.parameters()))))
+    (out, grads), (plain, expected) = found
+    assert calls and torch.equal(out, plain)
+    for ours, theirs in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0], ids=["table", "product per step"])

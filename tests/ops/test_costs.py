@@ -20,7 +20,7 @@ from genengine.ops.pixelcnn_sample import reference as pixelcnn_reference
 CPU = torch.device("cpu")
 WRITES_ARGUMENTS = (
     "sampler_step_out", "advance", "ema_update", "normal_out", "uniform_out", "qk_norm_rope_", "pixelcnn_sample",
-    "transformer_sample_out",
+    "transformer_sample_out", "patch_step_out",
 )  # fmt: skip
 OPS = sorted(_registry.OPS)
 PUBLIC = sorted(  # neither the classes beside the ops, nor what prepares weights
@@ -73,6 +73,8 @@ def needless(name, args):
         return size(params) * (k - 1) * (per - 1) // (k * per) if pixels else 0
     if name == "sampler_step_out":
         return size(args[2]) - 64 * len(args[0])
+    if name == "patch_step_out":
+        return size(args[5]) - 64 * len(args[0])
     if name == "advance":
         return size(args[1]) - 8 * len(args[0])
     if name == "pixelcnn_sample":  # what it keeps between rows
@@ -161,7 +163,7 @@ def spelt_out(name, args):
 # Elsewhere a reference computes something twice or in vain, and 1 + scale, which stands at every element, row by row.
 EXACT = ("bias_act", "glu", "ema_update", "diffuse", "reparameterize")
 # Of which flops are those of products alone.
-PRODUCTS = {"attention", "attention_backward", "pixelcnn_sample", "transformer_sample_out"}
+PRODUCTS = {"attention", "attention_backward", "patch_step_out", "pixelcnn_sample", "transformer_sample_out"}
 DRAWN = {"normal_out", "uniform_out", "logistic_mixture_sample"}
 COUNTED = set(OPS) - {"advance"} - PRODUCTS - DRAWN
 
@@ -288,6 +290,24 @@ def test_a_guided_step_moves_16_bytes_per_element():
     ) == Cost(16 * n + rows, 11 * n, 0)  # in place, from a table of any length
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_last_layer_costs_its_products_and_the_row(learned):
+    x, h, out, x_in = torch.zeros(2, 3, 4, 4), torch.randn(4, 4, 7), torch.zeros(2, 3, 4, 4), torch.zeros(4, 3, 4, 4)
+    weight, bias = torch.randn(12 * (1 + learned), 7), torch.randn(12 * (1 + learned))
+    table, step, n = torch.zeros(9, 1, 16), torch.zeros(2, dtype=torch.int32), x.numel()
+
+    def found(seed=None):
+        return cost("patch_step_out", x, h, weight, bias, 2, table, step, None, seed, None, None, out, x_in)
+
+    moved = 4 * (4 * n + h.numel() + weight.numel() + bias.numel()) + 2 * (64 + 4)
+    assert found() == Cost(moved, (2 * 2 * 7 + 12) * n, 0)
+    with FlopCounterMode(display=False) as counter:
+        F.linear(h, weight[:12])
+    assert counter.get_total_flops() == 2 * 2 * 7 * n
+    drawn = found(torch.tensor(5))
+    assert drawn == Cost(moved + 8, (2 * 7 * (2 + learned) + 20 + 3 * learned) * n, (3 + 2 * learned) * n // 2)
+
+
 def test_weights_move_12_bytes_each():
     averages, values = ([torch.randn(5, 7), torch.randn(3)] for _ in range(2))
     assert cost("ema_update", averages, values, 0.1) == Cost(12 * 38, 3 * 38, 0)
@@ -328,6 +348,10 @@ def test_groups(parameters, modulated, silu, forward, backward):
     assert found == Cost((48 + given + 8) * 4, forward * 24, silu * 24)
     found = cost("group_norm_silu_backward", x, x, *rows, moment, moment, 2, bool(silu), False)
     assert found == Cost((72 + 2 * given + 8) * 4, backward * 24, silu * 24)
+    found = cost("add_group_norm_silu", x, x, *rows, 2, 1e-5, bool(silu), False)
+    assert found == Cost((96 + given + 8) * 4, (forward + 1) * 24, silu * 24)
+    found = cost("add_group_norm_silu_backward", x, x, x, *rows, moment, moment, 2, bool(silu), False)
+    assert found == Cost((96 + 2 * given + 8) * 4, (backward + 1) * 24, silu * 24)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ SMALL = {
     "adaln": (2, 3, 16), "gated_adaln": (2, 3, 16), "attention": (2, 3, 2, 8), "qk_norm_rope": (2, 3, 2, 8),
     "group_norm_silu": (2, 8, 4, 4), "bias_act": (2, 8, 4, 4), "bias_gelu": (2, 3, 16), "geglu": (2, 3, 16),
     "swiglu": (2, 3, 16), "diffuse": (2, 3, 4, 4), "reparameterize": (2, 3, 4, 4), "sampler_step": (2, 3, 4, 4),
+    "patch_step": (2, 3, 4, 4), "add_group_norm_silu": (2, 8, 4, 4),
     "guidance_moments": (2, 3, 4, 4), "ema_update": (3, 7), "logistic_mixture_log_prob": (2, 3, 4, 4),
     "logistic_mixture_sample": (2, 3, 4, 4), "transformer_sample": (2, 5, 16),
     "pixelcnn_sample": (2, 1, 4), "normal": (2, 3, 4, 4),

@@ -69,6 +69,26 @@ double* partial_of(const GroupNorm& op, int64_t b, int64_t block) {
   return op.partial + (b * op.blocks() + block) * 2 * op.width;
 }
 
+// ---- the sum of a residual branch ----------------------------------------------------------------------------------
+
+template <class T>
+GENENGINE_INLINE const T* input(const void* base, int64_t batch_stride, int64_t b) {
+  return static_cast<const T*>(base) + b * batch_stride;
+}
+
+// x = left + branch, `count` elements of a sample from `first`; nothing where there is no branch.
+template <class T>
+void add_branch(const GroupNorm& op, int64_t b, int64_t first, int64_t count) {
+  if (!op.branch) return;
+  const T* left = input<T>(op.left, op.left_batch, b) + first;
+  const T* branch = input<T>(op.branch, op.branch_batch, b) + first;
+  T* sum = static_cast<T*>(op.sum) + b * op.channels * op.pixels + first;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(sum + i, load(left + i) + load(branch + i));
+  if (const int64_t some = count - i; some > 0)
+    write(sum + i, read(left + i, Part{some}) + read(branch + i, Part{some}), Part{some});
+}
+
 // ---- moments -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kSlab = 512;  // columns whose sums stay in the first-level cache
@@ -226,10 +246,6 @@ struct Apply {
 };
 
 template <class T>
-GENENGINE_INLINE const T* input(const void* base, int64_t batch_stride, int64_t b) {
-  return static_cast<const T*>(base) + b * batch_stride;
-}
-template <class T>
 GENENGINE_INLINE T* output(const GroupNorm& op, int64_t b) {
   return static_cast<T*>(op.out) + b * op.channels * op.pixels;
 }
@@ -286,9 +302,9 @@ void backward_sums(const GroupNorm& op, int64_t b, int64_t block) {
   }
 }
 
-template <class T, bool Silu>
+template <class T, bool Silu, bool Residual>
 struct BackwardApply {
-  const T *x, *grad;
+  const T *x, *grad, *grad_x_in;
   T* dx;
   const Rows rows;
   const Sigmoid<false> sigmoid;
@@ -299,15 +315,18 @@ struct BackwardApply {
 #pragma GCC unroll 8
     for (int k = 0; k < Count; ++k) {
       const int64_t at = k * rows.width + i;
-      store(dx + at, grad_x<Silu>(load(x + at), load(grad + at), c, sigmoid));
+      const Lanes own = grad_x<Silu>(load(x + at), load(grad + at), c, sigmoid);
+      store(dx + at, Residual ? own + load(grad_x_in + at) : own);
     }
   }
   GENENGINE_INLINE void tail(int64_t i, int64_t count) const {
-    write(dx + i, grad_x<Silu>(read(x + i, Part{count}), read(grad + i, Part{count}), rows.backward(i), sigmoid), Part{count});
+    const Lanes own = grad_x<Silu>(read(x + i, Part{count}), read(grad + i, Part{count}), rows.backward(i), sigmoid);
+    write(dx + i, Residual ? own + read(grad_x_in + i, Part{count}) : own, Part{count});
   }
   GENENGINE_INLINE void advance(int64_t count) {
     x += count * rows.width;
     grad += count * rows.width;
+    if (Residual) grad_x_in += count * rows.width;
     dx += count * rows.width;
   }
 };
@@ -316,7 +335,13 @@ template <class T, bool Silu>
 void backward_apply(const GroupNorm& op, int64_t b, int64_t block) {
   const Span at = span_of(op, block);
   const T *x = input<T>(op.x, op.x_batch, b) + at.first, *grad = input<T>(op.grad, op.grad_batch, b) + at.first;
-  each_vector(at.count, op.width, BackwardApply<T, Silu>{x, grad, output<T>(op, b) + at.first, rows_of(op, b), {}});
+  T* dx = output<T>(op, b) + at.first;
+  if (op.grad_x) {
+    const T* grad_x_in = input<T>(op.grad_x, op.grad_x_batch, b) + at.first;
+    each_vector(at.count, op.width, BackwardApply<T, Silu, true>{x, grad, grad_x_in, dx, rows_of(op, b), {}});
+  } else {
+    each_vector(at.count, op.width, BackwardApply<T, Silu, false>{x, grad, nullptr, dx, rows_of(op, b), {}});
+  }
 }
 
 // What dx needs of one group, from `sums`: mean(k dv) rstd and mean(k dv x^) rstd^2.
@@ -339,14 +364,17 @@ GroupMeans group_means(const GroupNorm& op, int64_t b, int64_t g) {
 
 // ---- C order -------------------------------------------------------------------------------------------------------
 
+// Of a run of sample b that begins at `at`; its residual sum is written first, a block at a time.
 template <class T>
-void run_moments(const T* x, int64_t count, Moments& total) {
+void run_moments(const GroupNorm& op, int64_t b, int64_t at, int64_t count, Moments& total) {
+  const T* x = input<T>(op.x, op.x_batch, b) + at;
   constexpr int64_t kBlock = kGroupNormRows * kGroupNormColumns;
   double sums[2 * kGroupNormColumns];
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t left = count - first < kBlock ? count - first : kBlock;
     const int64_t vectors = left / kLanes * kLanes;  // a short run: fewer columns
     const int64_t width = left >= kGroupNormColumns ? kGroupNormColumns : (vectors > 0 ? vectors : kLanes);
+    add_branch<T>(op, b, at + first, left);
     block_moments(x + first, left, width, sums);
     for (int64_t i = 0; i < width; ++i) {
       total.sum += sums[i];
@@ -370,7 +398,7 @@ void run(const GroupNorm& op, int64_t b, int64_t g) {
   const T* x = input<T>(op.x, op.x_batch, b) + first;
   T* y = output<T>(op, b) + first;
   Moments total;
-  run_moments(x, count, total);
+  run_moments<T>(op, b, first, count, total);
   const Statistics of = statistics(total, static_cast<double>(count), op.eps);
   op.mean[b * op.groups + g] = of.mean;
   op.rstd[b * op.groups + g] = of.rstd;
@@ -408,6 +436,21 @@ Moments channel_gradients(const T* x, const T* grad, int64_t pixels, const Forwa
   return total;
 }
 
+// dx of one channel; grad_x_in: the gradient of the sum itself, or null.
+template <bool Silu, bool Residual, class T>
+void backward_channel(const T* x, const T* grad, const T* grad_x_in, T* dx, int64_t pixels, const Backward& c) {
+  const Sigmoid<false> sigmoid;
+  int64_t i = 0;
+  for (; i + kLanes <= pixels; i += kLanes) {
+    const Lanes own = grad_x<Silu>(load(x + i), load(grad + i), c, sigmoid);
+    store(dx + i, Residual ? own + load(grad_x_in + i) : own);
+  }
+  if (const int64_t some = pixels - i; some > 0) {
+    const Lanes own = grad_x<Silu>(read(x + i, Part{some}), read(grad + i, Part{some}), c, sigmoid);
+    write(dx + i, Residual ? own + read(grad_x_in + i, Part{some}) : own, Part{some});
+  }
+}
+
 template <class T, bool Silu>
 void backward_run(const GroupNorm& op, int64_t b, int64_t g) {
   const int64_t channels = op.group_channels(), pixels = op.pixels, begin = g * channels;
@@ -423,23 +466,24 @@ void backward_run(const GroupNorm& op, int64_t b, int64_t g) {
     q[c] = found.squares * rstd;
   }
   const GroupMeans means = group_means(op, b, g);
-  const Sigmoid<false> sigmoid;
   for (int64_t c = begin; c < begin + channels; ++c) {
     const GroupNormFold folded = fold(op, b, c, rstd, 0.f);
     const Backward constants{splat(mean), splat(folded.gain), splat(folded.offset), splat(means.g),
                              splat(means.gx)};
-    const T *x_c = x + c * pixels, *grad_c = grad + c * pixels;
-    T* dx_c = dx + c * pixels;
-    int64_t i = 0;
-    for (; i + kLanes <= pixels; i += kLanes) store(dx_c + i, grad_x<Silu>(load(x_c + i), load(grad_c + i), constants, sigmoid));
-    if (const int64_t some = pixels - i; some > 0)
-      write(dx_c + i, grad_x<Silu>(read(x_c + i, Part{some}), read(grad_c + i, Part{some}), constants, sigmoid), Part{some});
+    if (op.grad_x) {
+      const T* grad_x_in = input<T>(op.grad_x, op.grad_x_batch, b) + c * pixels;
+      backward_channel<Silu, true>(x + c * pixels, grad + c * pixels, grad_x_in, dx + c * pixels, pixels, constants);
+    } else {
+      backward_channel<Silu, false>(x + c * pixels, grad + c * pixels, static_cast<const T*>(nullptr), dx + c * pixels, pixels,
+                                    constants);
+    }
   }
 }
 
 template <class T>
 void sums(const GroupNorm& op, int64_t b, int64_t block) {
   const Span at = span_of(op, block);
+  add_branch<T>(op, b, at.first, at.count);
   block_moments(input<T>(op.x, op.x_batch, b) + at.first, at.count, op.width, partial_of(op, b, block));
 }
 

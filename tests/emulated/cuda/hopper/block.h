@@ -44,7 +44,8 @@ struct Block {
     sources_.resize(products.size() + 2);
     std::iota(sources_.begin(), sources_.end(), 0);
     draw_sources();
-    steady_ = draws.one_in(2);
+    steady_ = !draws.one_in(4);
+    if (draws.one_in(3)) std::swap(*std::find(sources_.begin(), sources_.end(), products.size()), sources_.back());  // stores
   }
 
   void end() {

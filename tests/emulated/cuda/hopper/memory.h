@@ -41,12 +41,10 @@ class Draws {
  public:
   void seed(uint64_t seed) {
     draws_.seed(seed ^ 0x9e3779b97f4a7c15ull);
-    mode_ = static_cast<int>(draws_() % 4);  // all at once, all late, or each its own
+    constexpr int kModes[] = {0, 2, 2, 3};  // all at once, all late, or each its own
+    mode_ = kModes[draws_() % 4];
   }
-  Pace pace() {
-    const int kind = mode_ < 2 ? 2 * mode_ : static_cast<int>(draws_() % 3);
-    return static_cast<Pace>(kind);
-  }
+  Pace pace() { return static_cast<Pace>(mode_ < 3 ? mode_ : static_cast<int>(draws_() % 3)); }
   bool one_in(int count) { return draws_() % count == 0; }
   size_t below(size_t count) { return draws_() % count; }
 
