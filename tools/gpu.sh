@@ -155,7 +155,7 @@ installed || { echo "gpu: this source could not be installed; nothing else is ru
 wanted verify && part verify 300 "$python" -m genengine verify --device "$device"
 wanted test && part test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
 wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --device "$device" --save "$out/results"
-wanted ops && bench ops "${OPS_LIMIT:-120}"
+wanted ops && bench ops "${OPS_LIMIT:-400}"
 wanted samplers && bench samplers 120
 wanted models && bench models 180
 wanted sanitize && sanitize

@@ -2,7 +2,7 @@
 #include "cuda/hopper/attention_backward.h"
 #include "cuda/hopper/attention_host.h"
 
-// inspect: attention_backward_kernel needs=HGMMA,UTMALDG,UTMASTG,USETMAXREG,UBLKRED
+// inspect: attention_backward_kernel needs=HGMMA,UTMALDG,UTMASTG,USETMAXREG,UBLKRED registers=168
 // inspect: attention_prepare_kernel streaming
 // inspect: attention_finish_kernel streaming
 
