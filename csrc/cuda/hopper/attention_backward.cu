@@ -26,9 +26,7 @@ __global__ void __launch_bounds__(kFinishThreads) attention_finish_kernel(const 
 
 namespace {
 
-Strided strided(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
+Strided strided(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Grid blocks_of(const char* op, int64_t items, int per_block, int threads) {
   const int64_t blocks = (items + per_block - 1) / per_block;
@@ -93,9 +91,8 @@ void launch(const char* op, const Launcher& launcher, const Work& w) {
   launcher.run<attention_backward_kernel<Form>>(grid, call);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& o, const Tensor& lse, bool causal, double scale,
-                                                      bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                                             const Tensor& lse, bool causal, double scale, bool deterministic) {
   const char* op = "attention_backward";
   const Launcher launcher(op, q);
   require_inputs(op, launcher, q, k, v, causal);
