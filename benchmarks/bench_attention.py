@@ -68,25 +68,33 @@ class Work:
         self.multiply_adds = 2 * batch * heads * pairs * dim
         self.forward = (*self.inputs, causal, self.scale)
 
+    def cost(self):
+        return _registry.OPS["attention"].cost(self.forward, self._results())
+
+    def cost_backward(self):
+        arguments = (self.grad_o, *self.inputs, *self._results(), self.causal, self.scale)
+        return _registry.OPS["attention_backward"].cost(arguments, self.inputs)
+
+    def _results(self):
+        """Tensors of the shapes that the forward gives."""
+        batch, tokens, heads, _ = self.grad_o.shape
+        return self.grad_o, self.grad_o.new_empty((batch, heads, tokens), dtype=torch.float32)
+
     def backward(self):
-        """Arguments of the dispatcher's backward op."""
-        results = calls.kernel("attention", self.grad_o)(*self.forward)
-        return (self.grad_o, *self.inputs, *results, self.causal, self.scale)
+        """autograd's backward of what `attention` runs, the forward outside."""
+        return calls.backward(partial(attention, causal=self.causal), self.leaves, self.grad_o)
 
     def check(self, backward):
         """Some heads of the first sample against the reference in float64, as the op's tests do."""
-        tokens, heads = self.grad_o.shape[1:3]
+        tokens = self.grad_o.shape[1]
         part = lambda t: t[:1, ..., : max(1, CHECKED // tokens**2), :]  # noqa: E731
         first = [part(t) for t in (*self.inputs, self.grad_o)]
         allowed = roundings(*first, self.causal, self.scale)
-        o, lse = calls.kernel("attention", self.grad_o)(*self.forward)
-        self._compare("attention", {"o": part(o)}, first[:3], allowed)
-        if not backward:
-            return
-        found = calls.kernel("attention_backward", self.grad_o)(*self.backward())
-        arguments = (first[3], *first[:3], part(o), lse[:1, : first[0].shape[2]])
-        named = dict(zip(("dq", "dk", "dv"), map(part, found), strict=True))
-        self._compare("attention_backward", named, arguments, allowed)
+        o = part(attention(*self.inputs, causal=self.causal))
+        lse = self._compare("attention", {"o": o}, first[:3], allowed)[1]
+        if backward:
+            named = dict(zip(("dq", "dk", "dv"), map(part, self.backward()()), strict=True))
+            self._compare("attention_backward", named, (first[3], *first[:3], o, lse), allowed)
 
     def _compare(self, op, found, tensors, allowed):
         run = _registry.OPS[op].overloads["reference"]
@@ -95,6 +103,7 @@ class Work:
         for (name, value), rounded, exact in zip(found.items(), eager, oracle, strict=False):
             limit = testing.tolerance(rounded, exact) + allowed[name]
             testing.assert_within(testing.error(value, exact), limit, name)
+        return eager
 
 
 def pinned(backend, run):
@@ -142,7 +151,7 @@ def forward(causal, case):
     variants = _torchs(case, lambda backend: run if backend is None else pinned(backend, run))
     return Benchmark(
         {"fused": lambda: attention(*work.inputs, causal=causal), **variants}, lambda: work.check(False),
-        inputs=work.inputs, oracle=partial(plain, causal=causal), cost=calls.cost("attention", *work.forward),
+        inputs=work.inputs, oracle=partial(plain, causal=causal), cost=work.cost(),
         elements=work.multiply_adds, goals=_goals(case),
     )  # fmt: skip
 
@@ -150,11 +159,10 @@ def forward(causal, case):
 def backward(causal, case):
     """autograd's backward, the forward outside the timing."""
     work = Work(case, causal)
-    variants = {"fused": calls.backward(partial(attention, causal=causal), work.leaves, work.grad_o)}
+    variants = {"fused": work.backward()}
     return Benchmark(
         variants | _torchs(case, lambda backend: backward_of(work, backend)), lambda: work.check(True),
-        cost=calls.cost("attention_backward", *work.backward()), elements=work.multiply_adds * 5 // 2,
-        goals=_goals(case),
+        cost=work.cost_backward(), elements=work.multiply_adds * 5 // 2, goals=_goals(case),
     )  # fmt: skip
 
 

@@ -109,6 +109,17 @@ def test_serialised_wgmma_fails(code):
     assert rules(tool.judge(machine(HGMMA=1), tool.Intent(streaming=False), log)) == ["wgmma"]
 
 
+def test_registers_that_setmaxnreg_counts_on():
+    intent = tool.Intent(streaming=False, registers=(96, 168))
+    code = machine(USETMAXREG_DEALLOC=1)
+    code.registers = 168
+    assert tool.judge(code, intent) == []
+    code.registers = 160
+    assert rules(tool.judge(code, intent)) == ["registers"]
+    (found,) = tool.declared_intents("// inspect: kernel needs=HGMMA registers=96,168\n")
+    assert found == ("kernel", tool.Intent(streaming=False, needs=("HGMMA",), registers=(96, 168)))
+
+
 def test_record():
     code = tool.Machine(64, 0, 0, Counter({"HGMMA.64x64x16": 8, "WARPGROUP.DEPBAR.LE": 2, "FADD": 70}))
     kept = tool.record(code, tool.Intent(elements=8), shared=4096)

@@ -134,12 +134,12 @@ profile() {
   done
 }
 
-sanitize() { # the case set of every kernel, under each tool
+sanitize() { # the case set of every kernel, under each tool; each tensor an allocation: its bounds are then seen
   local tool
   command -v compute-sanitizer >/dev/null || { echo "== sanitize: there is no compute-sanitizer"; return; }
   for tool in memcheck racecheck initcheck; do
     part "sanitize-$tool" "${SANITIZE_LIMIT:-300}" env GENENGINE_CACHE="$work/sanitize-cache" \
-      compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
       "$python" -m genengine verify --device "$device"
   done
 }
@@ -155,7 +155,7 @@ installed || { echo "gpu: this source could not be installed; nothing else is ru
 wanted verify && part verify 300 "$python" -m genengine verify --device "$device"
 wanted test && part test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
 wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --device "$device" --save "$out/results"
-wanted ops && bench ops "${OPS_LIMIT:-120}"
+wanted ops && bench ops "${OPS_LIMIT:-400}"
 wanted samplers && bench samplers 120
 wanted models && bench models 180
 wanted sanitize && sanitize

@@ -13,8 +13,9 @@ instructions per element (static: rare paths count too) are recorded, not judged
 What a Triton variant may say beside what its compilation needs: "streaming": False, "needs": ["HGMMA", ...],
 "elements": elements per program, "archs": [90, ...] where its launch configuration is used. What a CUDA unit
 may say, in a comment line, of the kernels whose name contains NAME:
-    // inspect: NAME [streaming] [needs=HGMMA,UTMALDG] [elements=4]          elements per thread
-A CUDA kernel with "vectorised" in its name is streaming. Exit status: 0 if all checks passed, else 1.
+    // inspect: NAME [streaming] [needs=HGMMA,UTMALDG] [elements=4] [registers=96,128]
+elements and registers per thread, the latter what a launch may give where setmaxnreg divides them. A CUDA kernel
+with "vectorised" in its name is streaming. Exit status: 0 if all checks passed, else 1.
 """
 
 import argparse
@@ -43,6 +44,7 @@ REMEDIES = {
     "compile": "see the compiler's message",
     "spills": "keep fewer values alive: smaller tiles, more warps, __launch_bounds__ with fewer threads",
     "stack": "index local arrays by constants alone (unroll), and call no function that is not inlined",
+    "registers": "setmaxnreg hands on what the launch has: else it waits for ever for registers that nobody gives up",
     "wgmma": "wgmma is serialised: leave its registers alone until it has finished",
     "missing": "the tile shapes, dtypes or warps do not allow the instruction that is meant",
     "narrow": "declare pointers and row lengths divisible by 16; give each thread 16 consecutive bytes",
@@ -76,6 +78,7 @@ class Intent:
     streaming: bool = True
     needs: tuple[str, ...] = ()
     elements: int | None = None  # per thread
+    registers: tuple[int, ...] = ()  # at the launch; any, if none are named
 
 
 @dataclass
@@ -136,6 +139,8 @@ def judge(machine: Machine, intent: Intent, log: str = "") -> list[tuple[str, st
         failures.append(("stack", f"{machine.stack} bytes of stack"))
     failures += [("wgmma", f"ptxas warning {code}") for code in WGMMA_WARNINGS if code in log]
     failures += [("missing", f"no {name}") for name in intent.needs if not machine.count(name)]
+    if intent.registers and machine.registers not in intent.registers:
+        failures.append(("registers", f"{machine.registers} registers a thread"))
     bulk = machine.count("UTMALDG") + machine.count("UBLKCP")
     if intent.streaming and not bulk and not any(machine.wide(name) for name in ("LDG", "STG", "LDGSTS")):
         narrow = machine.count("LDG") + machine.count("STG")
@@ -286,7 +291,8 @@ def declared_intents(unit_text: str) -> list[tuple[str, Intent]]:
         options = dict(word.partition("=")[::2] for word in rest.split())
         needs = tuple(options["needs"].split(",")) if "needs" in options else ()
         elements = int(options["elements"]) if "elements" in options else None
-        found.append((name, Intent("streaming" in options or "vectorised" in name, needs, elements)))
+        registers = tuple(map(int, options["registers"].split(","))) if "registers" in options else ()
+        found.append((name, Intent("streaming" in options or "vectorised" in name, needs, elements, registers)))
     return found
 
 

@@ -114,3 +114,14 @@ def test_schedules(block, dim):
         found = run(block, arguments, False, 0.2, turns=True, seed=seed, blocks=3, together=3)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
         check(block, arguments, False, 0.2, seed=seed)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_turns_a_block_for_each_tile_ends_however_few_run_at_once(block, causal):
+    """As it is launched: other work may have most of a GPU, and a block that waits for one not begun never ends."""
+    arguments = make(300, 300 if causal else 400, 64, torch.bfloat16, causal, 0.2, batch=2)
+    expected = check(block, arguments, causal, 0.2, turns=True)
+    blocks = 2 * -(-arguments[2].shape[1] // 128)
+    for together in (1, 2, 3):
+        found = run(block, arguments, causal, 0.2, turns=True, blocks=blocks, together=together, seed=together)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), together

@@ -2,7 +2,7 @@
 #include "cuda/hopper/attention_forward.h"
 #include "cuda/hopper/attention_host.h"
 
-// inspect: attention_forward_kernel needs=HGMMA,UTMALDG,UTMASTG,USETMAXREG
+// inspect: attention_forward_kernel needs=HGMMA,UTMALDG,UTMASTG,USETMAXREG registers=96,128,168
 
 namespace genengine::hopper {
 

@@ -2,7 +2,7 @@
 #include "cuda/hopper/attention_backward.h"
 #include "cuda/hopper/attention_host.h"
 
-// inspect: attention_backward_kernel needs=HGMMA,UTMALDG,UTMASTG,USETMAXREG,UBLKRED
+// inspect: attention_backward_kernel needs=HGMMA,UTMALDG,UTMASTG,USETMAXREG,UBLKRED registers=168
 // inspect: attention_prepare_kernel streaming
 // inspect: attention_finish_kernel streaming
 
@@ -26,9 +26,7 @@ __global__ void __launch_bounds__(kFinishThreads) attention_finish_kernel(const 
 
 namespace {
 
-Strided strided(const Tensor& x) {
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
+Strided strided(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 Grid blocks_of(const char* op, int64_t items, int per_block, int threads) {
   const int64_t blocks = (items + per_block - 1) / per_block;
@@ -84,16 +82,17 @@ void launch(const char* op, const Launcher& launcher, const Work& w) {
   call.keys = static_cast<int>(keys);
   call.tiles = static_cast<int>(tiles);
   call.blocks = static_cast<int>(blocks);
-  // All blocks run at once, and each takes its tiles in order: so none waits in vain for its turn.
-  const int64_t room = multiprocessors(op, w.q.get_device_index());
+  // In turns, a tile waits for those with lower numbers. A block for each tile: then all it waits for has begun before it, and
+  // gets done, however few of the blocks run at once. Blocks that go on to a next tile would wait for blocks not begun, where
+  // other streams or processes have the other multiprocessors.
+  const int64_t room = w.deterministic ? tiles : multiprocessors(op, w.q.get_device_index());
   Grid grid = {dim3(static_cast<unsigned>(tiles < room ? tiles : room)), dim3(Form::kThreads)};
   grid.shared = Form::kShared;
   launcher.run<attention_backward_kernel<Form>>(grid, call);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& o, const Tensor& lse, bool causal, double scale,
-                                                      bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_o, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+                                             const Tensor& lse, bool causal, double scale, bool deterministic) {
   const char* op = "attention_backward";
   const Launcher launcher(op, q);
   require_inputs(op, launcher, q, k, v, causal);

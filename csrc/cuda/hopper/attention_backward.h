@@ -174,8 +174,7 @@ class BackwardConsumer {
     for (int i = first_query_tile<Form>(key_tile_at<Form>(call_, index)); i < query_tiles(call_); ++i) {
       barrier_wait(shared_.full + ring_.stage, ring_.phase);
       uint32_t p[kSteps][4], ds[kSteps][4];
-      weigh(p, ds, key_tile_at<Form>(call_, index).first, i);
-      add_products(dv, p, shared_.grad_o(ring_.stage));
+      weigh(dv, p, ds, key_tile_at<Form>(call_, index).first, i);
       add_products(dk, ds, shared_.q(ring_.stage));
       wgmma_commit();
       if (Form::kDim > 96) wgmma_wait<0>();  // there are no registers for dq before those of p and ds are free
@@ -189,8 +188,9 @@ class BackwardConsumer {
     write(key_tile_at<Form>(call_, index), dk, dv);
   }
 
-  // p^T and ds^T of a tile of queries, in registers for the products that follow, ds^T in shared memory, too.
-  GENENGINE_DEVICE void weigh(uint32_t (&p)[kSteps][4], uint32_t (&ds)[kSteps][4], int first_key, int i) {
+  // p^T and ds^T of a tile of queries, in registers for the products, ds^T in shared memory, too. dv's product begins as soon as
+  // p^T is there: ds^T is computed meanwhile.
+  GENENGINE_DEVICE void weigh(float (&dv)[kSums], uint32_t (&p)[kSteps][4], uint32_t (&ds)[kSteps][4], int first_key, int i) {
     float s[kScores], dp[kScores];
     begin_scores(s, shared_.k, shared_.q(ring_.stage));
     begin_scores(dp, shared_.v, shared_.grad_o(ring_.stage));
@@ -204,7 +204,10 @@ class BackwardConsumer {
       for (int j = 0; j < 4; ++j) s[k + j] = exp2_approx(fmaf(s[k + j], call_.scale, -pair.value[j % 2 * 2]));
     }
     mask(s, first_key, i * Form::kQueries);
-    wgmma_wait<0>();
+    round(s, p);
+    add_products(dv, p, shared_.grad_o(ring_.stage));
+    wgmma_commit();
+    wgmma_wait<1>();
     pin(dp);
 #pragma unroll
     for (int k = 0; k < kScores; k += 4) {
@@ -212,7 +215,6 @@ class BackwardConsumer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) dp[k + j] = s[k + j] * (dp[k + j] - pair.value[j % 2 * 2 + 1]);
     }
-    round(s, p);
     round(dp, ds);
     char* weights = shared_.weights + i % 2 * Form::kWeightsBytes;
     const int row = number_ * Form::kRows + thread_ / kWarpThreads * 16 + lane_ / 4;

@@ -57,9 +57,9 @@ inline void require_inputs(const char* op, const Launcher& launcher, const Tenso
   STD_TORCH_CHECK(k.size(1) > 0 || q.numel() == 0, op, ": k must hold at least one key");
 }
 
-// Numbers that index arithmetic has 32 bits for.
+// Numbers that index arithmetic has 32 bits for: a tile's and, as a loop over tiles ends, the number of blocks added to it.
 inline void require_countable_tiles(const char* op, int64_t tiles, int64_t queries, int64_t keys) {
-  constexpr int64_t kMost = INT32_MAX - 1024;
+  constexpr int64_t kMost = 1 << 30;
   STD_TORCH_CHECK(tiles < kMost && queries < kMost && keys < kMost, op, ": ", tiles, " tiles of ", queries, " queries and ", keys,
                   " keys are too many for one launch; split the batch");
 }

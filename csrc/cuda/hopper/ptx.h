@@ -134,11 +134,12 @@ GENENGINE_DEVICE void publish_to_async() { asm volatile("fence.proxy.async.share
 
 // ---- turns of blocks: counters in global memory ----------------------------------------------------------------------------
 
-// Until the counter has reached `value`; what its writers wrote before is then seen.
+// Until the counter has reached `value`; what its writers wrote before is then seen, by bulk copies that follow, too.
 GENENGINE_DEVICE void await_count(const int* counter, int value) {
   int found;
   do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
   while (found < value);
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // Counts one up after all this thread has written, by bulk copies that it has waited for, too.
