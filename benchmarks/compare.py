@@ -176,7 +176,8 @@ def find_old(path: str, environment: dict, suite: str) -> tuple[dict, bool]:
         except ValueError:  # of an older version
             old.append(file.name)
             continue
-        if report["suite"] == suite and not any(report["options"].get(name) for name in ("shape", "dtypes", "sweep")):
+        partial = any(report["options"].get(name) for name in ("shape", "dtypes", "sweep", "labels"))
+        if report["suite"] == suite and not partial:
             found.append((_same_machine(report["environment"], environment), report["environment"]["time"], report))
     if not found:
         passed_over = f"; of an older version: {', '.join(old)}" if old else ""

@@ -29,6 +29,7 @@ def path_of(report: dict, folder: Path) -> Path:
     words += ["first"] if options.get("first") else []
     words += ["x".join(map(str, options.get("shape") or ())), "_".join(options.get("dtypes") or ())]
     words += [f"by_{options['sweep']}"] if options.get("sweep") else []
+    words += [f"{len(options['labels'])}_labels"] if options.get("labels") else []
     name = re.sub(r"[^\w.,+-]+", "_", "-".join(filter(None, words)))
     return folder / device_folder(report["environment"]["device"]) / f"{name}.json"
 

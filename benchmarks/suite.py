@@ -17,7 +17,8 @@ class Options:
 
     budget: seconds of timing per row. shape: one shape instead of the registered ones. dtypes: names; those that a
     benchmark has are run. compile_modes: of torch.compile. sweep: an axis to scale, such as "batch". load: files that
-    have registered benchmarks of their own, for the record. first: of every benchmark its first shape alone.
+    have registered benchmarks of their own, for the record. first: of every benchmark its first shape alone. labels:
+    names of shapes; the registered ones of these names alone.
     """
 
     budget: float = 2.0
@@ -27,6 +28,7 @@ class Options:
     sweep: str | None = None
     load: tuple[str, ...] = ()
     first: bool = False
+    labels: tuple[str, ...] = ()
 
     def check(self) -> None:
         if not 0 < self.budget < math.inf:
@@ -57,13 +59,14 @@ def cases(what: str, device: str, options: Options) -> list[tuple[registry.Entry
             dtypes=options.dtypes,
             sweep=options.sweep,
         )
+        if not options.labels or case.label in options.labels
     ]
     if not found and what != "ceilings":
         axes = sorted({axis for entry in entries for axis in entry.axes})
         kinds = sorted({dtype for entry in entries for dtype in entry.dtypes})
         raise ValueError(
             f"bench: nothing of {what!r} fits the options; its dtypes are {', '.join(kinds)}, its axes to sweep "
-            f"{', '.join(axes) or '(none)'}"
+            f"{', '.join(axes) or '(none)'}, its labels those of `genengine bench {what} --list`"
         )
     return found
 

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from genengine.benchmarks import registry
+from genengine.benchmarks import registry, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +78,21 @@ def test_every_goal_names_rows_that_exist(tool):
     baselines = [*tool.TORCHS, tool.GRAPHED, "eager", "torch.compile"]
     for each in rows:
         each["ratios"] = {name: {"ratio": 2.0} for name in baselines}
+    text = tool.page([{"environment": {"device": tool.DEVICE}, "rows": rows}], [])
+    assert text.count(tool.NOT_MEASURED) == len(tool.TESTS)
+
+
+def test_the_commands_time_every_goal(tool):
+    """Of the rows that they choose, every figure can be read."""
+    rows, baselines = [], (*tool.TORCHS, tool.GRAPHED, "eager", "torch.compile")
+    for what, text in tool.commands().items():
+        words = shlex.split(text)
+        assert words[:3] == ["genengine", "bench", what]
+        labels = tuple(word for flag, word in zip(words, words[1:], strict=False) if flag == "--label")
+        options = suite.Options(labels=labels, dtypes=tuple(words[words.index("--dtype") + 1].split(",")))
+        for entry, case in suite.cases(what, "cuda", options):
+            rows.append(row(entry.name, case.label, str(case.dtype).removeprefix("torch."), entry.group, entry.kind))
+            rows[-1]["ratios"] = {name: {"ratio": 2.0} for name in baselines}
     text = tool.page([{"environment": {"device": tool.DEVICE}, "rows": rows}], [])
     assert text.count(tool.NOT_MEASURED) == len(tool.TESTS)
 

@@ -222,3 +222,14 @@ def test_each_tool_of_compute_sanitizer_runs_every_case_set(checkout):
     assert [code for _, code in checkout.state("sanitize-racecheck")] == ["started", "9"]
     checkout.run("sanitize", PATH=path)
     assert len(checkout.calls("sanitizer --tool")) == 1  # the two that passed are not repeated
+
+
+def test_the_goals_are_run_by_the_commands_of_their_page(checkout):
+    """Labels with spaces arrive whole."""
+    line = "genengine bench ops --label 'SDXL, 1,024 images'"
+    listing = f'case "$*" in\n  *gpu_goals.py*) printf \'ops\\t%s\\n\' "{line}"; exit 0 ;;'
+    words = 'printf "<%s>" "$@" >>"$CALLS.words"\necho "$* dirty'
+    checkout.stub.write_text(STUB.replace('case "$*" in', listing).replace('echo "$* dirty', words))
+    assert checkout.run("goals").returncode == 0
+    assert "<bench><ops><--label><SDXL, 1,024 images><--device>" in Path(f"{checkout.log}.words").read_text()
+    assert [code for _, code in checkout.state("goals-ops")] == ["started", "0"]

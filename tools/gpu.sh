@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make gpu: verify, test, benchmark and profile on a CUDA machine, in stages with a time limit each, results as they come.
-#   tools/gpu.sh PYTHON [install|verify|test|ceilings|ops|samplers|models|sanitize|profile|all]
+#   tools/gpu.sh PYTHON [install|verify|test|ceilings|goals|ops|samplers|models|sanitize|profile|all]
 # PYTHON has a CUDA torch, setuptools and pip; no package registry is needed: the checkout is installed without its
 # dependencies into a folder of its own. An extension that was brought along (genengine/_C.abi.so with CUDA kernels) is
 # used as it is, else it is compiled, else left out (Triton runs without it).
@@ -18,7 +18,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(command -v "${1:?usage: tools/gpu.sh PYTHON [STAGE]}") || { echo "no such Python: $1" >&2; exit 2; }
 python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 stage=${2:-all}
-stages="install verify test ceilings ops samplers models sanitize profile"
+stages="install verify test ceilings goals ops samplers models sanitize profile"
 [[ " $stages all " == *" $stage "* ]] || { echo "gpu: STAGE must be one of: $stages all; got $stage" >&2; exit 2; }
 mkdir -p "${OUT:-$root/out/gpu}" && out=$(cd "${OUT:-$root/out/gpu}" && pwd)
 work=${TMPDIR:-/tmp}/genengine-gpu
@@ -134,6 +134,17 @@ profile() {
   done
 }
 
+goals() { # the rows of benchmarks/GPU_GOALS.md alone, in one short stage
+  local name text words resume
+  while IFS=$'\t' read -r name text; do
+    eval "words=($text)" # labels are quoted
+    resume=
+    ! stopped_here "goals-$name" || resume=--resume
+    part "goals-$name" "${OPS_LIMIT:-400}" "$python" -m "${words[@]}" --device "$device" --budget "$budget" \
+      --compile "${COMPILE:-default}" --save "$out/results" --strict $resume
+  done < <("$python" "$root/tools/gpu_goals.py" --commands)
+}
+
 sanitize() { # the case set of every kernel, under each tool; each tensor an allocation: its bounds are then seen
   local tool
   command -v compute-sanitizer >/dev/null || { echo "== sanitize: there is no compute-sanitizer"; return; }
@@ -155,6 +166,7 @@ installed || { echo "gpu: this source could not be installed; nothing else is ru
 wanted verify && part verify 300 "$python" -m genengine verify --device "$device"
 wanted test && part test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
 wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --device "$device" --save "$out/results"
+wanted goals && goals
 wanted ops && bench ops "${OPS_LIMIT:-400}"
 wanted samplers && bench samplers 120
 wanted models && bench models 180

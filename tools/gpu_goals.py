@@ -1,15 +1,17 @@
 """Write benchmarks/GPU_GOALS.md: what the GPU path is to reach on an H200, beside what result files say it does.
 
-    python tools/gpu_goals.py [benchmarks/results/nvidia-h200/*.json] [--check]
+    python tools/gpu_goals.py [benchmarks/results/nvidia-h200/*.json] [--check] [--commands]
 
 A row whose work no file has timed says "not measured". Of several files the last by name counts. --check: write
-nothing, exit status 1 if the page would change.
+nothing, exit status 1 if the page would change. --commands: only print what is to be run for all of them, one name and
+command a line.
 """
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +46,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Goal:
-    """One line of the page: the work, the command that times it, and its figures."""
+    """One line of the page: the work, what of `genengine bench` times it at which labels, and its figures."""
 
     work: str
-    command: str
+    what: str
+    labels: tuple[str, ...]
     figures: tuple[Figure, ...]
+
+
+def command(what: str, labels: Iterable[str]) -> str:
+    dtypes = "bfloat16,float32" if what == "ops" else "bfloat16"  # noise is float32 alone
+    chosen = (f"--label {shlex.quote(label)}" for label in labels)
+    return " ".join(["genengine bench", what, "--dtype", dtypes, *chosen])
 
 
 def of(name: str, label: str, dtype: str = "bfloat16") -> Callable[[Rows], Rows]:
@@ -105,36 +114,41 @@ def _dit(label, by, *more):
     rows = of("DiT step, CFG", label)
     eager = Figure("eager / ours", 1.0, over(rows, "eager"))
     return Goal(
-        f"{label.replace(', ', ', 256 px, CFG step, ')}", "genengine bench steps",
+        label.replace(", ", ", 256 px, CFG step, "), "steps", (label,),
         (Figure(f"{GRAPHED} / ours", by, over(rows, GRAPHED)), eager, *more),
     )  # fmt: skip
 
 
-OPS, ATTENTION = "genengine bench ops", "genengine bench attention"
+def _attention_goal(work, label, *bounds, name="attention"):
+    return Goal(work, "attention", (label,), _attention(label, *bounds, name=name))
+
+
+MANY = ("SDXL, 1,024 images", "CogVideoX-5B", "SDXL, 128 px, 16 images")  # 64 MB and more
+UNET = "DDPM, CIFAR-10, 64 images"
 GOALS = (
-    Goal("memory-bound ops, 64 MB and more, from memory: the worst", OPS, (
+    Goal("memory-bound ops, 64 MB and more, from memory: the worst", "ops", MANY, (
         Figure("of the ceiling that binds", 92, share(memory_bound(False)), " %"),
         Figure("torch.compile / ours", 1.1, over(memory_bound(False), "torch.compile")),
     )),
-    Goal("their backward passes: the worst", OPS, (
+    Goal("their backward passes: the worst", "ops", MANY, (
         Figure("of the ceiling that binds", 80, share(memory_bound(True)), " %"),
     )),
-    Goal("attention, bfloat16, head dim 128, 4k tokens", ATTENTION, _attention("hd 128, 4k", None)),
-    Goal("attention, head dim 128, 16k", ATTENTION, _attention("hd 128, 16k", 640)),
-    Goal("attention, head dim 64, 512", ATTENTION, _attention("hd 64, 512", 335)),
-    Goal("attention, head dim 64, 16k", ATTENTION, _attention("hd 64, 16k", 500)),
-    Goal("attention, head dim 72, DiT-XL/2 at 256 tokens", ATTENTION, _attention("DiT-XL/2", None, 1.4)),
-    Goal("attention, head dim 72, DiT-XL/2 at 1024 tokens", ATTENTION, _attention("DiT-XL/2, 512 px", None, 1.4)),
-    Goal("attention backward, head dim 128, 4k", ATTENTION, _attention("hd 128, 4k", 520, name="attention_backward")),
-    Goal("attention backward, head dim 128, 8k", ATTENTION, _attention("hd 128, 8k", 560, name="attention_backward")),
+    _attention_goal("attention, bfloat16, head dim 128, 4k tokens", "hd 128, 4k", None),
+    _attention_goal("attention, head dim 128, 16k", "hd 128, 16k", 640),
+    _attention_goal("attention, head dim 64, 512", "hd 64, 512", 335),
+    _attention_goal("attention, head dim 64, 16k", "hd 64, 16k", 500),
+    _attention_goal("attention, head dim 72, DiT-XL/2 at 256 tokens", "DiT-XL/2", None, 1.4),
+    _attention_goal("attention, head dim 72, DiT-XL/2 at 1024 tokens", "DiT-XL/2, 512 px", None, 1.4),
+    _attention_goal("attention backward, head dim 128, 4k", "hd 128, 4k", 520, name="attention_backward"),
+    _attention_goal("attention backward, head dim 128, 8k", "hd 128, 8k", 560, name="attention_backward"),
     _dit("DiT-XL/2, 1 image", 1.5),
     _dit("DiT-XL/2, 8 images", 1.2),
     _dit("DiT-XL/2, 64 images", 1.12,
          Figure("of the measured matrix ceiling", 77, share(of("DiT step, CFG", "DiT-XL/2, 64 images")), " %")),
     _dit("DiT-S/2, 1 image", 3.5),
-    Goal("DDPM U-Net, 35.7M, 32x32, 64 images", "genengine bench steps", (
-        Figure("eager, channels_last / ours", 1.4, over(of("U-Net step", "DDPM, CIFAR-10, 64 images"), "eager")),
-        Figure("torch.compile / ours", 1.2, over(of("U-Net step", "DDPM, CIFAR-10, 64 images"), "torch.compile")),
+    Goal("DDPM U-Net, 35.7M, 32x32, 64 images", "steps", (UNET,), (
+        Figure("eager, channels_last / ours", 1.4, over(of("U-Net step", UNET), "eager")),
+        Figure("torch.compile / ours", 1.2, over(of("U-Net step", UNET), "torch.compile")),
     )),
 )  # fmt: skip
 
@@ -144,6 +158,14 @@ TESTS = (
     ("compute-sanitizer memcheck, racecheck, initcheck over the op tests: clean", "`make gpu`, stage sanitize",
      "sanitize-*.log"),
 )  # fmt: skip
+
+
+def commands() -> dict[str, str]:
+    """What of `genengine bench` -> the command that times all its goals."""
+    found: dict[str, dict[str, None]] = {}
+    for goal in GOALS:
+        found.setdefault(goal.what, {}).update(dict.fromkeys(goal.labels))
+    return {what: command(what, labels) for what, labels in found.items()}
 
 
 def page(reports: list[dict], logs: list[Path]) -> str:
@@ -156,7 +178,8 @@ def page(reports: list[dict], logs: list[Path]) -> str:
     lines = [
         "# Goals of the GPU path, and what was measured",
         "",
-        f"Made by `python tools/gpu_goals.py` from the result files of an {DEVICE}; `make gpu` on one fills every row.",
+        f"Made by `python tools/gpu_goals.py` from the result files of an {DEVICE}. On one, `make gpu` fills every",
+        "row, `make gpu STAGE=goals` the benchmarks alone, after `STAGE=verify`.",
         "Ratios are times of the baseline over ours. What no file has timed says so.",
         "",
         "| work | goal and figure | command |",
@@ -164,10 +187,10 @@ def page(reports: list[dict], logs: list[Path]) -> str:
     ]
     for goal in GOALS:
         figures = "; ".join(figure.text(list(rows.values())) for figure in goal.figures)
-        lines.append(f"| {goal.work} | {figures} | `{goal.command}` |")
-    for work, command, log in TESTS:
+        lines.append(f"| {goal.work} | {figures} | `{command(goal.what, goal.labels)}` |")
+    for work, how, log in TESTS:
         found = sorted(path.name for path in logs if path.match(log))
-        lines.append(f"| {work} | {', '.join(found) or NOT_MEASURED} | {command} |")
+        lines.append(f"| {work} | {', '.join(found) or NOT_MEASURED} | {how} |")
     return "\n".join(lines) + "\n"
 
 
@@ -180,7 +203,11 @@ def main(arguments=None) -> int:
         "files", nargs="*", type=Path, help="result files of `genengine bench` (default: all committed)"
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page would change")
+    parser.add_argument("--commands", action="store_true", help="print what is to be run for all goals; write nothing")
     options = parser.parse_args(arguments)
+    if options.commands:
+        print("\n".join(f"{what}\t{text}" for what, text in commands().items()))
+        return 0
     files = options.files or ROOT.glob("benchmarks/results/*/*.json")
     reports = [json.loads(path.read_text()) for path in sorted(files, key=lambda path: path.name)]
     text = page(reports, list(ROOT.glob("benchmarks/results/*/*.log")))

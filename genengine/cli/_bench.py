@@ -27,6 +27,10 @@ def add_bench(commands):
     command.add_argument("--budget", type=float, default=2.0, help="seconds of timing per row (default 2)")
     command.add_argument("--first", action="store_true", help="of every benchmark the first shape alone")
     command.add_argument("--shape", default=None, metavar="N,N,...", help="this shape instead of the registered ones")
+    command.add_argument(
+        "--label", action="append", default=[], metavar="NAME",
+        help="the shapes of this name alone, such as DiT-XL/2 (see --list); may be repeated",
+    )  # fmt: skip
     command.add_argument("--dtype", default=None, metavar="NAME,...", help="these dtypes alone, such as bfloat16")
     command.add_argument(
         "--sweep", default=None, metavar="AXIS", help="scale one axis of the first shape, such as batch (see --list)"
@@ -158,8 +162,9 @@ def _suite_options(options):
     if modes == ("both",):
         modes = ("default", "max-autotune")
     found = suite.Options(
-        options.budget, shape, split(options.dtype), modes, options.sweep, tuple(options.load), options.first
-    )
+        options.budget, shape, split(options.dtype), modes, options.sweep, tuple(options.load), options.first,
+        tuple(options.label),
+    )  # fmt: skip
     found.check()
     return found
 

@@ -63,6 +63,9 @@ def test_cases_follow_the_options(mine):
 
     assert labels() == [("A", "float32"), ("A", "bfloat16"), ("B", "float32"), ("B", "bfloat16")]
     assert labels(first=True) == [("A", "float32"), ("A", "bfloat16")]
+    assert labels(labels=("B", "C")) == [("B", "float32"), ("B", "bfloat16")]
+    with pytest.raises(ValueError, match="nothing of 'mine' fits the options; .* its labels those of .* mine --list"):
+        labels(labels=("C",))
     assert labels(dtypes=("bfloat16",)) == [("A", "bfloat16"), ("B", "bfloat16")]
     assert labels(shape=(3, 3), dtypes=("float32",)) == [("", "float32")]
     assert [label for label, _ in labels(sweep="batch", dtypes=("float32",))] == [
