@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
 from genengine.ops import EXTENSION, _fastest, _registry, _verify
 
-RIGHT, WRONG, ABSENT = "right", "wrong", "not available"
+RIGHT, WRONG, ABSENT, UNCHECKED = "right", "wrong", "not available", "not checked"
 
 
 def report() -> dict:
@@ -113,30 +113,64 @@ def _extension_line(extension):
     return f"compiled kernels: MISSING, {extension['reason']}"
 
 
-def verify(device: torch.device, report: Callable[[str], None] | None = None) -> list[dict]:
-    """Run every kernel that can run on `device` against its reference, record the verdicts, return one row each.
+def verify(
+    device: torch.device,
+    report: Callable[[str], None] | None = None,
+    *,
+    only: Collection[str] = (),
+    skip: Collection[str] = (),
+) -> list[dict]:
+    """Run every kernel that can run on `device` against its reference, record each verdict, return one row each.
 
-    report: called with a line for each kernel that ran, as it comes, and for each reason why others could not.
+    report: called with a line for each kernel that ran, as it comes, and for each reason why others could not. only,
+    skip: public names of ops; all but those to skip, if none are named. A kernel that takes the GPU down, as an illegal
+    access does for the whole process, is wrong, and those after it are not checked. Raises ValueError on unknown names.
     """
-    rows, report = [], report or (lambda line: None)
-    width = max(len(op.public) for op in _registry.OPS.values())
-    for _, op in sorted(_registry.OPS.items()):
+    rows, report, lost = [], report or (lambda line: None), None
+    ops = _chosen(only, skip)
+    width = max((len(op.public) for op in ops), default=0)
+    for op in ops:
         for backend in op.kernels:
-            row = _verify_one(op, backend, device)
+            row = _verify_one(op, backend, device, lost)
             rows.append(row)
-            if row["verdict"] != ABSENT:
+            if row["verdict"] in (RIGHT, WRONG):
                 took = row["detail"] or f"{row['seconds']:.2f} s"
                 report(f"{op.public:{width}} {backend:7} {row['verdict']:7} {took}")
-    absent = Counter((row["backend"], row["detail"]) for row in rows if row["verdict"] == ABSENT)
-    for (backend, reason), count in absent.items():
-        report(f"{count} {backend} kernel{'s' * (count > 1)} not available: {reason}")
-    entries = {f"{row['op']}/{row['backend']}": row["verdict"] == RIGHT for row in rows if row["verdict"] != ABSENT}
-    _verify.record(_verify.device_key(device), entries)
+                _verify.record(_verify.device_key(device), {f"{op.public}/{backend}": row["verdict"] == RIGHT})
+                if row["verdict"] == WRONG and (error := _error_of(device)):
+                    lost = f"{op.public} on {backend} took the GPU down ({error}); verify with --skip {op.public}"
+    for verdict, are in ((ABSENT, "not available"), (UNCHECKED, "not checked")):
+        reasons = Counter((row["backend"], row["detail"]) for row in rows if row["verdict"] == verdict)
+        for (backend, reason), count in reasons.items():
+            report(f"{count} {backend} kernel{'s' * (count > 1)} {are}: {reason}")
     return rows
 
 
-def _verify_one(op, backend, device):
+def _chosen(only, skip):
+    """The ops to verify, in order; a backward op goes with its forward."""
+    public = {op.public for op in _registry.OPS.values()}
+    if unknown := sorted({*only, *skip} - public):
+        raise ValueError(f"there is no op {unknown[0]!r}; ops are {', '.join(sorted(public))}")
+    named = lambda op: {op.public, op.public.split("_backward")[0]}  # noqa: E731
+    ops = [op for _, op in sorted(_registry.OPS.items())]
+    return [op for op in ops if named(op) & set(only or public) and not named(op) & set(skip)]
+
+
+def _error_of(device):
+    """What a GPU answers that has been lost to this process, or None."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _verify_one(op, backend, device, lost):
     row = {"op": op.public, "backend": backend, "device": str(device), "detail": "", "seconds": 0.0}
+    if lost:
+        return row | {"verdict": UNCHECKED, "detail": lost}
     reasons = [_registry.why_not(op, backend, device.type, dtype) for dtype in _registry.KERNEL_DTYPES]
     if all(reasons):
         return row | {"verdict": ABSENT, "detail": reasons[0]}

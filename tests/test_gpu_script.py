@@ -97,6 +97,14 @@ def test_everything_runs_in_order_and_ends_in_one_archive(checkout):
     assert {"./state.txt", "./verify.log", "./bench-adaln.log"} <= set(names)
 
 
+def test_kernels_that_may_hang_are_verified_alone_and_last(checkout):
+    done = checkout.run("verify")
+    calls = checkout.calls("genengine verify")
+    assert [call.split("verify ")[1].split(" --device")[0] for call in calls] == [
+        "--skip pixelcnn_sample --skip attention", "pixelcnn_sample", "attention",
+    ], done.stdout  # fmt: skip
+
+
 def test_a_failure_costs_its_part_and_only_that_is_done_again(checkout):
     assert checkout.run(FAIL="genengine verify").returncode == 1
     assert [code for _, code in checkout.state("verify")] == ["started", "3"] and checkout.calls("-m pytest")

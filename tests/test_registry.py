@@ -262,6 +262,42 @@ def test_a_kernel_with_limits_is_passed_over_and_that_is_told_once(pretended_gpu
         _registry.choose(op, GPU, torch.bfloat16, "cuda", (torch.empty(1, 2, 3, 64),) * 3)
 
 
+def test_a_kernel_that_takes_the_gpu_down_is_wrong_and_the_rest_is_not_checked(
+    pretended_gpu, private_cache, monkeypatch
+):
+    broken, recorded = [], {}
+
+    def run(op, backend, device):
+        if broken:
+            raise AssertionError("checked on a GPU that was lost")
+        if (op.public, backend) == ("attention", "cuda"):
+            broken.append("CUDA error: an illegal memory access was encountered")
+            return broken
+        return []
+
+    def synchronize(device):
+        if broken:
+            raise RuntimeError(broken[0] + "\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(_verify, "run", run)
+    monkeypatch.setattr(_verify, "record", lambda key, entries: recorded.update(entries))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    lines = []
+    rows = environment.verify(GPU, lines.append)
+    verdicts = {(row["op"], row["backend"]): row["verdict"] for row in rows}
+    assert verdicts["adaln", "cuda"] == "right" and verdicts["attention", "cuda"] == "wrong"
+    assert verdicts["attention_backward", "triton"] == verdicts["normal", "cuda"] == "not checked"
+    assert recorded["adaln/cuda"] and not recorded["attention/cuda"] and "normal/cuda" not in recorded
+    assert any("not checked: attention on cuda took the GPU down" in line for line in lines), lines
+    broken.clear()
+    rows = environment.verify(GPU, skip=["attention"])
+    assert {row["verdict"] for row in rows} == {"right", "not available"}  # the CPU's kernels, here
+    assert not any("attention" in row["op"] for row in rows)
+    assert {row["op"] for row in environment.verify(GPU, only=["adaln"])} == {"adaln", "adaln_backward"}
+    with pytest.raises(ValueError, match="there is no op 'atention'; ops are .*attention"):
+        environment.verify(GPU, only=["atention"])
+
+
 def test_reports_use_public_names(private_cache, monkeypatch):
     assert {"normal", "uniform", "sampler_step"} <= set(environment.report()["ops"])
     few = {name: _registry.OPS[name] for name in ("normal_out", "advance")}

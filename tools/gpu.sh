@@ -134,6 +134,20 @@ profile() {
   done
 }
 
+verify() { # kernels with barriers of their own alone and last: one that hangs, or takes the GPU down, costs itself alone
+  local name alone="pixelcnn_sample attention" skip=()
+  for name in $alone; do skip+=(--skip "$name"); done
+  part verify 300 "$python" -m genengine verify "${skip[@]}" --device "$device"
+  for name in $alone; do part "verify-$name" 120 "$python" -m genengine verify "$name" --device "$device"; done
+}
+
+tests() { # Hopper's attention in a process of its own, for the same reason
+  local hopper="$root/tests/gpu/test_hopper_attention.py"
+  local run=("$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root")
+  part test 480 "${run[@]}" --ignore "$hopper" "$root/tests"
+  part test-hopper 240 "${run[@]}" "$hopper"
+}
+
 goals() { # the rows of benchmarks/GPU_GOALS.md alone, in one short stage
   local name text words resume
   while IFS=$'\t' read -r name text; do
@@ -163,8 +177,8 @@ elif wanted install; then
   part install 480 bash -c install
 fi
 installed || { echo "gpu: this source could not be installed; nothing else is run" >&2; exit 1; }
-wanted verify && part verify 300 "$python" -m genengine verify --device "$device"
-wanted test && part test 480 "$python" -m pytest -q -m "gpu or triton" -c "$root/pyproject.toml" --rootdir "$root" "$root/tests"
+wanted verify && verify
+wanted test && tests
 wanted ceilings && part ceilings 60 "$python" -m genengine bench ceilings --device "$device" --save "$out/results"
 wanted goals && goals
 wanted ops && bench ops "${OPS_LIMIT:-400}"

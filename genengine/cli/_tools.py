@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from genengine.arguments import settings
@@ -23,7 +24,12 @@ def add_env(commands):
 
 def add_verify(commands):
     command = add_command(
-        commands, "verify", _verify, "check every kernel against its reference on this machine", "genengine verify"
+        commands, "verify", _verify, "check every kernel against its reference on this machine",
+        "genengine verify attention adaln",
+    )  # fmt: skip
+    command.add_argument("ops", nargs="*", metavar="OP", help="these ops alone, such as attention (default: all)")
+    command.add_argument(
+        "--skip", action="append", default=[], metavar="OP", help="leave this op out, one whose kernel hangs, say"
     )
     with_device(command)
     with_json(command)
@@ -66,13 +72,15 @@ def _verify(options):
     from genengine import environment
 
     device = chosen_device(options)
-    rows = environment.verify(device, report=None if options.json else print)
-    failed = [row for row in rows if row["verdict"] == "wrong"]
+    rows = environment.verify(device, None if options.json else print, only=options.ops, skip=options.skip)
+    failed = [row for row in rows if row["verdict"] == environment.WRONG]
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        right = sum(row["verdict"] == "right" for row in rows)
-        print(f"{right} kernels right, {len(failed)} wrong, {len(rows) - right - len(failed)} not available here")
+        count = Counter(row["verdict"] for row in rows)
+        parts = [f"{count[environment.RIGHT]} kernels right", f"{len(failed)} wrong"]
+        parts += [f"{count[environment.UNCHECKED]} not checked"] if count[environment.UNCHECKED] else []
+        print(", ".join([*parts, f"{count[environment.ABSENT]} not available here"]))
     return 1 if failed else 0
 
 
