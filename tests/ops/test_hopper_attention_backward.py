@@ -97,7 +97,7 @@ def test_batches_heads_and_blocks(block, dim, causal):
     """In turns, every schedule and every number of blocks gives the same bits; else all but the order of dq's sums."""
     arguments = make(130, 130 if causal else 300, dim, torch.bfloat16, causal, 0.2, batch=2, heads=2)
     expected = check(block, arguments, causal, 0.2, turns=True)
-    for seed, blocks in enumerate((1, 2, 3, 5)):
+    for seed, blocks in enumerate((2, 5)):
         how = {"blocks": blocks, "together": blocks, "seed": seed + 1}
         found = run(block, arguments, causal, 0.2, turns=True, **how)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), how
@@ -110,7 +110,7 @@ def test_schedules(block, dim):
     """Stages used many times over, at many a schedule."""
     arguments = make(700, 300, dim, torch.float16, False, 0.2)
     expected = check(block, arguments, False, 0.2, turns=True)
-    for seed in range(1, 9):
+    for seed in range(1, 5):
         found = run(block, arguments, False, 0.2, turns=True, seed=seed, blocks=3, together=3)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
         check(block, arguments, False, 0.2, seed=seed)
