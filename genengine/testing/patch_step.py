@@ -19,7 +19,7 @@ KINDS = (
 def _cases(generator, device) -> list[Case]:
     pairs = [(d, d) for d in DTYPES] + [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
     return [
-        make_case(generator, device, state, model, *size, *kind, large=size in LARGE)
+        make_case(generator, device, state, model, *size, *kind, large=size in LARGE or state != model)
         for state, model in pairs
         for size in (*SMALL, *LARGE)
         for kind in KINDS
