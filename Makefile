@@ -26,7 +26,7 @@ demo: setup
 
 test: setup
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not emulated"
 
 # The property tests of every op with at least 2,000 fresh cases each; a failure prints how to reproduce it.
 fuzz: setup
@@ -36,9 +36,11 @@ fuzz: setup
 sanitize: setup
 	bash tools/sanitize.sh $(PY)
 
-# Compiles every GPU kernel for its architectures and reads the machine code; needs nvcc, no GPU. The records, as one table,
-# go to build/machine_code.md, and from there into benchmarks/results when a kernel changes.
+# What can be known of GPU code without a GPU: blocks of threads run with their instructions emulated, then every kernel
+# compiled for its architectures (needs nvcc) and its machine code read. The records, as one table, go to
+# build/machine_code.md, and from there into benchmarks/results when a kernel changes.
 inspect: setup
+	$(PY) -m pytest -q -n 2 --dist loadfile -m emulated
 	mkdir -p build
 	$(PY) tools/inspect_gpu.py --table build/machine_code.md
 

@@ -11,6 +11,8 @@ from genengine import testing
 from genengine.ops.attention import HOPPER_HEAD_DIMS, reference_attention
 from genengine.testing.attention import roundings
 
+pytestmark = pytest.mark.emulated
+
 FEW_DIMS = (64, 72)  # that have a form for few queries
 DTYPES = [torch.bfloat16, torch.float16]
 FORMS = [

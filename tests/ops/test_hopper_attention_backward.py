@@ -11,6 +11,8 @@ from genengine import testing
 from genengine.ops.attention import HOPPER_HEAD_DIMS, reference_attention, reference_attention_backward
 from genengine.testing.attention import roundings
 
+pytestmark = pytest.mark.emulated
+
 FORMS = [(dim, causal) for dim in HOPPER_HEAD_DIMS for causal in (False, True)]
 # Around the tiles: 64 rows of a warpgroup, 64 queries, 128 keys; one, two and several of both.
 LENGTHS = (1, 7, 64, 65, 127, 129, 300)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from emulated_support import ROOT, build
 
+pytestmark = pytest.mark.emulated
+
 BF16, F16 = torch.bfloat16, torch.float16
 LINES = (32, 64, 128)
 

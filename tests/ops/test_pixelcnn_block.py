@@ -13,6 +13,8 @@ from genengine.ops._pixelcnn_reference import Draws, Naive
 from genengine.ops.pixelcnn_sample import default_order, pack_pixelcnn
 from genengine.testing.pixelcnn_sample import NETWORKS, packed
 
+pytestmark = pytest.mark.emulated
+
 GUARD = 4096  # bytes around what the kernel may write
 
 
